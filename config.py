@@ -1,0 +1,271 @@
+"""Every option of the project: its type, default and meaning; and how files and the command line override it.
+
+Order: the defaults below, the files named by BASE (relative to the file that names them, depth first), the file itself,
+the command line. The result is validated and frozen. A key that does not exist here, or a value of another type, is an
+error that names the file and the key.
+"""
+import argparse
+import ast
+import os
+
+import yaml
+from yacs.config import CfgNode as CN
+
+_C = CN()
+_C.BASE = []                            # config files to start from, relative to this file
+_C.DEVICE = 'auto'                      # auto (a GPU if there is one), gpu or cpu
+_C.NPROCS = 0                           # processes that main_multi_gpu.py starts; 0: one per visible GPU, one on CPU
+_C.AMP = False                          # mixed precision in training and evaluation (GPU only)
+_C.AMP_DTYPE = 'float16'                # float16 (with loss scaling) or bfloat16
+_C.SEED = 0                             # decides initialisation, order and augmentation
+_C.EVAL = False                         # only evaluate
+_C.OUTPUT = ''                          # the run folder; '': a new one below SAVE
+_C.SAVE = './output'                    # where run folders are made when OUTPUT is not given
+_C.SAVE_FREQ = 1                        # epochs between checkpoints
+_C.SAVE_KEEP = 3                        # newest checkpoints that are kept
+_C.REPORT_FREQ = 50                     # optimizer steps between log lines
+_C.VALIDATE_FREQ = 1                    # epochs between evaluations
+
+_C.DATA = CN()
+_C.DATA.DATASET = 'imagenet2012'        # a folder with train_list.txt and val_list.txt, lines 'relative/path label'
+_C.DATA.DATA_PATH = './Light_ILSVRC2012'  # that folder
+_C.DATA.BATCH_SIZE = 256                # training images per process and forward pass
+_C.DATA.BATCH_SIZE_EVAL = 0             # evaluation images per process and forward pass; 0: as BATCH_SIZE
+_C.DATA.IMAGE_SIZE = 256                # side of the square input, pixels
+_C.DATA.CROP_PCT = 0.95                 # evaluation: side of the centre crop over the resized shorter side
+_C.DATA.MEAN = [0.485, 0.456, 0.406]    # of RGB in [0, 1]
+_C.DATA.STD = [0.229, 0.224, 0.225]
+_C.DATA.NUM_WORKERS = 2                 # data processes per training process; 0: load in the training process
+_C.DATA.ON_ERROR = 'raise'              # an unreadable image: raise (stop, naming it) or skip (leave out and count)
+
+_C.MODEL = CN()
+_C.MODEL.NAME = 'halonet_26t'           # for logs and run folders
+_C.MODEL.NUM_CLASSES = 1000
+_C.MODEL.STEM = 'tiered'                # tiered (three 3x3 convolutions), 7x7 or 3x3 (one convolution of that size)
+_C.MODEL.STEM_WIDTH = 64                # output channels of the stem
+_C.MODEL.STEM_POOL = True               # 3x3 max pooling with stride 2 after the stem
+_C.MODEL.STAGES = ['conv*2', 'conv*2', 'conv halo', 'halo*2']  # the blocks of each stage: conv, halo; KIND*N repeats
+_C.MODEL.WIDTHS = [256, 512, 1024, 2048]  # output channels of each stage
+_C.MODEL.STRIDES = [1, 2, 2, 2]         # stride of the first block of each stage
+_C.MODEL.HEADS = [0, 0, 8, 8]           # attention heads in each stage; 0 where a stage has no attention
+_C.MODEL.BOTTLENECK_RATIO = 0.25        # inner width of a block over its output width
+_C.MODEL.BLOCK_SIZE = 8                 # side of a query block, in pixels of the feature map
+_C.MODEL.HALO_SIZE = 2                  # pixels around the block that its queries see as well
+_C.MODEL.ACT = 'relu'                   # relu or silu
+_C.MODEL.DROPOUT = 0.0                  # before the classifier
+_C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0 stage by stage
+_C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running statistics in training too
+_C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate
+_C.MODEL.RESUME = ''                    # a checkpoint to go on from; auto: the newest good one of the run folder, if any
+
+_C.TRAIN = CN()
+_C.TRAIN.NUM_EPOCHS = 300
+_C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), whatever the checkpoint says; -1: as it says
+_C.TRAIN.ACCUM_ITER = 1                 # forward passes per optimizer step
+_C.TRAIN.OPTIMIZER = 'adamw'            # adamw or sgd (Nesterov momentum)
+_C.TRAIN.BASE_LR = 0.001                # learning rate after warm-up, for a global batch of LR_BATCH images
+_C.TRAIN.LR_BATCH = 0                   # reference batch of linear learning-rate scaling; 0: BASE_LR is used as it is
+_C.TRAIN.WARMUP_EPOCHS = 5.0            # linear rise from WARMUP_LR, by the step
+_C.TRAIN.WARMUP_LR = 1e-6               # learning rate of the first step (not scaled)
+_C.TRAIN.END_LR = 1e-6                  # learning rate of the last step (not scaled)
+_C.TRAIN.WEIGHT_DECAY = 0.05            # on matrices and kernels; never on norms, biases and position tables
+_C.TRAIN.BETAS = [0.9, 0.999]           # adamw
+_C.TRAIN.EPS = 1e-8                     # adamw
+_C.TRAIN.MOMENTUM = 0.9                 # sgd
+_C.TRAIN.GRAD_CLIP = 0.0                # largest global gradient norm; 0: off
+_C.TRAIN.SMOOTHING = 0.1                # label smoothing
+_C.TRAIN.EMA_DECAY = 0.0                # moving average of the weights, decay per optimizer step; 0: off
+_C.TRAIN.CROP_SCALE = [0.08, 1.0]       # random resized crop: share of the area
+_C.TRAIN.CROP_RATIO = [0.75, 4.0 / 3.0]  # random resized crop: width over height
+_C.TRAIN.HFLIP = 0.5                    # probability of a mirrored image
+_C.TRAIN.AUTO_AUGMENT = ''              # timm's grammar, such as rand-m9-mstd0.5-inc1; '': off
+_C.TRAIN.COLOR_JITTER = 0.0             # brightness, contrast and saturation factors in 1 +- this, without AUTO_AUGMENT
+_C.TRAIN.RANDOM_ERASE_PROB = 0.0        # probability of erasing a rectangle
+_C.TRAIN.RANDOM_ERASE_MODE = 'pixel'    # pixel (normal noise) or const (the mean colour)
+_C.TRAIN.MIXUP_ALPHA = 0.0              # Beta parameter of mixup; 0: off
+_C.TRAIN.CUTMIX_ALPHA = 0.0             # Beta parameter of cutmix; 0: off
+_C.TRAIN.MIXUP_PROB = 1.0               # probability that a batch is mixed at all
+_C.TRAIN.MIXUP_SWITCH_PROB = 0.5        # probability of cutmix where both are on
+
+CHOICES = {
+    'DEVICE': ('auto', 'gpu', 'cpu'),
+    'AMP_DTYPE': ('float16', 'bfloat16'),
+    'DATA.DATASET': ('imagenet2012',),
+    'DATA.ON_ERROR': ('raise', 'skip'),
+    'MODEL.STEM': ('tiered', '7x7', '3x3'),
+    'MODEL.ACT': ('relu', 'silu'),
+    'TRAIN.OPTIMIZER': ('adamw', 'sgd'),
+    'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),
+}
+AT_LEAST = {
+    'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1,
+    'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
+    'MODEL.NUM_CLASSES': 1, 'MODEL.STEM_WIDTH': 8, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
+    'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
+    'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.WARMUP_LR': 0, 'TRAIN.END_LR': 0, 'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.GRAD_CLIP': 0,
+    'TRAIN.COLOR_JITTER': 0, 'TRAIN.MIXUP_ALPHA': 0, 'TRAIN.CUTMIX_ALPHA': 0,
+}
+PROBABILITIES = (
+    'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.SMOOTHING', 'TRAIN.EMA_DECAY', 'TRAIN.HFLIP', 'TRAIN.RANDOM_ERASE_PROB',
+    'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB',
+)
+
+
+def get_config(cfg_file=None, opts=()):
+    """Defaults, then `cfg_file` with its BASE files, then `opts` = [KEY, VALUE, KEY, VALUE, ...]; validated and frozen.
+
+    Raises ValueError for an unknown key, a value of another type or outside its range, and FileNotFoundError.
+    """
+    config = _C.clone()
+    if cfg_file:
+        _merge_file(config, cfg_file, above=())
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ValueError(f'-opts takes pairs KEY VALUE; {opts[-1]!r} has no value')
+    for key, value in zip(opts[::2], opts[1::2]):
+        _set(config, key, value, 'command line')
+    _validate(config)
+    config.freeze()
+    return config
+
+
+def parse_args(argv=None):
+    """The command line (default: sys.argv) -> config. A wrong option or value ends the program with one clear line."""
+    parser = argparse.ArgumentParser(description='Train or evaluate a HaloNet.', allow_abbrev=False)
+
+    def add(name, key, help, **kwargs):
+        parser.add_argument(f'-{name}', f'--{name}', dest=key, help=help, default=None, **kwargs)
+
+    parser.add_argument('-cfg', '--cfg', metavar='FILE', help='config file, such as configs/halonet_26t_256.yaml')
+    add('data_path', 'DATA.DATA_PATH', 'folder with train_list.txt and val_list.txt', metavar='DIR')
+    add('dataset', 'DATA.DATASET', 'imagenet2012: the list-file layout of the README')
+    add('batch_size', 'DATA.BATCH_SIZE', 'training images per process', metavar='N')
+    add('batch_size_eval', 'DATA.BATCH_SIZE_EVAL', 'evaluation images per process', metavar='N')
+    add('image_size', 'DATA.IMAGE_SIZE', 'side of the input in pixels', metavar='N')
+    add('num_workers', 'DATA.NUM_WORKERS', 'data processes per training process', metavar='N')
+    add('accum_iter', 'TRAIN.ACCUM_ITER', 'forward passes per optimizer step', metavar='N')
+    add('pretrained', 'MODEL.PRETRAINED', 'weights to start from or to evaluate', metavar='FILE')
+    add('resume', 'MODEL.RESUME', 'a checkpoint to go on from, or auto: the newest good one of the run folder', metavar='FILE')
+    add('last_epoch', 'TRAIN.LAST_EPOCH', 'go on after this epoch, whatever the checkpoint says', metavar='N')
+    add('output', 'OUTPUT', 'the run folder', metavar='DIR')
+    add('device', 'DEVICE', 'auto, gpu or cpu')
+    add('nprocs', 'NPROCS', 'processes that main_multi_gpu.py starts', metavar='N')
+    add('eval', 'EVAL', 'only evaluate', action='store_const', const=True)
+    add('amp', 'AMP', 'mixed precision (GPU)', action='store_const', const=True)
+    parser.add_argument('-opts', '--opts', nargs='+', default=[], metavar='KEY VALUE', help='any other option of config.py')
+    args = vars(parser.parse_args(argv))
+    cfg_file, opts = args.pop('cfg'), args.pop('opts')
+    flags = [item for key, value in args.items() if value is not None for item in (key, value)]
+    try:
+        return get_config(cfg_file, flags + opts)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _merge_file(config, path, above):
+    path = os.path.abspath(path)
+    if path in above:
+        raise ValueError('BASE files form a cycle: ' + ' -> '.join(above + (path,)))
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path}: no such config file' + (f' (a BASE of {above[-1]})' if above else ''))
+    with open(path, encoding='utf-8') as file:
+        try:
+            content = yaml.safe_load(file) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f'{path}: not valid YAML: {error}') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path}: expected KEY: VALUE lines, found {type(content).__name__}')
+    base = content.pop('BASE', [])
+    for name in [base] if isinstance(base, str) else base or []:
+        if name:                                    # the predecessor writes BASE: ['']
+            _merge_file(config, os.path.join(os.path.dirname(path), name), above + (path,))
+    _merge_dict(config, content, path, prefix='')
+
+
+def _merge_dict(config, content, source, prefix):
+    for key, value in content.items():
+        key = f'{prefix}{key}'
+        if isinstance(value, dict):
+            _merge_dict(config, value, source, prefix=f'{key}.')
+        else:
+            _set(config, key, value, source)
+
+
+def _set(config, key, value, source):
+    *groups, name = str(key).split('.')
+    node = config
+    for group in groups:
+        node = node.get(group) if isinstance(node, CN) else None
+    if not isinstance(node, CN) or name not in node:
+        close = _similar(key)
+        raise ValueError(f'{source}: unknown option {key}' + (f'; did you mean {close}?' if close else ''))
+    if isinstance(node[name], CN):
+        raise ValueError(f'{source}: {key} is a group of options, not an option')
+    node[name] = _coerce(value, node[name], f'{source}: {key}')
+
+
+def _coerce(value, default, where):
+    """`value` as the type of `default`; a string is read as a Python literal where the option is not a string."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)                          # a folder may be called 7
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if isinstance(default, list) and isinstance(value, (list, tuple)):
+        return [_coerce(item, default[0], where) for item in value] if default else list(value)
+    if type(value) is not type(default):
+        raise ValueError(f'{where} must be {_kind(default)}, got {value!r}')
+    return value
+
+
+def _kind(value):
+    return {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}[type(value)]
+
+
+def _similar(key):
+    import difflib
+    return ', '.join(difflib.get_close_matches(key, flatten(_C), n=1))
+
+
+def flatten(config, prefix=''):
+    """A config as {'GROUP.KEY': value}."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(flatten(value, f'{prefix}{key}.') if isinstance(value, CN) else {prefix + key: value})
+    return flat
+
+
+def _validate(config):
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            raise ValueError(f'{key} is {flat[key]!r}; it can be ' + ' or '.join(choices))
+    for key, least in AT_LEAST.items():
+        if not flat[key] >= least:
+            raise ValueError(f'{key} is {flat[key]}; it must be at least {least}')
+    for key in PROBABILITIES:
+        if not 0 <= flat[key] <= 1:
+            raise ValueError(f'{key} is {flat[key]}; it must lie between 0 and 1')
+    if not 0 < config.DATA.CROP_PCT <= 1:
+        raise ValueError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}; it must lie above 0 and not above 1')
+    if min(config.DATA.STD) <= 0 or len(config.DATA.STD) != 3 or len(config.DATA.MEAN) != 3:
+        raise ValueError(f'DATA.MEAN {config.DATA.MEAN} and DATA.STD {config.DATA.STD} need three values each, STD above 0')
+    for key in ('TRAIN.CROP_SCALE', 'TRAIN.CROP_RATIO'):
+        if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
+            raise ValueError(f'{key} is {flat[key]}; it must be [smallest, largest], both above 0')
+    if config.TRAIN.CROP_SCALE[1] > 1:
+        raise ValueError(f'TRAIN.CROP_SCALE is {config.TRAIN.CROP_SCALE}; a crop cannot exceed the image (1.0)')
+    if not config.TRAIN.WARMUP_EPOCHS < config.TRAIN.NUM_EPOCHS:
+        raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} leaves none of '
+                         f'TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower the first or raise the second')
+    if config.TRAIN.EMA_DECAY == 1:
+        raise ValueError('TRAIN.EMA_DECAY is 1; the average would never move (0.9999 is usual, 0 is off)')
+    stages = len(config.MODEL.STAGES)
+    for key in ('WIDTHS', 'STRIDES', 'HEADS'):
+        if len(config.MODEL[key]) != stages:
+            raise ValueError(f'MODEL.{key} has {len(config.MODEL[key])} entries and MODEL.STAGES has {stages}; '
+                             'they describe the same stages')
