@@ -53,7 +53,7 @@ _C.MODEL.BLOCK_SIZE = 8                 # side of a query block, in pixels of th
 _C.MODEL.HALO_SIZE = 2                  # pixels around the block that its queries see as well
 _C.MODEL.ACT = 'relu'                   # relu or silu
 _C.MODEL.DROPOUT = 0.0                  # before the classifier
-_C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0 stage by stage
+_C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0, block by block
 _C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running statistics in training too
 _C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate
 _C.MODEL.RESUME = ''                    # a checkpoint to go on from; auto: the newest good one of the run folder, if any
@@ -152,14 +152,15 @@ def parse_args(argv=None):
     add('nprocs', 'NPROCS', 'processes that main_multi_gpu.py starts', metavar='N')
     add('eval', 'EVAL', 'only evaluate', action='store_const', const=True)
     add('amp', 'AMP', 'mixed precision (GPU)', action='store_const', const=True)
-    parser.add_argument('-opts', '--opts', nargs='+', default=[], metavar='KEY VALUE', help='any other option of config.py')
+    parser.add_argument('-opts', '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE',
+                        help='any other option of config.py')
     args = vars(parser.parse_args(argv))
     cfg_file, opts = args.pop('cfg'), args.pop('opts')
     flags = [item for key, value in args.items() if value is not None for item in (key, value)]
     try:
         return get_config(cfg_file, flags + opts)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
 
 
 def _merge_file(config, path, above):
@@ -172,11 +173,11 @@ def _merge_file(config, path, above):
         try:
             content = yaml.safe_load(file) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path}: not valid YAML: {error}') from None
+            raise ValueError(f'{path}: not valid YAML: ' + ' '.join(str(error).split())) from None
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected KEY: VALUE lines, found {type(content).__name__}')
-    base = content.pop('BASE', [])
-    for name in [base] if isinstance(base, str) else base or []:
+    base = content.pop('BASE', None) or []
+    for name in _coerce([base] if isinstance(base, str) else base, [''], f'{path}: BASE'):
         if name:                                    # the predecessor writes BASE: ['']
             _merge_file(config, os.path.join(os.path.dirname(path), name), above + (path,))
     _merge_dict(config, content, path, prefix='')
@@ -192,6 +193,8 @@ def _merge_dict(config, content, source, prefix):
 
 
 def _set(config, key, value, source):
+    if key == 'BASE':
+        raise ValueError(f'{source}: BASE has a meaning in config files only')
     *groups, name = str(key).split('.')
     node = config
     for group in groups:
@@ -262,6 +265,8 @@ def _validate(config):
     if not config.TRAIN.WARMUP_EPOCHS < config.TRAIN.NUM_EPOCHS:
         raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} leaves none of '
                          f'TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower the first or raise the second')
+    if len(config.TRAIN.BETAS) != 2 or not all(0 <= beta < 1 for beta in config.TRAIN.BETAS):
+        raise ValueError(f'TRAIN.BETAS is {config.TRAIN.BETAS}; it must be two numbers from 0 up to and without 1')
     if config.TRAIN.EMA_DECAY == 1:
         raise ValueError('TRAIN.EMA_DECAY is 1; the average would never move (0.9999 is usual, 0 is off)')
     stages = len(config.MODEL.STAGES)

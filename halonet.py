@@ -127,8 +127,8 @@ class ConvNormAct(nn.Layer):
 
     def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity):
         super().__init__()
-        std = math.sqrt(2 / (kernel_size ** 2 * width))
-        self.conv = nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, weight_attr=Normal(std=std), bias_attr=False)
+        normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width)))
+        self.conv = nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, weight_attr=normal, bias_attr=False)
         self.bn = BatchNormAct(width, act)
 
     def forward(self, x):
@@ -258,8 +258,8 @@ def parse_stage(text):
     """'conv*2 halo' -> ['conv', 'conv', 'halo']"""
     kinds = []
     for word in text.split():
-        kind, _, count = word.partition('*')
-        if count and not (count.isdigit() and int(count)):
+        kind, star, count = word.partition('*')
+        if not kind or star and not (count.isdecimal() and int(count)):
             raise ValueError(f'MODEL.STAGES: {word!r} in {text!r}; write KIND or KIND*N, such as conv*2 halo')
         kinds += [kind] * int(count or 1)
     if not kinds:

@@ -2,6 +2,7 @@
 
 Reading never runs what a file contains: pickles may hold arrays and containers, nothing else.
 """
+import os
 import pickle
 import re
 
@@ -75,4 +76,24 @@ def read(path):
     state = {key: value for key, value in content.items() if key != PADDLE_NAME_TABLE} if isinstance(content, dict) else {}
     if not state or not all(isinstance(value, np.ndarray) for value in state.values()):
         raise ValueError(f'{path}: expected a state dict of arrays, as model.state_dict() gives')
-    return state
+    return {key: _from_bfloat16(value) if value.dtype == np.uint16 else value for key, value in state.items()}
+
+
+def _from_bfloat16(bits):
+    """paddle.save writes bfloat16 as the uint16 of the same bits: the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def load_pretrained(model, path):
+    """Load the weight file `path` (its .pdparams ending may be left out) into `model`, strictly.
+
+    Raises FileNotFoundError, and ValueError, naming the file, where it is damaged or does not fit.
+    """
+    found = next((name for name in (path, f'{path}.pdparams') if os.path.isfile(name)), None)
+    if not found:
+        raise FileNotFoundError(f'-pretrained {path}: no such file')
+    state = read(found)
+    try:
+        model.set_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f'{found}: {error}') from None

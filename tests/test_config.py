@@ -1,0 +1,342 @@
+"""Options: what overrides what, what is refused and how, the command line; and the shape that the code is held to."""
+import ast
+import re
+
+import pytest
+import yaml
+
+import config as module
+from config import flatten, get_config, parse_args
+
+DEFAULTS = flatten(module._C)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        return str(path)
+    return write
+
+
+def refuses(argv, capsys):
+    """The one line with which the command line `argv` ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ''
+    *usage, line = err.splitlines()
+    assert ': error: ' in line and not any('error' in text for text in usage)
+    return line
+
+
+# ---- what overrides what
+
+def test_defaults():
+    assert flatten(get_config()) == DEFAULTS
+    assert get_config().DATA.IMAGE_SIZE == 256
+
+
+def test_order(write):
+    write('base.yaml', 'DATA: {BATCH_SIZE: 1, IMAGE_SIZE: 1, CROP_PCT: 0.5}')
+    path = write('own.yaml', 'DATA: {IMAGE_SIZE: 2, CROP_PCT: 0.6}\nBASE: [base.yaml]')
+    changed = {'DATA.BATCH_SIZE': 1, 'DATA.IMAGE_SIZE': 2, 'DATA.CROP_PCT': 0.7}
+    assert flatten(get_config(path, ['DATA.CROP_PCT', 0.7])) == DEFAULTS | changed
+    assert flatten(get_config(path, ['DATA.CROP_PCT', 0.8, 'DATA.CROP_PCT', 0.7])) == DEFAULTS | changed
+    assert flatten(get_config()) == DEFAULTS                          # nothing of the above stays
+
+
+def test_base_is_relative_to_its_file_and_depth_first(write, tmp_path, monkeypatch):
+    write('deep/root.yaml', 'SEED: 1\nNPROCS: 1\nSAVE_FREQ: 1\nSAVE_KEEP: 11')
+    write('deep/a.yaml', 'BASE: root.yaml\nSEED: 2\nNPROCS: 2\nSAVE_FREQ: 2')
+    write('b.yaml', 'SEED: 3\nNPROCS: 3')
+    path = write('own.yaml', 'BASE: [deep/a.yaml, b.yaml]\nSEED: 4')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    for name in (path, '../own.yaml'):
+        config = get_config(name)
+        assert (config.SEED, config.NPROCS, config.SAVE_FREQ, config.SAVE_KEEP) == (4, 3, 2, 11)
+    absolute = write('absolute.yaml', f'BASE: {path}')
+    assert get_config(absolute).SEED == 4
+
+
+@pytest.mark.parametrize('base', ["['']", '[]', "''", '~'])
+def test_no_base(write, base):
+    assert flatten(get_config(write('a.yaml', f'BASE: {base}\nSEED: 1'))) == DEFAULTS | {'SEED': 1}
+
+
+def test_two_files_may_share_a_base(write):
+    write('root.yaml', 'SEED: 1')
+    write('a.yaml', 'BASE: root.yaml\nNPROCS: 2')
+    write('b.yaml', 'BASE: root.yaml\nSAVE_KEEP: 4')
+    config = get_config(write('own.yaml', 'BASE: [a.yaml, b.yaml]'))
+    assert (config.SEED, config.NPROCS, config.SAVE_KEEP) == (1, 2, 4)
+
+
+@pytest.mark.parametrize('chain', ['aa', 'aba', 'abcb'])
+def test_base_cycle(write, tmp_path, chain):
+    for name, base in zip(chain, chain[1:]):
+        write(f'{name}.yaml', f'BASE: {base}.yaml')
+    with pytest.raises(ValueError, match='cycle: ' + ' -> '.join(rf'\S+/{name}\.yaml' for name in chain) + '$'):
+        get_config(tmp_path / 'a.yaml')
+
+
+def test_missing_files(write):
+    path = write('a.yaml', 'BASE: other/none.yaml')
+    with pytest.raises(FileNotFoundError, match=rf'other/none\.yaml: no such config file .*BASE of {path}'):
+        get_config(path)
+    with pytest.raises(FileNotFoundError, match=r'/none\.yaml: no such config file$'):
+        get_config('none.yaml')
+
+
+@pytest.mark.parametrize('content', ['', '# nothing', 'DATA: {}', '---'])
+def test_empty_file(write, content):
+    assert flatten(get_config(write('a.yaml', content))) == DEFAULTS
+
+
+# ---- types
+
+@pytest.mark.parametrize('key, value, expected', [
+    ('TRAIN.BASE_LR', '1e-3', 0.001), ('TRAIN.BASE_LR', '0.5', 0.5), ('TRAIN.BASE_LR', 1, 1.0), ('TRAIN.BASE_LR', '2', 2.0),
+    ('TRAIN.BETAS', [0, 0.5], [0.0, 0.5]), ('TRAIN.BETAS', '[0, 1e-3]', [0.0, 0.001]), ('TRAIN.BETAS', (0.1, '2e-1'), [0.1, 0.2]),
+    ('SEED', '7', 7), ('MODEL.HEADS', '[0, 0, 4, 4]', [0, 0, 4, 4]), ('MODEL.STAGES', "['conv', 'conv', 'conv', 'halo']",
+                                                                     ['conv', 'conv', 'conv', 'halo']),
+    ('AMP', True, True), ('AMP', 'True', True), ('EVAL', 'False', False), ('OUTPUT', 7, '7'), ('OUTPUT', '7', '7'),
+    ('OUTPUT', "['x']", "['x']"), ('MODEL.STEM', '3x3', '3x3')])
+def test_coercion(key, value, expected):
+    result = flatten(get_config(None, [key, value]))[key]
+    assert result == expected and type(result) is type(expected)
+    if isinstance(expected, list):
+        assert [type(item) for item in result] == [type(item) for item in expected]
+
+
+def test_yaml_numbers_without_a_point(write):
+    """YAML reads 1e-3 as text."""
+    assert get_config(write('a.yaml', 'TRAIN: {BASE_LR: 1e-3, BETAS: [0.9, 1e-1], WARMUP_EPOCHS: 3}')).TRAIN.BASE_LR == 0.001
+
+
+@pytest.mark.parametrize('key, value, kind', [
+    ('SEED', 1.0, 'a whole number'), ('SEED', 'one', 'a whole number'), ('SEED', True, 'a whole number'),
+    ('SEED', None, 'a whole number'), ('SEED', [1], 'a whole number'), ('TRAIN.BASE_LR', 'fast', 'a number'),
+    ('TRAIN.BASE_LR', False, 'a number'), ('AMP', 1, 'True or False'), ('AMP', 'yes please', 'True or False'),
+    ('OUTPUT', ['a'], 'text'), ('OUTPUT', True, 'text'), ('OUTPUT', None, 'text'), ('MODEL.HEADS', 8, 'a list'),
+    ('MODEL.HEADS', '8', 'a list'), ('MODEL.HEADS', [0, 0, 8, 8.5], 'a whole number'), ('MODEL.STAGES', 'conv halo', 'a list'),
+    ('TRAIN.BETAS', ['a', 'b'], 'a number')])
+def test_wrong_types_name_file_and_key(write, key, value, kind):
+    *group, name = key.split('.')
+    content = {name: value}
+    path = write('wrong.yaml', yaml.safe_dump({group[0]: content} if group else content))
+    with pytest.raises(ValueError, match=rf'^{path}: {key} must be {kind}, got '):
+        get_config(path)
+    with pytest.raises(ValueError, match=rf'^command line: {key} must be {kind}, got '):
+        get_config(None, [key, value])
+
+
+@pytest.mark.parametrize('content, key, close', [
+    ('DATA: {IMAGESIZE: 1}', 'DATA.IMAGESIZE', 'DATA.IMAGE_SIZE'), ('BATCH_SIZE: 1', 'BATCH_SIZE', 'DATA.BATCH_SIZE'),
+    ('MODEL: {STAGE: [conv]}', 'MODEL.STAGE', 'MODEL.STAGES'), ('TRAIN: {OPTIMISER: sgd}', 'TRAIN.OPTIMISER', 'TRAIN.OPTIMIZER'),
+    ('MODEL: {TRANS: {NUM_HEADS: 8}}', 'MODEL.TRANS.NUM_HEADS', None), ('ZZZZZ: 1', 'ZZZZZ', None),
+    ('DATA: {IMAGE_SIZE: {SIDE: 1}}', 'DATA.IMAGE_SIZE.SIDE', None), ('7: 1', '7', None)])
+def test_unknown_options_name_file_and_key(write, content, key, close):
+    path = write('wrong.yaml', content)
+    hint = rf'; did you mean {close}\?$' if close else ''
+    with pytest.raises(ValueError, match=rf'^{path}: unknown option {key}{hint}'):
+        get_config(path)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('DATA: 3', 'DATA is a group of options'), ('DATA:', 'DATA is a group of options'),
+    ('- SEED', 'expected KEY: VALUE lines, found list'), ('just words', 'expected KEY: VALUE lines, found str'),
+    ('DATA: {IMAGE_SIZE: 3', 'not valid YAML'), ('a: b: c', 'not valid YAML'),
+    ('BASE: 3', 'BASE must be a list'), ('BASE: [{a: b}]', 'BASE must be text')])
+def test_malformed_files_are_named(write, content, message):
+    path = write('wrong.yaml', content)
+    with pytest.raises(ValueError, match=f'^{path}: {message}'):
+        get_config(path)
+
+
+def test_odd_opts():
+    with pytest.raises(ValueError, match=r"pairs KEY VALUE; 'AMP' has no value"):
+        get_config(None, ['SEED', 1, 'AMP'])
+    with pytest.raises(ValueError, match='BASE has a meaning in config files only'):
+        get_config(None, ['BASE', ['a.yaml']])
+
+
+# ---- frozen, in range
+
+def test_frozen():
+    config = get_config()
+    for node, key in ((config, 'SEED'), (config.DATA, 'IMAGE_SIZE'), (config.TRAIN, 'NEW')):
+        with pytest.raises(AttributeError):
+            setattr(node, key, 1)
+
+
+def test_every_range_is_of_an_option():
+    assert {*module.CHOICES, *module.AT_LEAST, *module.PROBABILITIES} <= DEFAULTS.keys()
+
+
+@pytest.mark.parametrize('key, value', [
+    *((key, 'other') for key in module.CHOICES), *((key, least - 1) for key, least in module.AT_LEAST.items()),
+    *((key, value) for key in module.PROBABILITIES for value in (-0.01, 1.01)),
+    ('TRAIN.BASE_LR', float('nan')), ('TRAIN.HFLIP', float('nan')), ('DATA.CROP_PCT', 0.0), ('DATA.CROP_PCT', 1.01),
+    ('DATA.MEAN', [0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', [0.5]), ('TRAIN.CROP_SCALE', [0.5, 0.4]),
+    ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
+    ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5), ('TRAIN.EMA_DECAY', 1.0),
+    ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]),
+    ('MODEL.WIDTHS', [8]), ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.HEADS', []), ('MODEL.STAGES', ['conv'])])
+def test_out_of_range(key, value):
+    with pytest.raises(ValueError, match=key.replace('.', r'\.')):
+        get_config(None, [key, value])
+
+
+@pytest.mark.parametrize('key, value', [
+    *((key, choice) for key, choices in module.CHOICES.items() for choice in choices), *module.AT_LEAST.items(),
+    *((key, value) for key in module.PROBABILITIES for value in (0, 1) if (key, value) != ('TRAIN.EMA_DECAY', 1)),
+    ('DATA.CROP_PCT', 1)])
+def test_limits_are_in_range(key, value):
+    opts = [key, value, 'TRAIN.WARMUP_EPOCHS', 0]
+    assert flatten(get_config(None, opts))[key] == value
+
+
+# ---- the command line
+
+FLAGS = {
+    'data_path': ('some dir', 'DATA.DATA_PATH', 'some dir'), 'dataset': ('imagenet2012', 'DATA.DATASET', 'imagenet2012'),
+    'batch_size': ('3', 'DATA.BATCH_SIZE', 3), 'batch_size_eval': ('4', 'DATA.BATCH_SIZE_EVAL', 4),
+    'image_size': ('512', 'DATA.IMAGE_SIZE', 512), 'num_workers': ('0', 'DATA.NUM_WORKERS', 0),
+    'accum_iter': ('2', 'TRAIN.ACCUM_ITER', 2), 'pretrained': ('a.pdparams', 'MODEL.PRETRAINED', 'a.pdparams'),
+    'resume': ('auto', 'MODEL.RESUME', 'auto'), 'last_epoch': ('0', 'TRAIN.LAST_EPOCH', 0), 'output': ('7', 'OUTPUT', '7'),
+    'device': ('cpu', 'DEVICE', 'cpu'), 'nprocs': ('2', 'NPROCS', 2), 'eval': (None, 'EVAL', True), 'amp': (None, 'AMP', True),
+}
+
+
+@pytest.mark.parametrize('name', FLAGS)
+@pytest.mark.parametrize('dashes', ['-', '--'])
+def test_flags(name, dashes):
+    text, key, expected = FLAGS[name]
+    forms = [[dashes + name]] if text is None else [[dashes + name, text], [f'{dashes}{name}={text}']]
+    for argv in forms:
+        assert flatten(parse_args(argv)) == DEFAULTS | {key: expected}
+
+
+def test_the_flags_above_are_all(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(['-h'])
+    assert stop.value.code == 0
+    assert {*re.findall(r'^ +-\w.*?, --(\w+)', capsys.readouterr().out, re.M)} == {*FLAGS, 'help', 'cfg', 'opts'}
+
+
+@pytest.mark.parametrize('cfg', [['-cfg=FILE'], ['--cfg=FILE'], ['-cfg', 'FILE'], ['--cfg', 'FILE']])
+@pytest.mark.parametrize('opts', ['-opts', '--opts'])
+def test_cfg_flags_and_opts(write, cfg, opts):
+    path = write('a.yaml', 'SEED: 1\nDATA: {BATCH_SIZE: 1, IMAGE_SIZE: 1}\nEVAL: True')
+    flags = ['-batch_size=2', '-image_size=2', '-last_epoch', '-1']
+    config = parse_args([text.replace('FILE', path) for text in cfg] + flags
+                        + [opts, 'DATA.IMAGE_SIZE', '3', 'TRAIN.BASE_LR', '1e-2'])
+    changed = {'SEED': 1, 'DATA.BATCH_SIZE': 2, 'DATA.IMAGE_SIZE': 3, 'TRAIN.BASE_LR': 0.01, 'EVAL': True}
+    assert flatten(config) == DEFAULTS | changed
+
+
+def test_opts_add_up():
+    config = parse_args(['-opts', 'SEED', '1', 'NPROCS', '2', '-amp', '-opts', 'SAVE_KEEP', '9', 'TRAIN.LAST_EPOCH', '-1'])
+    assert flatten(config) == DEFAULTS | {'SEED': 1, 'NPROCS': 2, 'AMP': True, 'SAVE_KEEP': 9}
+    assert flatten(parse_args([])) == DEFAULTS
+
+
+def test_the_program_s_own_arguments_are_the_default(monkeypatch):
+    monkeypatch.setattr('sys.argv', ['main.py', '-batch_size', '9'])
+    assert parse_args().DATA.BATCH_SIZE == 9
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['-batch_size', 'many'], "DATA.BATCH_SIZE must be a whole number, got 'many'"),
+    (['-batch_size=0'], 'DATA.BATCH_SIZE is 0; it must be at least 1'),
+    (['-device', 'tpu'], "DEVICE is 'tpu'; it can be auto or gpu or cpu"),
+    (['-cfg', 'none.yaml'], 'none.yaml: no such config file'),
+    (['-opts', 'SED', '1'], 'unknown option SED; did you mean SEED?'),
+    (['-opts', 'SEED'], "'SEED' has no value"),
+    (['-batchsize', '3'], 'unrecognized arguments: -batchsize 3'),
+    (['--batch', '3'], 'unrecognized arguments: --batch 3'),           # no abbreviations
+    (['-batch_size'], 'expected one argument'),
+    (['train'], 'unrecognized arguments: train')])
+def test_errors_end_with_one_line(argv, message, capsys):
+    assert message in refuses(argv, capsys)
+
+
+@pytest.mark.parametrize('content', ['DATA: {IMAGE_SIZE: 3', 'TRIAN: {BASE_LR: 1}', 'SEED: x', 'BASE: none.yaml'])
+def test_errors_in_files_end_with_one_line(write, content, capsys):
+    path = write('wrong.yaml', content)
+    assert path in refuses(['-cfg', path], capsys)
+
+
+# ---- files of the repository, written files
+
+@pytest.mark.parametrize('changes', [[], ['SEED', 3, 'OUTPUT', '007', 'TRAIN.EPS', 1e-12, 'TRAIN.BETAS', [0, 0.5], 'AMP', True,
+                                          'MODEL.STEM', '3x3', 'TRAIN.CROP_RATIO', [1 / 3, 3], 'DATA.DATA_PATH', 'a: b # c']])
+def test_dump_loads_back(write, changes, request):
+    config = get_config(request.config.rootpath / 'configs/halonet_50ts_256.yaml', changes)
+    assert get_config(write('config.yaml', config.dump())) == config
+
+
+def test_use_as_in_the_readme(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    config = get_config('./configs/halonet_26t_256.yaml')
+    assert (config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, config.MODEL.NAME) == (256, 0.95, 'halonet_26t')
+    config = get_config('./configs/halonet_50ts_256.yaml')
+    assert (config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, config.MODEL.NAME) == (256, 0.94, 'halonet_50ts')
+
+
+def test_every_config_file_is_valid(request):
+    paths = sorted((request.config.rootpath / 'configs').glob('*.yaml'))
+    assert len(paths) >= 2
+    for path in paths:
+        name = get_config(path).MODEL.NAME
+        assert path.name.startswith('_') or path.name.startswith(name)
+
+
+# ---- the shape of the code
+
+MAY_IMPORT = {                              # top-level module -> those of ours that it may import
+    'config': set(), 'augment': set(), 'optim': set(), 'utils': set(),
+    'weights': {'utils'},
+    'halonet': {'weights', 'ops'},
+    'datasets': {'augment', 'utils'},
+    'checkpoint': {'utils', 'weights'},
+    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
+    'main_multi_gpu': {'config', 'engine', 'utils'},
+    'main_single_gpu': {'config', 'engine'},
+}
+STANDARD_AND_PADDLE = {'math', 'paddle'}    # all that halonet.py may need besides
+
+
+def top_level(request):
+    """{module name: its syntax tree} of the Python files in the root of the repository."""
+    return {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(request.config.rootpath.glob('*.py'))}
+
+
+def imports(tree):
+    """The packages and modules, without what follows a dot, that are imported anywhere in a syntax tree."""
+    nodes = list(ast.walk(tree))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or '.' for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split('.')[0] for name in names}
+
+
+def test_imports_point_one_way(request):
+    trees = top_level(request)
+    assert trees.keys() <= MAY_IMPORT.keys(), 'give a new module its line in MAY_IMPORT'
+    ours = MAY_IMPORT.keys() | {'ops', 'tools', 'tests'}
+    too_many = {name: imports(tree) & ours - MAY_IMPORT[name] for name, tree in trees.items()}
+    assert {name: modules for name, modules in too_many.items() if modules} == {}
+    assert imports(trees['halonet']) <= MAY_IMPORT['halonet'] | STANDARD_AND_PADDLE
+
+
+def test_every_option_is_read(request):
+    """`.KEY` stands, as code, in some module besides config.py."""
+    trees = [tree for name, tree in top_level(request).items() if name != 'config']
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert [key for key in DEFAULTS if key != 'BASE' and key.split('.')[-1] not in read] == []
+    names = [key.split('.')[-1] for key in DEFAULTS]
+    assert len(names) == len({*names})              # or the check above could mistake one option for another
