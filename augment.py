@@ -1,0 +1,305 @@
+"""Augmentation as pure functions: of one PIL image, and of a batch of tensors. Inputs are never changed.
+
+Every function that draws takes a numpy Generator. Ours come from `rng_for`, which makes each draw a function of the seed
+and of what is drawn for (a sample of an epoch, a step), whatever the number of processes, workers and restarts.
+RandAugment, random erasing, mixup and cutmix follow timm 1.0.31 in their operations, ranges and distributions.
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+ORDER, TRANSFORM, ERASE, MIX, DROPOUT = range(1, 6)          # what a generator is for: the first of its keys
+ATTEMPTS = 10                                       # to find a rectangle that fits
+ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+FULL_LEVEL = 10                                     # the magnitude at which an operation reaches the end of its range
+
+
+def rng_for(seed, purpose, *key):
+    """The generator of one purpose (ORDER, ...) and key; a purpose always takes as many keys, or streams could coincide."""
+    return np.random.default_rng([seed, purpose, *(int(k) for k in key)])
+
+
+# One image: PIL RGB -> PIL RGB
+
+def random_resized_crop(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A crop with a share of the area in `scale` and width/height in `ratio`, resized to (size, size); bicubic."""
+    left, top, width, height = _crop_box(*image.size, rng, scale, ratio)
+    # resize(box=) would be one call, but its filter looks beyond the crop and gives other pixels
+    return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _crop_box(width, height, rng, scale, ratio):
+    for _ in range(ATTEMPTS):
+        h, w = _random_sides(rng, width * height, scale, (1 / ratio[1], 1 / ratio[0]))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w = min(width, round(height * ratio[1]))         # the largest centre crop that keeps to `ratio`
+    h = min(height, round(width / ratio[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _random_sides(rng, area, scale, ratio):
+    """Height and width of a rectangle: its area uniform in `scale` of `area`, height/width log-uniform in `ratio`."""
+    area = rng.uniform(*scale) * area
+    ratio = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+
+
+def random_flip(image, rng, probability=0.5):
+    """The image, mirrored left to right with this probability."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
+
+
+def color_jitter(image, strength, rng):
+    """Brightness, contrast and saturation in random order, each by a factor uniform in [max(0, 1 - strength), 1 + strength]."""
+    if strength == 0:
+        return image
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for i in rng.permutation(3):
+        image = enhancers[i](image).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+    return image
+
+
+# RandAugment
+
+def _affine(matrix):
+    return lambda image, value, how: image.transform(image.size, Image.Transform.AFFINE, matrix(value, *image.size), **how)
+
+
+def _enhance(enhancer):
+    return lambda image, value, how: enhancer(image).enhance(value)
+
+
+def _lookup(new):
+    return lambda image, value, how: image.point([new(i, value) for i in range(256)] * 3)
+
+
+def _signed(end):
+    return lambda level, rng: level * end * (1 if rng.random() < 0.5 else -1)
+
+
+def _between(start, end):
+    return lambda level, rng: start + level * (end - start)
+
+
+def _strength(level, rng):
+    return max(0.1, 1 + _signed(0.9)(level, rng))
+
+
+def _posterize(pixel, bits):
+    return pixel & (256 - 2 ** (8 - min(max(bits, 0), 8)))  # ImageOps.posterize refuses 0 bits, a black image
+
+
+# name: (image, value, how -> image), (level, rng -> value), and where it differs the value whose effect increases with the
+# level, 0 to 1. `how` holds resample and fillcolor. Most values are as in the first TPU code, where some effects decrease.
+OPS = {
+    'AutoContrast': (lambda image, value, how: ImageOps.autocontrast(image), None),
+    'Equalize': (lambda image, value, how: ImageOps.equalize(image), None),
+    'Invert': (lambda image, value, how: ImageOps.invert(image), None),
+    'Rotate': (lambda image, value, how: image.rotate(value, **how), _signed(30)),
+    'Posterize': (_lookup(_posterize), lambda level, rng: int(level * 4), lambda level, rng: 4 - int(level * 4)),
+    'Solarize': (lambda image, value, how: ImageOps.solarize(image, value), lambda level, rng: min(256, int(level * 256)),
+                 lambda level, rng: 256 - min(256, int(level * 256))),
+    'SolarizeAdd': (_lookup(lambda pixel, value: min(255, pixel + value) if pixel < 128 else pixel),
+                    lambda level, rng: min(128, int(level * 110))),
+    'Color': (_enhance(ImageEnhance.Color), _between(0.1, 1.9), _strength),
+    'Contrast': (_enhance(ImageEnhance.Contrast), _between(0.1, 1.9), _strength),
+    'Brightness': (_enhance(ImageEnhance.Brightness), _between(0.1, 1.9), _strength),
+    'Sharpness': (_enhance(ImageEnhance.Sharpness), _between(0.1, 1.9), _strength),
+    'ShearX': (_affine(lambda value, width, height: (1, value, 0, 0, 1, 0)), _signed(0.3)),
+    'ShearY': (_affine(lambda value, width, height: (1, 0, 0, value, 1, 0)), _signed(0.3)),
+    'TranslateX': (_affine(lambda value, width, height: (1, 0, value * width, 0, 1, 0)), _signed(0.45)),
+    'TranslateY': (_affine(lambda value, width, height: (1, 0, 0, 0, 1, value * height)), _signed(0.45)),
+    'Desaturate': (_enhance(ImageEnhance.Color), lambda level, rng: max(0, 0.5 - 0.5 * level)),
+    'GaussianBlur': (lambda image, value, how: image.filter(ImageFilter.GaussianBlur(value)),
+                     lambda level, rng: min(2.0, 0.1 + 1.9 * level)),
+}
+RAND_OPS = tuple(OPS)[:15]
+WEIGHTS_0 = {'Rotate': 0.3, 'ShearX': 0.2, 'ShearY': 0.2, 'TranslateX': 0.1, 'TranslateY': 0.1, 'Color': 0.025,
+             'Sharpness': 0.025, 'AutoContrast': 0.025, 'Solarize': 0.005, 'SolarizeAdd': 0.005, 'Contrast': 0.005,
+             'Brightness': 0.005, 'Equalize': 0.005}
+OP_SETS = {                                         # name: weights; timm gives these sets increasing operations
+    'weights': {'Rotate': 3, 'ShearX': 2, 'ShearY': 2, 'TranslateX': 1, 'TranslateY': 1, 'Color': 0.25, 'Sharpness': 0.25,
+                'AutoContrast': 0.25, 'Solarize': 0.05, 'SolarizeAdd': 0.05, 'Contrast': 0.05, 'Brightness': 0.05,
+                'Equalize': 0.05, 'Posterize': 0.05, 'Invert': 0.05},
+    '3a': dict.fromkeys(('Solarize', 'Desaturate', 'GaussianBlur')),
+    '3aw': {'Solarize': 6, 'Desaturate': 6, 'GaussianBlur': 6, 'Rotate': 3, 'ShearX': 2, 'ShearY': 2, 'Posterize': 1,
+            'AutoContrast': 1, 'Color': 1, 'Sharpness': 1, 'Contrast': 1, 'Brightness': 1, 'Equalize': 1, 'Invert': 1},
+}
+GRAMMAR = ('rand, then any of -mN (magnitude), -nN (operations per image), -pX (probability of each), -mstdX (deviation of the '
+           'magnitude; above 100: uniform), -mmaxX (largest magnitude), -inc0 or -inc1 (effects increase with the magnitude), '
+           '-w0 (weighted choice), -tNAME (a set of operations: ' + ', '.join(OP_SETS) + '); such as rand-m9-mstd0.5-inc1')
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`layers` operations per image, drawn from `ops` (without replacement where they have weights), each applied with
+    `probability` at a magnitude that is normal about `magnitude`, uniform below it for an infinite `deviation`."""
+
+    ops: tuple = RAND_OPS
+    weights: tuple = None
+    increasing: bool = False
+    magnitude: float = 10
+    deviation: float = 0.0
+    largest: float = FULL_LEVEL
+    layers: int = 2
+    probability: float = 0.5
+
+    def draw_magnitude(self, rng):
+        uniform = math.isinf(self.deviation)
+        magnitude = rng.uniform(0, self.magnitude) if uniform else rng.normal(self.magnitude, self.deviation)
+        return min(max(magnitude, 0.0), self.largest)
+
+
+def parse_auto_augment(text):
+    """A string in timm's grammar, such as rand-m9-mstd0.5-inc1 -> RandAugment. Raises ValueError, saying what is allowed."""
+    start, *parts = text.split('-')
+    given = {}
+    for part in parts:
+        match = re.fullmatch(r'(mstd|mmax|m|p)(\d+\.?\d*)|(inc|n|w)(\d+)|(t)(\w+)', part, re.ASCII)
+        key, value = [group for group in match.groups() if group] if match else ('', '')
+        if not match or key in given:
+            problem = 'given twice' if match else 'unknown'
+            raise ValueError(f'AUTO_AUGMENT {text!r}: {part!r} is {problem}; write {GRAMMAR}')
+        given[key] = value if key == 't' else float(value)
+    layers, deviation = int(given.get('n', 2)), given.get('mstd', 0.0)
+    weights = WEIGHTS_0 if 'w' in given else OP_SETS.get(given.get('t'), dict.fromkeys(RAND_OPS))
+    weighted = None not in weights.values()
+    wrong = (start != 'rand' or layers < 1 or given.get('p', 0) > 1 or given.get('mmax', 1) <= 0 or given.get('inc', 0) > 1
+             or given.get('w', 0) > 0 or 't' in given and (given['t'] not in OP_SETS or 'w' in given))
+    if wrong or weighted and layers > len(weights):
+        raise ValueError(f'AUTO_AUGMENT is {text!r}; write {GRAMMAR}')
+    return RandAugment(
+        ops=tuple(weights), weights=tuple(weight / sum(weights.values()) for weight in weights.values()) if weighted else None,
+        increasing=bool(given.get('inc')) or 't' in given, magnitude=given.get('m', 10.0),
+        deviation=math.inf if deviation > 100 else deviation, largest=given.get('mmax', FULL_LEVEL), layers=layers,
+        probability=given.get('p', 0.5))
+
+
+def rand_augment(image, policy, rng, fill=(128, 128, 128)):
+    """The image after the operations that the RandAugment `policy` draws; `fill` is the colour of what moves into view."""
+    for i in rng.choice(len(policy.ops), policy.layers, replace=policy.weights is None, p=policy.weights):
+        if rng.random() < policy.probability:
+            image = apply_op(image, policy.ops[i], policy.draw_magnitude(rng), rng, fill, policy.increasing)
+    return image
+
+
+def apply_op(image, name, magnitude, rng, fill, increasing):
+    """One operation of OPS at a magnitude (FULL_LEVEL: the end of its range), its direction and filter drawn from `rng`."""
+    apply, *values = OPS[name]
+    value = values[-1] if increasing else values[0]
+    value = value(magnitude / FULL_LEVEL, rng) if value else None
+    resample = Image.Resampling.BILINEAR if rng.random() < 0.5 else Image.Resampling.BICUBIC
+    return apply(image, value, {'resample': resample, 'fillcolor': fill})
+
+
+# A batch: random erasing
+
+def erase_box(rng, height, width, probability):
+    """(top, left, height, width) of the rectangle to erase in an image of height x width, or None for none."""
+    if rng.random() >= probability:
+        return None
+    for _ in range(ATTEMPTS):
+        h, w = _random_sides(rng, height * width, ERASE_AREA, ERASE_RATIO)
+        if 0 < h < height and 0 < w < width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return None
+
+
+def erase(images, boxes, rngs, mode):
+    """Normalised float images (B, 3, H, W) with the box of each filled: by 'const' with 0, the mean colour, by 'pixel' with
+    normal noise from the generator of each. New tensor."""
+    images = images.clone()
+    for i, (box, rng) in enumerate(zip(boxes, rngs)):
+        if box is not None:
+            top, left, h, w = box
+            noise = rng.standard_normal((3, h, w), dtype=np.float32) if mode == 'pixel' else np.zeros((3, h, w), np.float32)
+            images[i, :, top:top + h, left:left + w] = paddle.to_tensor(noise).astype(images.dtype)
+    return images
+
+
+def erase_batch(images, indices, epoch, *, seed, probability, mode):
+    """`erase` with boxes and noise that depend on (seed, epoch, index of the sample) only; images (B, 3, H, W), indices (B,)."""
+    if probability == 0:
+        return images
+    rngs = [rng_for(seed, ERASE, epoch, index) for index in np.asarray(indices)]
+    return erase(images, [erase_box(rng, *images.shape[2:], probability) for rng in rngs], rngs, mode)
+
+
+# A batch: targets, mixup and cutmix
+
+def one_hot(labels, num_classes, smoothing=0.0):
+    """Labels (B,) -> float32 targets (B, num_classes): 1 - smoothing on the label, plus smoothing / num_classes on each class."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+class NoMix:
+    """The mixing that leaves a batch as it is."""
+
+    def __call__(self, images, targets, rng):
+        return images, targets
+
+
+@dataclass(frozen=True)
+class Mix:
+    """mixup or cutmix of a whole batch: images (B, 3, H, W), soft targets (B, K), rng -> new images, new targets.
+
+    One lambda per call, from Beta(alpha, alpha); for cutmix corrected to the part of the image that stays.
+    """
+
+    mixup_alpha: float
+    cutmix_alpha: float
+    probability: float = 1.0
+    switch_probability: float = 0.5
+
+    def __call__(self, images, targets, rng):
+        if rng.random() >= self.probability:
+            return images, targets
+        cut = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < self.switch_probability)
+        alpha = self.cutmix_alpha if cut else self.mixup_alpha
+        lam = float(rng.beta(alpha, alpha))
+        partner = _partners(len(images))
+        if not cut:
+            images = _blend(images, partner, lam)
+        else:
+            (top, bottom, left, right), lam = cut_box(rng, *images.shape[2:], lam)
+            if lam < 1:
+                other = images[:, :, top:bottom, left:right].gather(partner)
+                images = images.clone()
+                images[:, :, top:bottom, left:right] = other
+        return images, _blend(targets, partner, lam)
+
+
+def _partners(batch):
+    # Neighbours are mixed, i with i ^ 1, not i with the i-th from behind as is usual: neighbours stay together however a
+    # global batch is split over processes and accumulated passes (of even size), so the result does not depend on it.
+    partner = np.arange(batch) ^ 1
+    return paddle.to_tensor(np.where(partner < batch, partner, batch - 1))  # the last of an odd batch is its own partner
+
+
+def _blend(x, partner, lam):
+    return x * lam + x.gather(partner) * (1 - lam)
+
+
+def cut_box(rng, height, width, lam):
+    """(top, bottom, left, right) of a box with 1 - lam of the area about a random centre, cut off at the border; and the
+    share of the image outside it."""
+    side = math.sqrt(1 - lam)
+    (top, bottom), (left, right) = (_cut_span(rng, length, int(length * side)) for length in (height, width))
+    return (top, bottom, left, right), 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _cut_span(rng, length, cut):
+    centre = int(rng.integers(length))
+    return max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, length)
+
+
+def make_mix(mixup_alpha, cutmix_alpha, probability=1.0, switch_probability=0.5):
+    """Mix, or NoMix where neither alpha is above 0."""
+    on = (mixup_alpha > 0 or cutmix_alpha > 0) and probability > 0
+    return Mix(mixup_alpha, cutmix_alpha, probability, switch_probability) if on else NoMix()

@@ -1,0 +1,321 @@
+"""From a list file to batches: reading and checking the list, the image transforms, the order, the loaders.
+
+A sample is named (epoch, index). Its order, crop and colours are functions of the seed and that name, so a run can stop
+and go on at any batch, with another number of processes or workers, and see the same pictures.
+"""
+import math
+import os
+import re
+import signal
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import paddle
+from PIL import Image, UnidentifiedImageError
+
+import augment
+import utils
+
+LIST_FORMAT = "lines of 'relative/path label'"
+SHOWN = 10                                          # bad lines quoted in an error
+WORKER_PATIENCE = 10                                # seconds a worker gets to finish its batch when nobody wants it any more
+
+
+class DataError(ValueError):
+    """An image that cannot be read, and DATA.ON_ERROR does not allow to leave it out."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The samples of a list file: names below `data_path`, labels (n,) int64, and the line of each (n,) int64."""
+
+    list_file: str
+    data_path: str
+    names: list
+    labels: np.ndarray
+    lines: np.ndarray
+
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, index):
+        return os.path.join(self.data_path, self.names[index])
+
+    def where(self, index):
+        return f'{self.list_file}:{self.lines[index]}'
+
+
+def read_list(list_file, data_path, num_classes):
+    """The ImageList in a text file of 'relative/path label' lines; blank lines and lines that start with # do not count.
+
+    Whether the images exist is seen when they are read. Raises FileNotFoundError, and ValueError with the bad lines.
+    """
+    if not os.path.isfile(list_file):
+        raise FileNotFoundError(f'{list_file}: no such list file; expected {LIST_FORMAT}, as the README describes')
+    names, labels, lines, bad = [], [], [], []
+    with open(list_file, encoding='utf-8-sig') as file:
+        try:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if line and not line.startswith('#'):
+                    name, label, problem = _parse_line(line, num_classes)
+                    if problem:
+                        bad.append(f'{list_file}:{number}: {problem}')
+                    names.append(name)
+                    labels.append(label)
+                    lines.append(number)
+        except UnicodeDecodeError:
+            raise ValueError(f'{list_file}: not a UTF-8 text file; expected {LIST_FORMAT}') from None
+    if bad:
+        raise ValueError(f'{list_file}: {len(bad)} bad lines' + ''.join(f'\n  {line}' for line in bad[:SHOWN])
+                         + (f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''))
+    if not names:
+        raise ValueError(f'{list_file}: the list is empty; expected {LIST_FORMAT}')
+    return ImageList(list_file, data_path, names, np.array(labels, np.int64), np.array(lines, np.int64))
+
+
+def _parse_line(line, num_classes):
+    """'relative/path label' -> name, label, what is wrong or ''."""
+    name, *rest = line.rsplit(None, 1)
+    shown = line if len(line) <= 100 and line.isprintable() else ascii(line[:100])
+    if not rest:
+        return '', 0, f"no label in {shown}; expected 'relative/path label'"
+    if not re.fullmatch(r'[+-]?\d{1,18}', rest[0], re.ASCII):
+        return '', 0, f'label {ascii(rest[0][:40])} is not a whole number'
+    label = int(rest[0])
+    if not 0 <= label < num_classes:
+        return '', 0, f'label {label} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})'
+    if os.path.isabs(name):
+        return '', 0, f'{shown}: the path is absolute; it must be relative to DATA.DATA_PATH'
+    if '..' in name and os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        return '', 0, f'{shown}: the path leaves DATA.DATA_PATH'
+    return name, label, ''
+
+
+# Pixels
+
+def eval_pixels(image, image_size, crop_pct):
+    """A PIL image of any mode -> uint8 (H, W, 3): shorter side to floor(image_size / crop_pct), bicubic, then the centre.
+
+    Equal to torchvision's Resize and CenterCrop as timm puts them together, pixel by pixel.
+    """
+    image = image.convert('RGB')
+    width, height = image.size
+    side = math.floor(image_size / crop_pct)
+    if width <= height:
+        image = image.resize((side, int(side * height / width)), Image.Resampling.BICUBIC)
+    else:
+        image = image.resize((int(side * width / height), side), Image.Resampling.BICUBIC)
+    left, top = (_centre(length, image_size) for length in image.size)
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))  # beyond the border are zeros
+
+
+def _centre(length, size):
+    return round((length - size) / 2) if length >= size else -((size - length) // 2)
+
+
+def train_pixels(image, rng, *, image_size, scale, ratio, flip, policy, jitter, fill):
+    """An RGB image -> uint8 (H, W, 3): random crop, flip, then RandAugment by `policy`, or else colour jitter."""
+    image = augment.random_resized_crop(image, image_size, rng, scale, ratio)
+    image = augment.random_flip(image, rng, flip)
+    image = augment.rand_augment(image, policy, rng, fill) if policy else augment.color_jitter(image, jitter, rng)
+    return np.asarray(image)
+
+
+def normalise(images, mean, std):
+    """uint8 images (B, 3, H, W) -> float32; mean and std are of RGB in [0, 1]."""
+    mean, std = (paddle.to_tensor(255 * np.asarray(value)[:, None, None], 'float32') for value in (mean, std))  # (3, 1, 1)
+    return (images.astype('float32') - mean) / std
+
+
+# Samples
+
+class ListDataset:
+    """dataset[epoch, index] -> uint8 pixels (3, S, S), label, index; or, for an image that cannot be read, what is wrong.
+
+    The text goes to the consumer as data: an exception in a reading process reaches it without its message.
+    `transform` makes uint8 (S, S, 3) of an image and a generator.
+    """
+
+    def __init__(self, samples, transform, image_size, seed):
+        self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path = self.samples.path(index)
+        try:
+            with Image.open(path) as file:
+                image = file.convert('RGB')
+        except Exception as error:                  # Pillow may raise nearly anything for a damaged file
+            return f'{self.samples.where(index)} {path}: {_reason(error, path)}'
+        pixels = self.transform(image, augment.rng_for(self.seed, augment.TRANSFORM, epoch, index))
+        return pixels.transpose(2, 0, 1), self.samples.labels[index], index
+
+    def collate(self, items):
+        """Items -> images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere."""
+        images = np.zeros((len(items), 3, self.image_size, self.image_size), np.uint8)
+        labels, indices = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
+        for i, item in enumerate(items):
+            if not isinstance(item, str):
+                images[i], labels[i], indices[i] = item
+        return [images, labels, indices, [item if isinstance(item, str) else '' for item in items]]
+
+
+def _reason(error, path):
+    if isinstance(error, UnidentifiedImageError):
+        return 'the file is empty' if os.path.getsize(path) == 0 else 'not an image in a format that Pillow knows'
+    return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+
+
+# Order
+
+class TrainSampler:
+    """Micro-batches of (epoch, index) for one rank, in an order that is a function of seed and epoch.
+
+    Micro-batch k of all ranks together is the k-th slice of the permutation, so an order does not depend on how many
+    processes share it. The tail that does not fill a micro-batch of every rank is left out. Raises ValueError where
+    nothing else is left.
+    """
+
+    even = True                                     # every rank draws the same number of batches
+
+    def __init__(self, num_samples, batch_size, seed, rank=0, world=1):
+        if num_samples < batch_size * world:
+            most = num_samples // world
+            smaller = f'lower DATA.BATCH_SIZE to {most} or less, or ' if most else ''
+            raise ValueError(f'{num_samples} training images do not fill one batch of {batch_size} on each of {world} '
+                             f'process(es); {smaller}use fewer processes or more images')
+        self.num_samples, self.batch_size, self.seed, self.rank, self.world = num_samples, batch_size, seed, rank, world
+
+    def __len__(self):
+        return self.num_samples // (self.batch_size * self.world)
+
+    def batches(self, epoch, start=0):
+        order = augment.rng_for(self.seed, augment.ORDER, epoch).permutation(self.num_samples)
+        for k in range(start, len(self)):
+            first = (k * self.world + self.rank) * self.batch_size
+            yield [(epoch, index) for index in order[first:first + self.batch_size].tolist()]
+
+
+class EvalSampler:
+    """Batches of (epoch, index) of every world-th sample from `rank` on, in order, each sample on exactly one rank."""
+
+    even = False
+
+    def __init__(self, num_samples, batch_size, rank=0, world=1):
+        self.indices, self.batch_size = range(rank, num_samples, world), batch_size
+
+    def __len__(self):
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    def batches(self, epoch, start=0):
+        for first in range(start * self.batch_size, len(self.indices), self.batch_size):
+            yield [(epoch, index) for index in self.indices[first:first + self.batch_size]]
+
+
+# Loader
+
+class Loader:
+    """Batches of a dataset in a sampler's order; len() of them in an epoch. `skipped` counts samples left out in the last one.
+
+    An unreadable image raises DataError, or with on_error='skip' is left out, counted, and logged once.
+    """
+
+    def __init__(self, dataset, sampler, *, num_workers=0, on_error='raise'):
+        self.dataset, self.sampler, self.num_workers, self.on_error = dataset, sampler, num_workers, on_error
+        self.skipped, self._logged = 0, set()
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def epoch(self, epoch, start=0):
+        """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
+
+        Raises DataError, and RuntimeError where a data process died.
+        """
+        self.skipped = 0
+        batches = self.sampler.batches(epoch, start)
+        for *tensors, texts in self._read(batches) if self.num_workers == 0 else self._read_in_workers(batches):
+            good = [i for i, text in enumerate(texts) if not text]
+            if len(good) < len(texts):
+                self._report([text for text in texts if text])
+                if not good and self.sampler.even:  # one rank without this step would leave the others waiting for it
+                    raise DataError(f'no image of a whole training batch can be read, the last is {texts[-1]}')
+                if not good:
+                    continue
+                tensors = [tensor.gather(paddle.to_tensor(good)) for tensor in tensors]
+            yield tuple(tensors)
+
+    def _report(self, problems):
+        if self.on_error == 'raise':
+            raise DataError(f'{problems[0]}; mend the image or its line, or set DATA.ON_ERROR skip to train without it')
+        self.skipped += len(problems)
+        for problem in problems:
+            if problem not in self._logged:
+                self._logged.add(problem)
+                utils.log.warning('left out: %s', problem)
+
+    def _read(self, batches):
+        # by hand: without workers, paddle.io.DataLoader waits forever once reading has raised
+        for keys in batches:
+            *arrays, texts = self.dataset.collate([self.dataset[key] for key in keys])
+            yield *(paddle.to_tensor(array) for array in arrays), texts
+
+    def _read_in_workers(self, batches):
+        handler = signal.getsignal(signal.SIGCHLD)
+        reader = iter(paddle.io.DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.dataset.collate,
+                                           num_workers=self.num_workers, worker_init_fn=_init_worker))
+        # Paddle's handler raises a worker's death in whatever the trainer is doing, such as writing a checkpoint; without it
+        # the next batch raises, after at most 5 s
+        signal.signal(signal.SIGCHLD, handler)
+        try:
+            yield from reader
+        except SystemError as error:                # all that Paddle tells, whatever happened
+            raise RuntimeError(
+                'a data worker died; if nothing above says why, it probably ran out of memory: look at free memory and '
+                'at /dev/shm (df -h /dev/shm), lower DATA.NUM_WORKERS or DATA.BATCH_SIZE') from error
+        finally:
+            reader._try_shutdown_all(WORKER_PATIENCE)  # its own thread holds on to it: left alone, its workers stay for good
+
+
+def _init_worker(worker_id):
+    # The launcher sends SIGTERM to the trainer's whole process group; without a group of their own the workers would die
+    # of it, and with them the batches that the trainer needs to reach its next step and save. And Paddle's worker waits
+    # for work without a time limit: it would outlive a trainer that is killed.
+    os.setpgrp()
+    utils.die_with_parent()
+    warnings.filterwarnings('ignore', module='PIL')  # odd metadata, which every worker would tell anew in every epoch
+
+
+def build_train(config, rank=0, world=1):
+    """The Loader of train_list.txt for one rank, as the config says. Raises as read_list and TrainSampler."""
+    train, data = config.TRAIN, config.DATA
+    transform = partial(
+        train_pixels, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE, ratio=train.CROP_RATIO, flip=train.HFLIP,
+        policy=augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None, jitter=train.COLOR_JITTER,
+        fill=tuple(min(255, round(255 * value)) for value in data.MEAN))
+    dataset = _dataset(config, 'train_list.txt', transform)
+    sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world)
+    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
+
+
+def build_eval(config, rank=0, world=1):
+    """The Loader of val_list.txt for one rank, as the config says. Raises as read_list."""
+    data = config.DATA
+
+    def transform(image, rng):
+        return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
+
+    dataset = _dataset(config, 'val_list.txt', transform)
+    sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
+    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
+
+
+def _dataset(config, name, transform):
+    samples = read_list(os.path.join(config.DATA.DATA_PATH, name), config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
+    return ListDataset(samples, transform, config.DATA.IMAGE_SIZE, config.SEED)
