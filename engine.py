@@ -1,0 +1,333 @@
+"""Training and evaluation: `run(config)` builds everything, then goes through the epochs; both main programs call it."""
+import math
+import os
+import platform
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable
+
+import utils  # isort: skip  (first: it prepares for Paddle's import)
+
+import paddle
+from paddle import nn
+
+import augment
+import checkpoint
+import datasets
+import optim
+import weights
+from halonet import build_halonet
+from utils import log
+
+
+@paddle.utils.unique_name.guard()                   # Paddle numbers optimizer state by what the process has built before
+def run(config):
+    """Train, or with EVAL only evaluate, as the config says. Returns the last evaluation: {'val': {'acc1': ..., ...}, ...}.
+
+    Raises ValueError or OSError, saying what to mend, for input that does not fit.
+    """
+    device = utils.start(config.DEVICE)
+    folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
+    utils.setup_logger(folder)
+    describe(config, device, folder)
+    evaluation = Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
+                            to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
+                            autocast=build_autocast(config, device))
+    paddle.seed(config.SEED)
+    model = build_halonet(config)
+    log.info('%s: %.2f M parameters', config.MODEL.NAME, sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6)
+    metrics = utils.Metrics(folder)
+    if config.EVAL:
+        load_for_evaluation(model, config)
+        return {'val': report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)}
+    training = build_training(config, model, device)
+    progress = restore(training, config, folder, metrics)
+    return train(training, evaluation, progress, folder, metrics)
+
+
+@utils.plain_errors()
+def main(config):
+    """`run` for a command line: a mistake of the user ends it with one line and exit code 1."""
+    run(config)
+
+
+# ---- construction
+
+@dataclass
+class Evaluation:
+    """What an evaluation needs beside the model."""
+    loader: datasets.Loader
+    to_input: Callable                              # uint8 images -> network input
+    autocast: Callable                              # -> the context of a forward pass
+
+
+@dataclass
+class Training:
+    """What a training run consists of, and its derived numbers."""
+    model: nn.Layer
+    parallel: nn.Layer                              # the same network, reducing gradients over the processes
+    optimizer: paddle.optimizer.Optimizer
+    scaler: paddle.amp.GradScaler
+    ema: Any
+    loader: datasets.Loader
+    to_input: Callable                              # uint8 images, indices, epoch -> network input
+    to_targets: Callable                            # labels -> soft targets
+    mix: Callable                                   # input, targets, rng -> input, targets
+    autocast: Callable
+    lr_at: Callable                                 # optimizer step -> learning rate
+    seed: int
+    epochs: int
+    accum: int                                      # forward passes per optimizer step
+    grad_clip: float
+    report_freq: int
+    validate_freq: int
+    save_freq: int
+    save_keep: int
+
+    @property
+    def steps_per_epoch(self):
+        return -(-len(self.loader) // self.accum)   # the last step of an epoch may have fewer forward passes
+
+
+@dataclass
+class Progress:
+    """How far a training run is."""
+    epoch: int = 0                                  # epochs done
+    step: int = 0                                   # optimizer steps done
+    best: dict = field(default_factory=dict)        # split -> [accuracy, epoch]
+
+
+def build_autocast(config, device):
+    """A function that gives the context of a forward pass: mixed precision with AMP on a GPU, nothing otherwise."""
+    if config.AMP and device == 'cpu':
+        log.info('-amp: mixed precision needs a GPU; going on in float32')
+    if not config.AMP or device == 'cpu':
+        return nullcontext
+    return partial(paddle.amp.auto_cast, level='O1', dtype=config.AMP_DTYPE)
+
+
+def build_training(config, model, device):
+    world = utils.world_size()
+    loader = datasets.build_train(config, utils.rank(), world)
+    train, data = config.TRAIN, config.DATA
+    log.info('%s: %d images to train on in %s', data.DATASET, len(loader.dataset), data.DATA_PATH)
+    global_batch = data.BATCH_SIZE * world * train.ACCUM_ITER
+    base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
+    steps_per_epoch = -(-len(loader) // train.ACCUM_ITER)
+    log.info('training: %d steps per epoch of %d images (%d per forward pass x %d processes x %d passes), learning rate %.3e',
+             steps_per_epoch, global_batch, data.BATCH_SIZE, world, train.ACCUM_ITER, base_lr)
+
+    def to_input(images, indices, epoch):
+        images = datasets.normalise(images, data.MEAN, data.STD)
+        return augment.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
+                                   mode=train.RANDOM_ERASE_MODE)
+
+    return Training(
+        model=model, parallel=paddle.DataParallel(model) if world > 1 else model,
+        optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
+        scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
+        loader=loader, to_input=to_input, autocast=build_autocast(config, device),
+        mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB),
+        to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
+        lr_at=partial(optim.lr_at, total_steps=train.NUM_EPOCHS * steps_per_epoch,
+                      warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch), base_lr=base_lr,
+                      warmup_lr=train.WARMUP_LR, end_lr=train.END_LR),
+        seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
+        report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ,
+        save_freq=config.SAVE_FREQ, save_keep=config.SAVE_KEEP)
+
+
+# ---- restoring
+
+def load_for_evaluation(model, config):
+    """The weights that -pretrained or -resume names."""
+    if config.MODEL.RESUME:
+        model.set_state_dict(checkpoint.load(config.MODEL.RESUME)['model'])
+    elif config.MODEL.PRETRAINED:
+        weights.load_pretrained(model, config.MODEL.PRETRAINED)
+    else:
+        raise ValueError('-eval needs weights: give -pretrained FILE')
+    log.info('evaluating %s', config.MODEL.RESUME or config.MODEL.PRETRAINED)
+
+
+def restore(training, config, folder, metrics):
+    """Go on from a checkpoint, else start from pretrained weights, else from scratch. Returns the Progress."""
+    resume = config.MODEL.RESUME
+    path, state, progress = resume, {}, Progress()
+    if resume:
+        path, state = checkpoint.newest(folder) if resume == 'auto' else (resume, checkpoint.load(resume))
+    if state:
+        training.model.set_state_dict(state['model'])
+        training.ema.load(state['ema'])
+        optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'])
+        if state['scaler'] and training.scaler.is_enable():
+            training.scaler.load_state_dict(state['scaler'])
+        progress = Progress(**state['progress'])
+        log.info('resumed from %s: %d epochs, %d steps done', path, progress.epoch, progress.step)
+    elif not resume and os.path.isdir(os.path.join(folder, checkpoint.FOLDER)):
+        raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, or choose another folder with -output')
+    elif config.MODEL.PRETRAINED:
+        weights.load_pretrained(training.model, config.MODEL.PRETRAINED)
+        training.ema = optim.build_ema(config, training.model)               # it starts at these weights
+        log.info('starting from the weights of %s', config.MODEL.PRETRAINED)
+    else:
+        log.info('no checkpoint in %s: starting from scratch' if resume else '%s: starting from scratch', folder)
+    if config.TRAIN.LAST_EPOCH >= 0:
+        progress.epoch, progress.step = config.TRAIN.LAST_EPOCH, config.TRAIN.LAST_EPOCH * training.steps_per_epoch
+        log.info('going on after epoch %d (-last_epoch)', progress.epoch)
+    metrics.rewind(progress.step)
+    return progress
+
+
+# ---- training
+
+def train(training, evaluation, progress, folder, metrics):
+    """The epochs that are left, each with its evaluation and checkpoint. Returns the last evaluation."""
+    results = {}
+    while progress.epoch < training.epochs:
+        train_one_epoch(training, progress, metrics)
+        progress.epoch += 1
+        utils.average_buffers(training.model)
+        last = progress.epoch == training.epochs
+        if last or progress.epoch % training.validate_freq == 0:
+            results = evaluate_all(training, evaluation, progress, folder, metrics)
+        if last or progress.epoch % training.save_freq == 0:
+            save_checkpoint(training, progress, folder)
+    for split in training.ema.splits:
+        with training.ema.applied(training.model, split):
+            save_weights(training.model, folder, 'final', split)
+    log.info('weights: %s', os.path.join(folder, 'final.pdparams'))
+    for split, (accuracy, epoch) in progress.best.items():
+        log.info('best %s: acc@1 %.2f after epoch %d', split, accuracy, epoch)
+    return results
+
+
+def train_one_epoch(training, progress, metrics):
+    model, rank = training.parallel, utils.rank()
+    model.train()
+    totals, start = utils.Totals(), time.perf_counter()
+    for batches in grouped(training.loader.epoch(progress.epoch), training.accum):
+        lr = training.lr_at(progress.step)
+        training.optimizer.set_lr(lr)
+        paddle.seed(int(augment.rng_for(training.seed, augment.DROPOUT, progress.step, rank).integers(2 ** 31)))
+        for i, (images, labels, indices) in enumerate(batches):
+            images = training.to_input(images, indices, progress.epoch)
+            images, targets = training.mix(images, training.to_targets(labels), mix_rng(training, progress))
+            with reduced_last(model, i, len(batches)):
+                with training.autocast():
+                    logits = model(images)
+                losses = optim.cross_entropy(logits, targets)
+                training.scaler.scale(losses.mean() / len(batches)).backward()
+            totals.add(losses, logits, targets.argmax(-1), progress.step)
+        training.scaler.unscale_(training.optimizer)
+        optim.clip_gradients(training.model, training.grad_clip)
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        training.optimizer.clear_grad()
+        training.ema.update(training.model)
+        progress.step += 1
+        if progress.step % training.report_freq == 0 or progress.step % training.steps_per_epoch == 0:
+            report_training(totals, training, progress, lr, time.perf_counter() - start, metrics)
+            totals, start = utils.Totals(), time.perf_counter()
+
+
+def mix_rng(training, progress):
+    """The same for all passes and processes of a step, so that the mixing does not depend on how the step is split."""
+    return augment.rng_for(training.seed, augment.MIX, progress.step)
+
+
+def grouped(items, size):
+    """Lists of `size` items; the last one may be shorter."""
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def reduced_last(model, i, count):
+    """Gradients are summed over the processes in the last of `count` backward passes only."""
+    return model.no_sync() if i + 1 < count and isinstance(model, paddle.DataParallel) else nullcontext()
+
+
+def report_training(totals, training, progress, lr, seconds, metrics):
+    """Log the stretch since the last report. A loss that is not finite stops every process here, together."""
+    result = totals.reduce()
+    if not math.isfinite(result['loss']):
+        step = totals.first_bad_step()
+        raise FloatingPointError(
+            f'the loss is not finite: epoch {progress.epoch + 1}, step {step + 1}, learning rate {training.lr_at(step):.3e}; '
+            'lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP or look at the data. The checkpoints before it are intact')
+    images_per_s = result['images'] / seconds
+    log.info('epoch %d/%d  step %d/%d  loss %.4f  acc@1 %.2f  lr %.3e  %.1f images/s', progress.epoch + 1, training.epochs,
+             progress.step, training.epochs * training.steps_per_epoch, result['loss'], result['acc1'], lr, images_per_s)
+    metrics.write(epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'], acc1=result['acc1'],
+                  acc5=result['acc5'], lr=lr, images_per_s=images_per_s)
+
+
+# ---- evaluation
+
+@paddle.no_grad()
+def evaluate(model, evaluation):
+    """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce()."""
+    model.eval()
+    totals, start = utils.Totals(), time.perf_counter()
+    for images, labels, _ in evaluation.loader.epoch(0):
+        with evaluation.autocast():
+            logits = model(evaluation.to_input(images))
+        losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
+        totals.add(losses, logits, labels)
+    if evaluation.loader.skipped:
+        log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
+    result = totals.reduce()
+    return {**result, 'images_per_s': result['images'] / (time.perf_counter() - start)}
+
+
+def evaluate_all(training, evaluation, progress, folder, metrics):
+    """Evaluate the weights and their moving average, where there is one; keep the best of each. Returns {split: result}."""
+    results = {}
+    for split in training.ema.splits:
+        with training.ema.applied(training.model, split):
+            result = results[split] = evaluate(training.model, evaluation)
+            report(result, metrics, split, progress.epoch, progress.step)
+            if result['acc1'] > progress.best.get(split, [-1])[0]:
+                progress.best[split] = [result['acc1'], progress.epoch]
+                save_weights(training.model, folder, 'best', split)
+    return results
+
+
+def report(result, metrics, split, epoch, step):
+    log.info('%sacc@1 %.2f  acc@5 %.2f  loss %.4f  (%d images)', 'ema ' if split == 'val_ema' else '',
+             result['acc1'], result['acc5'], result['loss'], result['images'])
+    metrics.write(epoch=epoch, step=step, split=split, lr=None, **{k: v for k, v in result.items() if k != 'images'})
+    return result
+
+
+# ---- saving
+
+def save_weights(model, folder, name, split):
+    """best or final weights -> NAME.pdparams, and those of the moving average -> NAME_ema.pdparams."""
+    path = os.path.join(folder, f'{name}{split[len("val"):]}.pdparams')
+    utils.on_rank_0(checkpoint.save_weights, path, model.state_dict())
+
+
+def save_checkpoint(training, progress, folder):
+    state = {'model': training.model.state_dict(), 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),
+             'optimizer': optim.optimizer_state(training.optimizer, training.model), 'progress': vars(progress)}
+    utils.on_rank_0(checkpoint.save, folder, progress.step, state, training.save_keep)
+
+
+def describe(config, device, folder):
+    """Write the config into the run folder and say what runs where."""
+    if utils.rank() == 0:
+        name = 'config_eval.yaml' if config.EVAL else 'config.yaml'
+        utils.atomic_write(os.path.join(folder, name), lambda file: file.write(config.dump().encode()))
+    if device == 'cpu' and config.DEVICE == 'auto':
+        log.info('no GPU: running on the CPU')
+    log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,
+             utils.world_size())

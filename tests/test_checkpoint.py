@@ -1,0 +1,117 @@
+"""Files of a run folder: whole or not there, recognised when damaged, the same bytes for the same content."""
+import os
+import pickle
+
+import numpy as np
+import paddle
+import pytest
+
+import checkpoint
+import utils
+
+
+def state(value):
+    return {'model': {'w': paddle.full([3], value)}, 'progress': {'epoch': 1, 'best': {'val': [97.5, 1]}}, 'scaler': {}}
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    checkpoint.save(str(tmp_path), 12, state(0.5), keep=1)
+    path, loaded = checkpoint.newest(tmp_path)
+    assert path.endswith('checkpoints/step_00000012.pdckpt')
+    assert loaded['progress'] == state(0)['progress'] and loaded['scaler'] == {}
+    np.testing.assert_array_equal(loaded['model']['w'], np.full(3, 0.5, 'float32'))
+
+
+def test_the_newest_few_are_kept_by_number(tmp_path):
+    for step in (8, 9, 100_000_000, 10):
+        checkpoint.save(str(tmp_path), step, state(step), keep=3)
+    assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == [
+        'step_100000000.pdckpt', 'step_00000010.pdckpt', 'step_00000009.pdckpt']
+
+
+@pytest.mark.parametrize('damage', [lambda data: data[:-1], lambda data: data[:100], lambda data: b'', lambda data: b'text',
+                                    lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], lambda data: data + b'x'])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
+    for step in (1, 2):
+        checkpoint.save(str(tmp_path), step, state(step), keep=3)
+    path = checkpoint.steps(tmp_path)[0]
+    with open(path, 'rb') as file:
+        data = file.read()
+    with open(path, 'wb') as file:
+        file.write(damage(data))
+    with pytest.raises(ValueError, match='step_00000002.pdckpt: .* damaged'):
+        checkpoint.load(path)
+    assert checkpoint.newest(tmp_path)[0].endswith('step_00000001.pdckpt')
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoint.newest(tmp_path) == (None, None)
+    with pytest.raises(FileNotFoundError, match='nowhere: no such checkpoint'):
+        checkpoint.load('nowhere')
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ('touch bomb_went_off',)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, 'to_numpy', lambda value: value)
+    checkpoint.save(str(tmp_path), 1, {'model': Bomb()}, keep=1)             # with a valid checksum
+    with pytest.raises(ValueError, match='system'):
+        checkpoint.load(checkpoint.steps(tmp_path)[0])
+    assert not os.path.exists('bomb_went_off')
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file'
+    utils.atomic_write(path, lambda file: file.write(b'old'))
+
+    def fail(file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    with pytest.raises(OSError, match='No space'):
+        utils.atomic_write(path, fail)
+    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['file']
+
+
+def test_weights_load_in_the_documented_way_and_repeat_to_the_byte(tmp_path):
+    for name in ('a', 'b'):
+        paddle.seed(1)
+        checkpoint.save_weights(str(tmp_path / name), paddle.nn.Linear(2, 3).state_dict())
+    assert (tmp_path / 'a').read_bytes() == (tmp_path / 'b').read_bytes()
+    loaded, layer = paddle.load(str(tmp_path / 'a')), paddle.nn.Linear(2, 3)
+    assert layer.set_state_dict(loaded) == ([], [])
+    with open(tmp_path / 'a', 'rb') as file:
+        np.testing.assert_array_equal(layer.weight, pickle.load(file)['weight'])
+
+
+def test_run_folders_of_the_same_second_differ(tmp_path):
+    folders = {utils.make_run_folder('', str(tmp_path), 'train-x') for _ in range(3)}
+    assert len(folders) == 3 and all(os.path.isdir(folder) for folder in folders)
+    assert utils.make_run_folder(str(tmp_path / 'here'), 'unused', 'name') == str(tmp_path / 'here')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='cannot make the run folder'):
+        utils.make_run_folder(str(tmp_path / 'file'), 'unused', 'name')
+
+
+def test_metrics_rewind_to_a_step(tmp_path):
+    metrics = utils.Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step=step, loss=1 / 3)
+    with open(metrics.path, 'a', encoding='utf-8') as file:
+        file.write('{"step": 4, "lo')                # a kill in the middle of a line
+    metrics.rewind(2)
+    assert open(metrics.path, encoding='utf-8').read() == '{"step": 1, "loss": 0.33333333}\n{"step": 2, "loss": 0.33333333}\n'
+
+
+def test_totals_sum_what_is_added():
+    totals = utils.Totals()
+    logits = paddle.to_tensor([[3., 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+    totals.add(paddle.to_tensor([1., 2., 3.]), logits, paddle.to_tensor([0, 1, 0]))
+    totals.add(paddle.to_tensor([6.]), logits[:1], paddle.to_tensor([5]))
+    assert totals.reduce() == {'loss': 3.0, 'acc1': 25.0, 'acc5': 50.0, 'images': 4}
+    totals.add(paddle.to_tensor([float('nan')]), logits[:1], paddle.to_tensor([5]), step=7)
+    totals.add(paddle.to_tensor([float('inf')]), logits[:1], paddle.to_tensor([5]), step=8)
+    assert totals.first_bad_step() == 7
