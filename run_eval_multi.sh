@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Evaluate weights on all visible GPUs, one process each. Variables, with their defaults, then options of main_multi_gpu.py:
+#
+#   CUDA_VISIBLE_DEVICES=0,1,2,3 DATA=/dataset/imagenet PRETRAINED=halonet_26t_256.pdparams ./run_eval_multi.sh -amp
+#
+#   PRETRAINED                           the weights; must be given
+#   CFG=configs/halonet_26t_256.yaml     the model they belong to
+#   DATA=/dataset/imagenet               the folder with val_list.txt
+#   BATCH_SIZE=                          images per GPU; empty: as CFG says
+#   OUTPUT=                              the run folder; empty: a new one below ./output
+#   PYTHON=                              empty: .venv's if there is one, else python
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
+[[ -n ${PRETRAINED:-} ]] || { echo 'run_eval_multi.sh: name the weights: PRETRAINED=FILE ./run_eval_multi.sh' >&2; exit 1; }
+
+options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
+options+=(-eval -pretrained "$PRETRAINED")
+[[ -z ${BATCH_SIZE:-} ]] || options+=(-batch_size_eval "$BATCH_SIZE")
+[[ -z ${OUTPUT:-} ]] || options+=(-output "$OUTPUT")
+
+exec "$PYTHON" "$root/main_multi_gpu.py" "${options[@]}" "$@"
