@@ -217,11 +217,12 @@ def spoilt(path, kind):
     path.write_bytes({'truncated': whole[:len(whole) // 2], 'cut at its end': whole[:-1], 'empty': b'',
                       'text': b'version https://git-lfs.github.com/spec/v1\n', 'page': b'<!DOCTYPE html>', 'zeros': bytes(999),
                       'list': pickle.dumps([1, 2]), 'numbers': pickle.dumps({'a': 1}), 'no entries': pickle.dumps({}),
-                      'nested': pickle.dumps({'model': {'a': np.zeros(3)}})}[kind])
+                      'nested': pickle.dumps({'weights': {'a': np.zeros(3)}}),
+                      'texts': pickle.dumps({'a': np.array(['b'])})}[kind])
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'cut at its end', 'empty', 'text', 'page', 'zeros',
-                                  'list', 'numbers', 'no entries', 'nested'])
+                                  'list', 'numbers', 'no entries', 'nested', 'texts'])
 @pytest.mark.parametrize('load', [weights.read, lambda path: weights.load_pretrained(build_tiny(), path)], ids=['read', 'load'])
 def test_a_spoilt_file_is_named(tmp_path, kind, load):
     path = tmp_path / 'model.pdparams'
