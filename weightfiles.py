@@ -250,9 +250,11 @@ def _open_torch_legacy(file, size):
     if version != 1001 or not system['little_endian']:
         raise ValueError(f"it is of version {version!r} of PyTorch's old format, or big-endian; save it again with a newer one")
     content, keys = _Unpickler(file, storage).load(), _Unpickler(file).load()
+    if {*storages} != {*keys}:
+        raise ValueError('it is incomplete: it names other storages than its tensors')
     for key in keys:
         count, found = int.from_bytes(file.read(8), 'little'), storages[key]
         if count != found.count or found.nbytes > size - file.tell():
-            raise ValueError(f'it is incomplete: the storage {str(key)[:80]} is not there as a whole')
+            raise ValueError(f'it is incomplete: the storage {str(key)[:80]!r} is not there as a whole')
         found.numbers = _numbers(file.read(found.nbytes), found.kind)
     return content

@@ -1,6 +1,10 @@
 """Weights, ours and foreign, into a HaloNet: finding or fetching the file, renaming, strict loading, adapting for fine-tuning."""
+import http.client
+import logging
 import os
 import re
+import urllib.error
+import urllib.request
 
 import numpy as np
 
@@ -28,8 +32,7 @@ HUB_ERRORS = (                                      # of huggingface_hub, the sp
     ('GatedRepoError', 'wants the terms of this model accepted on its page, and your HF_TOKEN'),
     ('RepositoryNotFoundError', 'has no such public model; mind the spelling, or set HF_TOKEN for a private one'),
     ('RevisionNotFoundError', 'has no such revision of it'),
-    ('LocalEntryNotFoundError', 'cannot be reached, and the cache has no weights of it; look at the network, HF_ENDPOINT and the '
-                                'proxy, or download the file elsewhere'),
+    ('LocalEntryNotFoundError', 'stopped answering; try again'),
     ('EntryNotFoundError', f'has neither {" nor ".join(HUB_FILES)} of it'),
     ('HFValidationError', 'has no models with such names; write OWNER/MODEL'),
 )
@@ -156,23 +159,38 @@ def find(path):
 def fetch(name):
     """The weight file of the hub's model `name` ([hf-hub:]OWNER/MODEL[@REVISION]), from the cache where it is there already.
 
-    huggingface_hub sees to HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, gives up on a silent server, and lets one of
-    several processes download while the others wait. Raises ValueError, saying what is wrong.
+    huggingface_hub sees to HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, and lets one of several processes download
+    while the others wait. Raises ValueError, saying what is wrong.
     """
     try:
         from huggingface_hub import constants, hf_hub_download
     except ImportError:
         raise ValueError(f'{name}: no such file; models of the Hugging Face hub need pip install huggingface_hub') from None
+    for client in ('httpx', 'httpx2'):              # Paddle makes every request of theirs a line on the console
+        logging.getLogger(client).setLevel(logging.WARNING)
     repo, _, revision = HUB_PREFIX.sub('', name).partition('@')
+    problem = 'may not be asked (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
     for file in HUB_FILES:
         try:
-            return hf_hub_download(repo, file, revision=revision or None)
+            return hf_hub_download(repo, file, revision=revision or None, local_files_only=bool(problem))
         except Exception as error:
             kinds, last = {kind.__name__ for kind in type(error).__mro__}, error
-            if 'EntryNotFoundError' not in kinds or 'LocalEntryNotFoundError' in kinds and not constants.HF_HUB_OFFLINE:
+            if 'EntryNotFoundError' not in kinds:
                 break                               # the other file has no better chance
-    if constants.HF_HUB_OFFLINE and 'LocalEntryNotFoundError' in kinds:
-        reason = 'may not be asked (HF_HUB_OFFLINE), and the cache has no weights of it'
-    else:
-        reason = next((text for kind, text in HUB_ERRORS if kind in kinds), f'fails: {type(last).__name__}: {last}')
+    reason = next((text for kind, text in HUB_ERRORS if kind in kinds), f'fails: {type(last).__name__}: {last}')
+    if problem and 'LocalEntryNotFoundError' in kinds:
+        reason = f'{problem}, and the cache has no weights of it'
     raise ValueError(f'{name}: no such file, and the hub ({constants.ENDPOINT}) {reason}') from last
+
+
+def _unreachable(url, seconds=10):
+    """Why no HTTP server answers at `url` within `seconds`, or ''. huggingface_hub itself would try for minutes."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds):
+            return ''
+    except urllib.error.HTTPError:
+        return ''
+    except (OSError, http.client.HTTPException) as error:
+        if 'SSL' in str(error):                     # huggingface_hub has certificates of its own
+            return ''
+        return f'cannot be reached ({getattr(error, "reason", error)}: look at the network, HF_ENDPOINT and the proxy)'
