@@ -146,7 +146,7 @@ def load_for_evaluation(model, config):
     if config.MODEL.RESUME:
         model.set_state_dict(checkpoint.load(config.MODEL.RESUME)['model'])
     elif config.MODEL.PRETRAINED:
-        weights.load_pretrained(model, config.MODEL.PRETRAINED)
+        weights.load_pretrained(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA)
     else:
         raise ValueError('-eval needs weights: give -pretrained FILE')
     log.info('evaluating %s', config.MODEL.RESUME or config.MODEL.PRETRAINED)
@@ -169,7 +169,7 @@ def restore(training, config, folder, metrics):
     elif not resume and os.path.isdir(os.path.join(folder, checkpoint.FOLDER)):
         raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, or choose another folder with -output')
     elif config.MODEL.PRETRAINED:
-        weights.load_pretrained(training.model, config.MODEL.PRETRAINED)
+        weights.load_pretrained(training.model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA, fine_tune=True)
         training.ema = optim.build_ema(config, training.model)               # it starts at these weights
         log.info('starting from the weights of %s', config.MODEL.PRETRAINED)
     else:

@@ -1,12 +1,15 @@
-"""Weight files, ours and foreign, to a state dict of a HaloNet: reading, renaming, strict loading.
-
-Reading never runs what a file contains: pickles may hold arrays and containers, nothing else.
-"""
+"""Weights, ours and foreign, into a HaloNet: finding or fetching the file, renaming, strict loading, adapting for fine-tuning."""
+import http.client
+import logging
 import os
-import pickle
 import re
+import urllib.error
+import urllib.request
 
 import numpy as np
+
+from utils import log
+from weightfiles import PADDLE_NAME_TABLE, read, read_pickle  # noqa: F401  (checkpoints are read by the latter too)
 
 PADDLEVIT = (                                       # its names, in its order from the outside in -> ours (timm's)
     (re.compile(r'^stage(\d+)\.blocks\.'), lambda m: f'stages.{int(m[1]) - 1}.'),
@@ -15,23 +18,68 @@ PADDLEVIT = (                                       # its names, in its order fr
     (re.compile(r'\.post_attn\.bn\.'), '.post_attn.'),
     (re.compile(r'^classifier\.1\.'), 'head.fc.'),
 )
-PADDLE_NAME_TABLE = 'StructuredToParameterName@@'   # paddle.save adds it; it is no parameter
+TIMM = (                                            # PyTorch's names of batch-norm statistics -> Paddle's
+    (re.compile(r'\.running_mean$'), '._mean'),
+    (re.compile(r'\.running_var$'), '._variance'),
+)
+TO_TIMM = ((re.compile(r'\._mean$'), '.running_mean'), (re.compile(r'\._variance$'), '.running_var'))
+COUNTER = '.num_batches_tracked'                    # of PyTorch's batch norms, of no use here
+HEAD = ('head.fc.weight', 'head.fc.bias')
+HUB_PREFIX = re.compile(r'^hf[-_]hub:')
+HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
+HUB_FILES = ('model.safetensors', 'pytorch_model.bin')     # what timm's repositories hold, the safe one first
+HUB_ERRORS = (                                      # of huggingface_hub, the special before the general
+    ('GatedRepoError', 'wants the terms of this model accepted on its page, and your HF_TOKEN'),
+    ('RepositoryNotFoundError', 'has no such public model; mind the spelling, or set HF_TOKEN for a private one'),
+    ('RevisionNotFoundError', 'has no such revision of it'),
+    ('LocalEntryNotFoundError', 'stopped answering; try again'),
+    ('EntryNotFoundError', f'has neither {" nor ".join(HUB_FILES)} of it'),
+    ('HFValidationError', 'has no models with such names; write OWNER/MODEL'),
+)
+ENDINGS = ('.pdparams', '.pdckpt', '.safetensors', '.pth', '.pt', '.tar', '.bin')
 
 
-def rename(key):
-    """A key of PaddleViT's HaloNet -> our key; our own keys stay as they are."""
-    for pattern, replacement in PADDLEVIT:
+# ---- names
+
+def rename(key, table=PADDLEVIT + TIMM):
+    """A key of PaddleViT's or timm's models -> our key; our own keys stay as they are."""
+    for pattern, replacement in table:
         key = pattern.sub(replacement, key)
     return key
 
+
+def to_ours(state):
+    """A state dict of ours, PaddleViT's or timm's -> ours: {key: array}.
+
+    PyTorch's linear weights are (out, in) and Paddle's (in, out): they are the only matrices called weight in these
+    models, position tables being called _rel. Raises ValueError where two keys mean the same parameter.
+    """
+    from_torch = any(TIMM[0][0].search(key) for key in state)
+    entries = [(rename(key), value) for key, value in state.items() if key != PADDLE_NAME_TABLE and not key.endswith(COUNTER)]
+    ours = {key: _transposed(key, value) if from_torch else value for key, value in entries}
+    if len(ours) != len(entries):
+        keys = [key for key, _ in entries]
+        raise ValueError('several entries stand for ' + ', '.join(key for key in ours if keys.count(key) > 1))
+    return ours
+
+
+def to_timm(state):
+    """Inverse of to_ours for timm: a state dict of ours -> timm's names and layout, without counters of batches."""
+    return {rename(key, TO_TIMM): _transposed(key, value) for key, value in state.items()}
+
+
+def _transposed(key, value):
+    return value.T if key.endswith('.weight') and value.ndim == 2 else value
+
+
+# ---- loading
 
 def load_state_dict(model, state_dict, load, partial=False):
     """Translate, check and cast `state_dict`, then hand it to `load`, Paddle's own set_state_dict of `model`.
 
     Returns (missing keys, unexpected keys), both empty unless `partial`. Raises ValueError as HaloNet.set_state_dict.
     """
-    state = {rename(key): value for key, value in state_dict.items() if key != PADDLE_NAME_TABLE}
-    wanted = model.state_dict()
+    state, wanted = to_ours(state_dict), model.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     misshapen = [f'{key}: {list(state[key].shape)} in the file, {list(wanted[key].shape)} in the model'
@@ -45,55 +93,104 @@ def load_state_dict(model, state_dict, load, partial=False):
     return [key for key in wanted if key not in fitting], unexpected
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler for what paddle.save writes. Any other global is refused by name, before it is called."""
+def load_pretrained(model, path, *, ema=False, fine_tune=False):
+    """Load a weight file, a checkpoint or a model of the Hugging Face hub into `model`, strictly.
 
-    ALLOWED = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('collections', 'OrderedDict'), ('_codecs', 'encode'),
-               ('builtins', 'tuple'), ('builtins', 'slice'), ('builtins', 'set')} | {
-        (f'numpy.{core}.multiarray', name) for core in ('core', '_core') for name in ('_reconstruct', 'scalar')}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it contains {module}.{name}, and a weight file may hold arrays only')
-        return super().find_class(module, name)
-
-
-def read_pickle(path):
-    """What paddle.save wrote to `path`, tensors as numpy arrays. Raises ValueError, naming the file, for anything else."""
-    with open(path, 'rb') as file:
-        try:
-            return _ArraysOnly(file).load()
-        except Exception as error:                  # a damaged pickle may raise nearly anything
-            raise ValueError(f'{path}: not a readable weight file: {error or type(error).__name__}') from None
-
-
-def read(path):
-    """The state dict {key: numpy array} in a .pdparams file.
-
-    Raises FileNotFoundError, and ValueError for a file that is damaged or holds something else.
-    """
-    content = read_pickle(path)
-    state = {key: value for key, value in content.items() if key != PADDLE_NAME_TABLE} if isinstance(content, dict) else {}
-    if not state or not all(isinstance(value, np.ndarray) for value in state.values()):
-        raise ValueError(f'{path}: expected a state dict of arrays, as model.state_dict() gives')
-    return {key: _from_bfloat16(value) if value.dtype == np.uint16 else value for key, value in state.items()}
-
-
-def _from_bfloat16(bits):
-    """paddle.save writes bfloat16 as the uint16 of the same bits: the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def load_pretrained(model, path):
-    """Load the weight file `path` (its .pdparams ending may be left out) into `model`, strictly.
-
+    path: a file of any format that weightfiles.read knows (its .pdparams ending may be left out), or a name such as
+    timm/halonet26t.a1h_in1k. ema: a checkpoint's averaged weights instead of the raw ones. fine_tune: adapt(...) first.
     Raises FileNotFoundError, and ValueError, naming the file, where it is damaged or does not fit.
     """
-    found = next((name for name in (path, f'{path}.pdparams') if os.path.isfile(name)), None)
-    if not found:
-        raise FileNotFoundError(f'-pretrained {path}: no such file')
-    state = read(found)
     try:
-        model.set_state_dict(state)
+        found = find(path)
+    except (ValueError, OSError) as error:
+        raise type(error)(f'-pretrained {error}') from error
+    try:
+        state = to_ours(read(found, ema))
+        model.set_state_dict(adapt(state, model) if fine_tune else state)
     except ValueError as error:
-        raise ValueError(f'{found}: {error}') from None
+        raise ValueError(str(error) if str(error).startswith(found) else f'{found}: {error}') from None
+
+
+# ---- fine-tuning
+
+def adapt(state, model):
+    """`state` with what another task or window size changes made to fit `model`, each change named in the log.
+
+    Another number of classes, or a file without a classifier: the model's own, fresh head. Another attention window:
+    position tables stretched to its size.
+    """
+    state, wanted = dict(state), model.state_dict()
+    old, new = (tuple(values[HEAD[0]].shape) if HEAD[0] in values else () for values in (state, wanted))
+    if len(new) == 2 and old != new and (len(old) == 2 and old[0] == new[0] or not any(key in state for key in HEAD)):
+        state.update({key: wanted[key].numpy() for key in HEAD})
+        log.info('fresh head for %d classes: the weights have %s', new[1], f'one for {old[1]}' if old else 'none')
+    for key, value in wanted.items():
+        table = state.get(key, value)
+        if key.endswith('_rel') and table.ndim == 2 and len(table) != len(value) and table.shape[1] == value.shape[1]:
+            state[key] = stretch_table(table, len(value))
+            log.info('%s: interpolated from a window of %d pixels to one of %d', key, len(table) // 2 + 1, len(value) // 2 + 1)
+    return state
+
+
+def stretch_table(table, rows):
+    """A table of relative positions (2w-1, d) for another window: (rows, d), linear between its neighbours.
+
+    Offset 0 stays offset 0 and the ends stay the ends, so an offset keeps its share of the window, as in ViTDet and MViTv2:
+    windows are enlarged with the image, where the same part of the scene spans more pixels. Keeping offsets in pixels
+    instead would leave the new outer offsets, those across the halo, without any learnt value.
+    """
+    at = np.linspace(0, len(table) - 1, rows)
+    return np.stack([np.interp(at, np.arange(len(table)), column) for column in table.T], axis=1).astype(table.dtype)
+
+
+# ---- finding
+
+def find(path):
+    """The file that `path` means: itself, with .pdparams, or fetched from the hub. Raises FileNotFoundError, ValueError."""
+    found = next((name for name in (path, f'{path}.pdparams') if os.path.isfile(name)), None)
+    if found:
+        return found
+    if HUB_PREFIX.match(path) or HUB_NAME.fullmatch(path) and not path.endswith(ENDINGS) \
+            and not os.path.exists(os.path.dirname(path)):
+        return fetch(path)
+    raise FileNotFoundError(f'{path}: no such file')
+
+
+def fetch(name):
+    """The weight file of the hub's model `name` ([hf-hub:]OWNER/MODEL[@REVISION]), from the cache where it is there already.
+
+    huggingface_hub sees to HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, and lets one of several processes download
+    while the others wait. Raises ValueError, saying what is wrong.
+    """
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:
+        raise ValueError(f'{name}: no such file; models of the Hugging Face hub need pip install huggingface_hub') from None
+    for client in ('httpx', 'httpx2'):              # Paddle makes every request of theirs a line on the console
+        logging.getLogger(client).setLevel(logging.WARNING)
+    repo, _, revision = HUB_PREFIX.sub('', name).partition('@')
+    problem = 'may not be asked (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    for file in HUB_FILES:
+        try:
+            return hf_hub_download(repo, file, revision=revision or None, local_files_only=bool(problem))
+        except Exception as error:
+            kinds, last = {kind.__name__ for kind in type(error).__mro__}, error
+            if 'EntryNotFoundError' not in kinds:
+                break                               # the other file has no better chance
+    reason = next((text for kind, text in HUB_ERRORS if kind in kinds), f'fails: {type(last).__name__}: {last}')
+    if problem and 'LocalEntryNotFoundError' in kinds:
+        reason = f'{problem}, and the cache has no weights of it'
+    raise ValueError(f'{name}: no such file, and the hub ({constants.ENDPOINT}) {reason}') from last
+
+
+def _unreachable(url, seconds=10):
+    """Why no HTTP server answers at `url` within `seconds`, or ''. huggingface_hub itself would try for minutes."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds):
+            return ''
+    except urllib.error.HTTPError:
+        return ''
+    except (OSError, http.client.HTTPException) as error:
+        if 'SSL' in str(error):                     # huggingface_hub has certificates of its own
+            return ''
+        return f'cannot be reached ({getattr(error, "reason", error)}: look at the network, HF_ENDPOINT and the proxy)'

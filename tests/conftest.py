@@ -10,3 +10,9 @@ utils.tune_cpu()
 @pytest.fixture(autouse=True)
 def seed():
     paddle.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_pytest():
+    """A run in an earlier test has set the logger up for itself."""
+    utils.log.propagate = True

@@ -18,6 +18,10 @@ TINY = ['MODEL.STAGES', ['conv', 'halo*2'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STR
         'MODEL.STEM_WIDTH', 8, 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NUM_CLASSES', 10]  # takes 32x32 and up
 
 
+with np.load(FIXTURES / 'timm_logits.npz') as _file:
+    TIMM_NAMES = sorted(key[:-len('.keys')] for key in _file.files if key.endswith('.keys'))
+
+
 def timm_logits(name):
     with np.load(FIXTURES / 'timm_logits.npz') as file:
         return file[f'{name}.logits']

@@ -81,6 +81,155 @@ def test_documented_use_with_a_paddlevit_file(tmp_path, request):
     assert_holds(model, {key: file[paddlevit_name(key)] for key in model.state_dict()})
 
 
+# ---- timm's files
+
+def from_timm(key, array):
+    """timm's entry under our key and layout, written down independently: the classifier alone is a linear layer."""
+    key = key.replace('running_mean', '_mean').replace('running_var', '_variance')
+    return key, array.T if key == 'head.fc.weight' else array
+
+
+@pytest.mark.parametrize('key, expected', [
+    ('stem.conv1.bn.running_mean', 'stem.conv1.bn._mean'),
+    ('stages.3.0.post_attn.running_var', 'stages.3.0.post_attn._variance'),
+    ('stages.0.0.attn.fc1.bias', 'stages.0.0.attn.fc1.bias'),
+    ('running_mean_like.weight', 'running_mean_like.weight'),
+])
+def test_rename_of_timm(key, expected):
+    assert weights.rename(key) == expected
+    assert weights.rename(expected, weights.TO_TIMM) == key
+
+
+@pytest.mark.parametrize('name', ref.TIMM_NAMES)
+def test_timm_s_keys_translate_there_and_back(name):
+    """For the whole family: nothing is lost, only the classifier is transposed."""
+    timm = {key: np.zeros(shape, 'float32') for key, shape in ref.timm_keys(name).items()}
+    counters = {key.replace('running_mean', 'num_batches_tracked'): np.array(3) for key in timm if key.endswith('running_mean')}
+    ours = weights.to_ours({**timm, **counters})
+    assert {key: array.shape for key, array in ours.items()} == {
+        key: array.shape for key, array in (from_timm(*item) for item in timm.items())}
+    assert counters and not any('running' in key or 'num_batches' in key for key in ours)
+    assert {key: array.shape for key, array in weights.to_timm(ours).items()} == {k: a.shape for k, a in timm.items()}
+    assert weights.to_ours(ours).keys() == ours.keys()
+    assert [key for key, array in timm.items() if array.ndim == 2 and not key.endswith('_rel')] == ['head.fc.weight']
+
+
+def test_square_classifiers_are_transposed_by_their_origin():
+    """Where the shape does not tell."""
+    square = np.arange(9.0).reshape(3, 3)
+    timm = {'head.fc.weight': square, 'stem.conv1.bn.running_mean': np.zeros(3)}
+    paddle_s = {'head.fc.weight': square, 'stem.conv1.bn._mean': np.zeros(3)}
+    np.testing.assert_array_equal(weights.to_ours(timm)['head.fc.weight'], square.T)
+    np.testing.assert_array_equal(weights.to_ours(paddle_s)['head.fc.weight'], square)
+
+
+def test_two_entries_for_one_parameter_are_an_error():
+    with pytest.raises(ValueError, match=r'several entries stand for head\.fc\.bias$'):
+        weights.to_ours({'head.fc.bias': np.zeros(3), 'classifier.1.bias': np.zeros(3), 'a': np.zeros(2)})
+
+
+def test_set_state_dict_takes_timm_s_names():
+    model = build_tiny()
+    file = other_arrays(model)
+    model.set_state_dict(weights.to_timm(file))
+    assert_holds(model, file)
+    model.set_state_dict({key: paddle.to_tensor(np.ascontiguousarray(array)) for key, array in weights.to_timm(file).items()})
+    assert_holds(model, file)
+
+
+# ---- fine-tuning
+
+def hat(rows, new_rows):
+    """Linear interpolation of a table as a matrix (new_rows, rows), from distances alone."""
+    w, new_w = (rows + 1) // 2, (new_rows + 1) // 2
+    old_offsets = np.arange(1 - w, w)
+    at = np.arange(1 - new_w, new_w) * (w - 1) / (new_w - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - old_offsets))
+
+
+@pytest.mark.parametrize('w, new_w', [(12, 14), (14, 12), (12, 23), (5, 4), (8, 12), (14, 14)])
+def test_position_tables_are_stretched_about_offset_0(w, new_w):
+    table = np.random.default_rng(0).normal(size=(2 * w - 1, 3)).astype('float32')
+    stretched = weights.stretch_table(table, 2 * new_w - 1)
+    assert stretched.dtype == np.float32
+    np.testing.assert_allclose(stretched, hat(2 * w - 1, 2 * new_w - 1) @ table, atol=1e-6)
+    np.testing.assert_array_equal(stretched[[0, new_w - 1, -1]], table[[0, w - 1, -1]])       # the ends and offset 0
+    np.testing.assert_allclose(weights.stretch_table(table[::-1], 2 * new_w - 1), stretched[::-1], atol=1e-6)
+    if new_w == 2 * w - 1:                          # every second row is an old one
+        np.testing.assert_array_equal(stretched[::2], table)
+
+
+def saved(model, path):
+    paddle.save(model.state_dict(), str(path))
+    return str(path)
+
+
+def test_another_number_of_classes_gets_a_fresh_head(tmp_path, caplog):
+    path = saved(ref.fill_seeded(build_tiny()), tmp_path / 'ten.pdparams')
+    model = build_halonet(get_config(None, [*ref.TINY, 'MODEL.NUM_CLASSES', 3]))
+    before = ref.arrays(model)
+    with pytest.raises(ValueError, match=r'head\.fc\.weight: \[32, 10\] in the file, \[32, 3\] in the model'):
+        weights.load_pretrained(model, path)
+    assert_holds(model, before)
+    with caplog.at_level('INFO'):
+        weights.load_pretrained(model, path, fine_tune=True)
+    assert caplog.messages == ['fresh head for 3 classes: the weights have one for 10']
+    assert_holds(model, {key: before[key] if key.startswith('head.fc.') else array for key, array in weights.read(path).items()})
+
+
+@pytest.mark.parametrize('drop', [['head.fc.weight', 'head.fc.bias'], ['head.fc.weight'], ['head.fc.bias']])
+def test_weights_without_a_head(tmp_path, caplog, drop):
+    """A whole head may be missing; half a one is damage."""
+    state = {key: array for key, array in other_arrays(build_tiny()).items() if key not in drop}
+    paddle.save(state, str(tmp_path / 'features.pdparams'))
+    model = build_tiny()
+    if len(drop) == 1:
+        with pytest.raises(ValueError, match=rf'missing \(1\): {drop[0]}'):
+            weights.load_pretrained(model, str(tmp_path / 'features'), fine_tune=True)
+        return
+    before = ref.arrays(model)
+    with caplog.at_level('INFO'):
+        weights.load_pretrained(model, str(tmp_path / 'features'), fine_tune=True)
+    assert caplog.messages == ['fresh head for 10 classes: the weights have none']
+    assert_holds(model, {**state, **{key: before[key] for key in drop}})
+
+
+@pytest.mark.parametrize('change', [['MODEL.HALO_SIZE', 2], ['MODEL.BLOCK_SIZE', 8], ['MODEL.BLOCK_SIZE', 2]])
+def test_another_window_gets_stretched_tables(tmp_path, caplog, change):
+    path = saved(ref.fill_seeded(build_tiny()), tmp_path / 'a.pdparams')
+    model, file = build_halonet(get_config(None, [*ref.TINY, *change])), weights.read(path)
+    with pytest.raises(ValueError, match='other shape'):
+        weights.load_pretrained(model, path)
+    with caplog.at_level('INFO'):
+        weights.load_pretrained(model, path, fine_tune=True)
+    w = len(model.state_dict()['stages.1.0.self_attn.pos_embed.height_rel']) // 2 + 1
+    assert sorted(caplog.messages) == [f'stages.1.{block}.self_attn.pos_embed.{side}_rel: interpolated from a window of 6 pixels '
+                                       f'to one of {w}' for block in (0, 1) for side in ('height', 'width')]
+    for key, array in ref.arrays(model).items():
+        np.testing.assert_allclose(array, hat(11, 2 * w - 1) @ file[key] if key.endswith('_rel') else file[key], atol=1e-6)
+
+
+def test_what_fits_is_carried_over_exactly_and_in_silence(tmp_path, caplog):
+    path, model = saved(ref.fill_seeded(build_tiny()), tmp_path / 'a.pdparams'), build_tiny()
+    with caplog.at_level('INFO'):
+        weights.load_pretrained(model, path, fine_tune=True)
+    assert_holds(model, weights.read(path))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize('change, message', [
+    (['MODEL.HEADS', [0, 4]], r'height_rel: \[11, 4\] in the file, \[11, 2\] in the model'),
+    (['MODEL.WIDTHS', [16, 64]], r'other shape \(42\): stages'),
+    (['MODEL.WIDTHS', [16, 64], 'MODEL.NUM_CLASSES', 3], r'other shape \(43\): stages'),
+])
+def test_fine_tuning_adapts_nothing_else(tmp_path, change, message):
+    path, model = saved(build_tiny(), tmp_path / 'a.pdparams'), build_halonet(get_config(None, [*ref.TINY, *change]))
+    before = ref.arrays(model)
+    with pytest.raises(ValueError, match=f'(?s)^{path}: the weights do not fit.*{message}'):
+        weights.load_pretrained(model, path, fine_tune=True)
+    assert_holds(model, before)
+
+
 # ---- strictness
 
 def without(key):
@@ -217,11 +366,12 @@ def spoilt(path, kind):
     path.write_bytes({'truncated': whole[:len(whole) // 2], 'cut at its end': whole[:-1], 'empty': b'',
                       'text': b'version https://git-lfs.github.com/spec/v1\n', 'page': b'<!DOCTYPE html>', 'zeros': bytes(999),
                       'list': pickle.dumps([1, 2]), 'numbers': pickle.dumps({'a': 1}), 'no entries': pickle.dumps({}),
-                      'nested': pickle.dumps({'model': {'a': np.zeros(3)}})}[kind])
+                      'nested': pickle.dumps({'weights': {'a': np.zeros(3)}}),
+                      'texts': pickle.dumps({'a': np.array(['b'])})}[kind])
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'cut at its end', 'empty', 'text', 'page', 'zeros',
-                                  'list', 'numbers', 'no entries', 'nested'])
+                                  'list', 'numbers', 'no entries', 'nested', 'texts'])
 @pytest.mark.parametrize('load', [weights.read, lambda path: weights.load_pretrained(build_tiny(), path)], ids=['read', 'load'])
 def test_a_spoilt_file_is_named(tmp_path, kind, load):
     path = tmp_path / 'model.pdparams'
