@@ -72,7 +72,7 @@ def hide_beyond(blocks, size, block_size, halo_size):
     """What to add to the logits along one axis of `size` pixels: -inf further beyond it than the halo, else 0; (blocks, w)."""
     w = block_size + 2 * halo_size
     seen = window_index(blocks, block_size, w) < size + 2 * halo_size        # counted from the first pixel of the halo
-    return paddle.where(seen, paddle.zeros([1]), paddle.full([1], float('-inf'))).reshape([blocks, w])
+    return seen.astype('float32').log().reshape([blocks, w])                 # log 1 is 0, log 0 is -inf
 
 
 def position_logits(q, height_rel, width_rel, b, w):

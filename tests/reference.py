@@ -2,6 +2,7 @@
 
 fixtures/timm_logits.npz: `NAME.HxW.logits` (2, 1000) of timm 1.0.31's halo models in eval mode on `seeded_images((2, 3, H, W))`,
 every float32 entry of the state dict set to `seeded_weight(key, shape)`; `NAME.keys`: JSON {timm's key: shape} as bytes.
+fixtures/timm_h1_float64.npz: `logits` of halonet_h1, the same but for the model and the images being cast to float64.
 fixtures/paddlevit_keys.npz: NAME -> JSON {key: shape} as bytes, of the .pdparams files that PaddleViT published.
 TIMM_LOSSES: timm's halonet26t in train mode from the same weights, on one batch, see test_halonet.test_training_trajectory.
 """
@@ -21,6 +22,11 @@ TINY = ['MODEL.STAGES', ['conv', 'halo*2'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STR
 def timm_logits(name):
     with np.load(FIXTURES / 'timm_logits.npz') as file:
         return file[f'{name}.logits']
+
+
+def timm_h1_float64():
+    with np.load(FIXTURES / 'timm_h1_float64.npz') as file:
+        return file['logits']
 
 
 def timm_keys(name):

@@ -1,4 +1,4 @@
-"""The model against timm's figures, against a plain attention, and in the ways it is used."""
+"""The model in training against timm's figures, against a plain attention, and in the ways it is used."""
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ from attention import HaloAttention, halo_attention
 from config import get_config
 from halonet import Bottleneck, DropPath, build_halonet, parse_stage
 
-MODELS = [('halonet_26t_256', 'halonet26t', 12_480_288), ('halonet_50ts_256', 'halonet50ts', 22_733_280)]
+MODELS = ['halonet_26t_256', 'halonet_50ts_256']
 
 
 def build(name, *opts):
@@ -28,21 +28,6 @@ def repo_root(monkeypatch, request):
 
 
 # ---- timm's figures
-
-@pytest.mark.parametrize('name, timm_name, parameters', MODELS)
-def test_same_network_as_timm(name, timm_name, parameters):
-    model = build(name)
-    keys = ref.timm_keys(timm_name)
-    shapes = {ref.timm_key(key): list(tensor.shape) for key, tensor in model.state_dict().items()}
-    shapes['head.fc.weight'].reverse()
-    assert shapes == keys
-    assert sum(p.size for p in model.parameters() if p.trainable) == parameters     # running statistics are parameters too
-    assert sum(int(np.prod(shape)) for key, shape in keys.items() if 'running' not in key) == parameters
-
-    expected = ref.timm_logits(f'{timm_name}.256x256')
-    logits = ref.run(ref.fill_seeded(model).eval(), ref.seeded_images((2, 3, 256, 256)))
-    assert np.abs(logits - expected).max() < 5e-5 * expected.std()
-
 
 @pytest.mark.parametrize('steps', [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_training_trajectory(steps):
@@ -216,7 +201,7 @@ def expected_deviation(key, shape):
     return 0.01
 
 
-@pytest.mark.parametrize('make', [*(partial(build, name) for name, _, _ in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
+@pytest.mark.parametrize('make', [*(partial(build, name) for name in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
                          ids=['26t', '50ts', 'layer of unequal widths'])
 def test_initialisation(make):
     for key, parameter in make().named_parameters():
