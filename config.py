@@ -40,20 +40,33 @@ _C.DATA.ON_ERROR = 'raise'              # an unreadable image: raise (stop, nami
 
 _C.MODEL = CN()
 _C.MODEL.NAME = 'halonet_26t'           # for logs and run folders
-_C.MODEL.NUM_CLASSES = 1000
-_C.MODEL.STEM = 'tiered'                # tiered (three 3x3 convolutions), 7x7 or 3x3 (one convolution of that size)
+_C.MODEL.NUM_CLASSES = 1000             # 0: a backbone that gives pooled features, without a classifier
+_C.MODEL.STEM = 'tiered'                # tiered (three 3x3), 7x7 or 3x3 (one convolution of that size)
 _C.MODEL.STEM_WIDTH = 64                # output channels of the stem
-_C.MODEL.STEM_POOL = True               # 3x3 max pooling with stride 2 after the stem
-_C.MODEL.STAGES = ['conv*2', 'conv*2', 'conv halo', 'halo*2']  # the blocks of each stage: conv, halo; KIND*N repeats
+_C.MODEL.STEM_POOL = True               # 3x3 max pooling, stride 2, after the stem; without it a tiered stem ends with stride 2
+_C.MODEL.STAGES = ['conv*2', 'conv*2', 'conv halo', 'halo*2']  # blocks of each stage: conv, halo, bot, lambda; KIND*N repeats
 _C.MODEL.WIDTHS = [256, 512, 1024, 2048]  # output channels of each stage
 _C.MODEL.STRIDES = [1, 2, 2, 2]         # stride of the first block of each stage
 _C.MODEL.HEADS = [0, 0, 8, 8]           # attention heads in each stage; 0 where a stage has no attention
+_C.MODEL.INNER_WIDTHS = []              # inner width of the blocks of each stage; []: as BOTTLENECK_RATIO says
 _C.MODEL.BOTTLENECK_RATIO = 0.25        # inner width of a block over its output width
+_C.MODEL.BOTTLENECK_IN = False          # BOTTLENECK_RATIO is over the block's input width instead
+_C.MODEL.GROUP_SIZE = 0                 # channels in each group of the 3x3 convolutions; 0: one group
+_C.MODEL.CHANNEL_ATTN = 'none'          # after the 3x3 convolutions: none, se (squeeze and excite) or eca
+_C.MODEL.SE_RATIO = 0.0625              # se: inner over outer width
+_C.MODEL.PROJECTION = True              # a convolution as shortcut where a block changes stride or width; else no shortcut there
+_C.MODEL.LINEAR_OUT = False             # no activation at the end of a block
 _C.MODEL.BLOCK_SIZE = 8                 # side of a query block, in pixels of the feature map
 _C.MODEL.HALO_SIZE = 2                  # pixels around the block that its queries see as well
+_C.MODEL.HEAD_DIM = 0                   # width of a query or key head; 0: from QK_RATIO (lambda: 16)
+_C.MODEL.QK_RATIO = 1.0                 # width of all queries over the inner width, to the nearest multiple of 8
+_C.MODEL.VALUE_RATIO = 1.0              # halo: width of all values over the inner width
+_C.MODEL.LAMBDA_SIZE = 13               # lambda: side of the square of positions around a pixel
+_C.MODEL.HEAD_WIDTH = 0                 # channels of a last 1x1 convolution, before pooling; 0: none
 _C.MODEL.ACT = 'relu'                   # relu or silu
 _C.MODEL.DROPOUT = 0.0                  # before the classifier
 _C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0, block by block
+_C.MODEL.FREEZE = 0                     # first parts that stay as they are, norms included: 1 the stem, 2 also stage 1, ...
 _C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running statistics in training too
 _C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate: a file, or a hub's timm/halonet26t.a1h_in1k
 _C.MODEL.PRETRAINED_EMA = False         # of a training checkpoint take the moving average of the weights, not the weights
@@ -63,6 +76,7 @@ _C.TRAIN = CN()
 _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), whatever the checkpoint says; -1: as it says
 _C.TRAIN.ACCUM_ITER = 1                 # forward passes per optimizer step
+_C.TRAIN.RECOMPUTE = 0                  # first stages that save memory by computing their activations a second time
 _C.TRAIN.OPTIMIZER = 'adamw'            # adamw or sgd (Nesterov momentum)
 _C.TRAIN.BASE_LR = 0.001                # learning rate after warm-up, for a global batch of LR_BATCH images
 _C.TRAIN.LR_BATCH = 0                   # reference batch of linear learning-rate scaling; 0: BASE_LR is used as it is
@@ -94,6 +108,7 @@ CHOICES = {
     'DATA.DATASET': ('imagenet2012',),
     'DATA.ON_ERROR': ('raise', 'skip'),
     'MODEL.STEM': ('tiered', '7x7', '3x3'),
+    'MODEL.CHANNEL_ATTN': ('none', 'se', 'eca'),
     'MODEL.ACT': ('relu', 'silu'),
     'TRAIN.OPTIMIZER': ('adamw', 'sgd'),
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),
@@ -101,7 +116,8 @@ CHOICES = {
 AT_LEAST = {
     'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1,
     'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
-    'MODEL.NUM_CLASSES': 1, 'MODEL.STEM_WIDTH': 8, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
+    'MODEL.NUM_CLASSES': 0, 'MODEL.STEM_WIDTH': 8, 'MODEL.GROUP_SIZE': 0, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
+    'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
     'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.WARMUP_LR': 0, 'TRAIN.END_LR': 0, 'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.GRAD_CLIP': 0,
     'TRAIN.COLOR_JITTER': 0, 'TRAIN.MIXUP_ALPHA': 0, 'TRAIN.CUTMIX_ALPHA': 0,
@@ -275,3 +291,15 @@ def _validate(config):
         if len(config.MODEL[key]) != stages:
             raise ValueError(f'MODEL.{key} has {len(config.MODEL[key])} entries and MODEL.STAGES has {stages}; '
                              'they describe the same stages')
+    inner = config.MODEL.INNER_WIDTHS
+    if inner and (len(inner) != stages or not all(type(width) is int and width > 0 for width in inner)):
+        raise ValueError(f'MODEL.INNER_WIDTHS is {inner}; it must be [], or a whole number above 0 for each of {stages} stages')
+    for key in ('MODEL.BOTTLENECK_RATIO', 'MODEL.SE_RATIO', 'MODEL.QK_RATIO', 'MODEL.VALUE_RATIO'):
+        if not flat[key] > 0:
+            raise ValueError(f'{key} is {flat[key]}; it must be above 0')
+    if config.MODEL.LAMBDA_SIZE < 1 or config.MODEL.LAMBDA_SIZE % 2 == 0:
+        raise ValueError(f'MODEL.LAMBDA_SIZE is {config.MODEL.LAMBDA_SIZE}; it must be an odd number, to have a middle')
+    if config.TRAIN.RECOMPUTE > stages:
+        raise ValueError(f'TRAIN.RECOMPUTE is {config.TRAIN.RECOMPUTE}, and there are {stages} stages')
+    if config.MODEL.FREEZE > stages + 1:
+        raise ValueError(f'MODEL.FREEZE is {config.MODEL.FREEZE}; it can be at most {stages + 1}: the stem and {stages} stages')

@@ -3,112 +3,25 @@
 Vaswani et al. 2021, 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones', arXiv 2103.12731.
 Layers, parameter names and arithmetic are those of timm's byoanet, so that its published weights give its logits.
 
-Axes, used in every shape below:
-    B batch   C channels   N heads   d width of a query or key head   v width of a value head
-    H, W height and width of the feature map, in pixels
-    Y, X rows and columns of the grid of blocks
-    b side of a block of queries (block / stride)   w side of its window of keys and values (block + 2 * halo)
+In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a stride
+does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.nn.initializer import Constant, Normal
+from paddle.distributed.fleet.utils import recompute
+from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
+from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
+from attention import halo_attention as halo_attention
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
-
-
-def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size):
-    """Every query attends to the keys of its block and of `halo_size` pixels around it.
-
-    q (B, N*d, H/stride, W/stride), kv (B, N*(d+v), H, W) with keys before values in each head, tables of relative
-    positions (2w-1, d) -> (B, N*v, H/stride, W/stride). `block_size` counts pixels of kv and divides H and W.
-
-    Three facts keep this equal to timm and to the published weights: only the content logits are scaled; the zeros
-    that pad the map take part in the softmax (the paper's 'non-masked' attention); and the queries of a strided block
-    are numbered 0, 1, 2, ... although they lie `stride` pixels apart.
-    """
-    d, w = height_rel.shape[1], block_size + 2 * halo_size
-    Y, X = kv.shape[2] // block_size, kv.shape[3] // block_size
-    b = q.shape[2] // Y
-    v = kv.shape[1] // num_heads - d
-
-    q = q.reshape([-1, d, Y, b, X, b]).transpose([0, 2, 4, 3, 5, 1])        # (B*N, Y, X, b, b, d)
-    q = q.reshape([-1, Y * X, b * b, d])                                    # (B*N, Y*X, b*b, d)
-    kv = F.pad(kv, [halo_size] * 4)                                         # (B, N*(d+v), H+2*halo, W+2*halo)
-    kv = kv.reshape([-1, d + v, *kv.shape[2:]])                             # (B*N, d+v, H+2*halo, W+2*halo)
-    kv = kv.gather(window_index(Y, block_size, w), axis=2)                  # (B*N, d+v, Y*w, W+2*halo)
-    kv = kv.gather(window_index(X, block_size, w), axis=3)                  # (B*N, d+v, Y*w, X*w)
-    kv = kv.reshape([-1, d + v, Y, w, X, w]).transpose([0, 2, 4, 3, 5, 1])  # (B*N, Y, X, w, w, d+v)
-    k, value = kv.reshape([-1, Y * X, w * w, d + v]).split([d, v], axis=-1)  # (B*N, Y*X, w*w, d or v)
-
-    logits = (q * d ** -0.5).matmul(k, transpose_y=True)                    # (B*N, Y*X, b*b, w*w)
-    logits = logits + position_logits(q, height_rel, width_rel, b, w)
-    out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
-    out = out.reshape([-1, Y, X, b, b, v]).transpose([0, 5, 1, 3, 2, 4])    # (B*N, v, Y, b, X, b)
-    return out.reshape([-1, num_heads * v, Y * b, X * b])                   # (B, N*v, H/stride, W/stride)
-
-
-def window_index(blocks, block_size, w):
-    """Which padded rows (or columns) the windows of a row of blocks hold, one window after another: (blocks*w,)."""
-    return (paddle.arange(blocks).unsqueeze(1) * block_size + paddle.arange(w)).flatten()
-
-
-def position_logits(q, height_rel, width_rel, b, w):
-    """Logits of the relative positions: q (B*N, Y*X, b*b, d), tables (2w-1, d) -> (B*N, Y*X, b*b, w*w)."""
-    d, P = q.shape[-1], q.shape[1]
-    offset = (paddle.arange(w) - paddle.arange(b).unsqueeze(1) + w - 1).flatten()  # key j seen from query i: j - i + w - 1
-    rows = height_rel.gather(offset).reshape([b, w, d])                      # (b, w, d)
-    columns = width_rel.gather(offset).reshape([b, w, d])                    # (b, w, d)
-    q = q.reshape([-1, P, b, b, d])                                          # (B*N, Y*X, b, b, d)
-    rows = paddle.einsum('gpyxd,yjd->gpyxj', q, rows).unsqueeze(-1)          # (B*N, Y*X, b, b, w, 1)
-    columns = paddle.einsum('gpyxd,xjd->gpyxj', q, columns).unsqueeze(-2)    # (B*N, Y*X, b, b, 1, w)
-    return (rows + columns).reshape([-1, P, b * b, w * w])                   # (B*N, Y*X, b*b, w*w)
-
-
-class RelativePosition(nn.Layer):
-    """Two tables of learnt vectors, one for vertical and one for horizontal offsets between query and key."""
-
-    def __init__(self, window_size, head_dim):
-        super().__init__()
-        normal = Normal(std=head_dim ** -0.5)
-        shape = [2 * window_size - 1, head_dim]
-        self.height_rel = self.create_parameter(shape, default_initializer=normal)
-        self.width_rel = self.create_parameter(shape, default_initializer=normal)
-
-
-class HaloAttention(nn.Layer):
-    """Blocked local self-attention with a halo: (B, C, H, W) -> (B, width, H/stride, W/stride).
-
-    A stride takes every `stride`-th pixel as a query. Where the stride does not divide the block, all pixels are
-    queries and the result is average-pooled, as in timm. Raises ValueError where H or W is no multiple of the block.
-    """
-
-    def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1):
-        super().__init__()
-        if num_heads < 1 or width % num_heads:
-            raise ValueError(f'an attention of width {width} cannot have {num_heads} heads: '
-                             'MODEL.HEADS must be a divisor of the inner width in each stage with attention')
-        self.num_heads, self.block_size, self.halo_size = num_heads, block_size, halo_size
-        pool = stride > 1 and block_size % stride != 0
-        # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain normal
-        projection = Normal(std=in_width ** -0.5)
-        self.q = nn.Conv2D(in_width, width, 1, stride=1 if pool else stride, weight_attr=projection, bias_attr=False)
-        self.kv = nn.Conv2D(in_width, 2 * width, 1, weight_attr=projection, bias_attr=False)
-        self.pos_embed = RelativePosition(block_size + 2 * halo_size, width // num_heads)
-        self.pool = nn.AvgPool2D(stride, stride) if pool else nn.Identity()
-
-    def forward(self, x):
-        if x.shape[2] % self.block_size or x.shape[3] % self.block_size:
-            raise ValueError(f'a feature map of {x.shape[2]}x{x.shape[3]} does not divide into blocks of {self.block_size}; '
-                             'use an image size that is a multiple of block size times total stride '
-                             '(256 for blocks of 8 in a network of stride 32)')
-        out = halo_attention(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel,
-                             num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size)
-        return self.pool(out)
 
 
 class BatchNormAct(nn.BatchNorm2D):
@@ -125,14 +38,44 @@ class BatchNormAct(nn.BatchNorm2D):
 class ConvNormAct(nn.Layer):
     """Convolution with half padding and no bias, batch norm, activation: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
-    def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity):
+    def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity, groups=1):
         super().__init__()
-        normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width)))
-        self.conv = nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, weight_attr=normal, bias_attr=False)
+        normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width // groups)))
+        self.conv = nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=normal,
+                              bias_attr=False)
         self.bn = BatchNormAct(width, act)
 
     def forward(self, x):
         return self.bn(self.conv(x))
+
+
+class SqueezeExcite(nn.Layer):
+    """Channels weighted by a small network of their means: (B, C, H, W) -> (B, C, H, W). Hu et al. 2018, arXiv 1709.01507."""
+
+    def __init__(self, width, ratio):
+        super().__init__()
+        inner = nearest_8(width * ratio)
+        self.fc1 = nn.Conv2D(width, inner, 1, weight_attr=Normal(std=math.sqrt(2 / inner)))
+        self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
+
+    def forward(self, x):
+        return x * F.sigmoid(self.fc2(F.relu(self.fc1(x.mean([2, 3], keepdim=True)))))
+
+
+class EfficientChannelAttention(nn.Layer):
+    """Channels weighted by a convolution over their neighbours' means: (B, C, H, W) -> (B, C, H, W). Wang et al. 2020,
+    arXiv 1910.03151."""
+
+    def __init__(self, width):
+        super().__init__()
+        kernel_size = max(int((math.log2(width) + 1) / 2) // 2 * 2 + 1, 3)  # the odd number at or above half of log2 + 1
+        # PyTorch's default, which timm leaves as it is
+        self.conv = nn.Conv1D(1, 1, kernel_size, padding=kernel_size // 2, bias_attr=False,
+                              weight_attr=KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu'))
+
+    def forward(self, x):
+        share = self.conv(x.mean([2, 3]).unsqueeze(1))                      # (B, 1, C)
+        return x * F.sigmoid(share).transpose([0, 2, 1]).unsqueeze(-1)      # (B, C, H, W) times (B, C, 1, 1)
 
 
 class DropPath(nn.Layer):
@@ -149,24 +92,33 @@ class DropPath(nn.Layer):
         return x * keep
 
 
+class NoShortcut(nn.Layer):
+    """In a shortcut's place where a block has none."""
+
+    def forward(self, x):
+        return 0.0
+
+
 class Bottleneck(nn.Layer):
     """1x1 convolution, spatial operator, 1x1 convolution, beside a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride).
 
-    `spatial` maps timm's names to the layers between the two convolutions, in order.
+    `spatial` maps timm's names to the layers between the two convolutions, in order; `spatial_width` is what they give.
     """
 
-    def __init__(self, in_width, inner_width, width, spatial, stride=1, act=nn.ReLU, drop_path=0.0):
+    def __init__(self, in_width, inner_width, width, spatial, spatial_width, stride=1, act=nn.ReLU, drop_path=0.0,
+                 projection=True, linear_out=False):
         super().__init__()
         changes = stride != 1 or in_width != width
-        self.shortcut = ConvNormAct(in_width, width, 1, stride) if changes else nn.Identity()
+        self.shortcut = nn.Identity() if not changes else ConvNormAct(in_width, width, 1, stride) if projection else NoShortcut()
         self.conv1_1x1 = ConvNormAct(in_width, inner_width, 1, act=act)
         self.spatial = tuple(spatial)
         for name, layer in spatial.items():
             self.add_sublayer(name, layer)
-        self.conv3_1x1 = ConvNormAct(inner_width, width, 1)
-        Constant(0.0)(self.conv3_1x1.bn.weight)               # a new block is its shortcut
+        self.conv3_1x1 = ConvNormAct(spatial_width, width, 1)
+        if not isinstance(self.shortcut, NoShortcut):
+            Constant(0.0)(self.conv3_1x1.bn.weight)           # a new block is its shortcut
         self.drop_path = DropPath(drop_path)
-        self.act = act()
+        self.act = nn.Identity() if linear_out else act()
 
     def forward(self, x):
         out = self.conv1_1x1(x)
@@ -176,69 +128,162 @@ class Bottleneck(nn.Layer):
         return self.act(out + self.shortcut(x))
 
 
+@dataclass(frozen=True)
+class Operators:
+    """The spatial operators of a network's blocks, and what they have in common. The fields are options of config.MODEL."""
+    block_size: int = 8
+    halo_size: int = 2
+    head_dim: int = 0
+    qk_ratio: float = 1.0
+    value_ratio: float = 1.0
+    lambda_size: int = 13
+    group_size: int = 0
+    channel_attn: str = 'none'
+    se_ratio: float = 1 / 16
+    act: str = 'relu'
+
+    def build(self, kind, width, num_heads, stride, map_size):
+        """What stands in a block of this kind where a ResNet has its 3x3 convolution: (layers by timm's names, width they give).
+
+        `map_size` is the side of the map that comes in. Raises ValueError for an unknown kind and for unfit widths.
+        """
+        if kind == 'conv':
+            return self.convolution(width, stride), width
+        if kind == 'halo':
+            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride,
+                                  self.head_dim, self.qk_ratio, self.value_ratio)
+        elif kind == 'bot':
+            layer = BottleneckAttention(width, width, num_heads, map_size, stride, self.head_dim, self.qk_ratio)
+        elif kind == 'lambda':
+            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, self.head_dim)
+        else:
+            raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
+        return {'self_attn': layer, 'post_attn': BatchNormAct(layer.out_width, ACTIVATIONS[self.act])}, layer.out_width
+
+    def convolution(self, width, stride):
+        groups = width // self.group_size if self.group_size else 1
+        if self.group_size and width % self.group_size:
+            raise ValueError(f'MODEL.GROUP_SIZE is {self.group_size} and the inner width of a block {width}, no multiple of it')
+        attention = {'none': dict, 'se': lambda: {'attn': SqueezeExcite(width, self.se_ratio)},
+                     'eca': lambda: {'attn': EfficientChannelAttention(width)}}[self.channel_attn]
+        return {'conv2_kxk': ConvNormAct(width, width, 3, stride, ACTIVATIONS[self.act], groups), **attention()}
+
+
 class Stem(nn.Sequential):
-    """The first convolutions: (B, 3, H, W) -> (B, width, H/2, W/2), or H/4, W/4 with `pool`."""
+    """The first convolutions: (B, 3, H, W) -> (B, width, H/stride, W/stride), by timm's names for each kind.
+
+    The stride is 4 with `pool`, and for the tiered stem, where without `pool` the last convolution has a stride; else 2.
+    """
 
     def __init__(self, kind, width, pool, act):
         kernel_size, widths = {'tiered': (3, [3 * width // 8, width // 2, width]), '7x7': (7, [width]), '3x3': (3, [width])}[kind]
-        layers = [(f'conv{i + 1}', ConvNormAct(before, after, kernel_size, stride=2 if i == 0 else 1, act=act))
-                  for i, (before, after) in enumerate(zip([3] + widths, widths))]
-        super().__init__(*layers, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
+        strides = [2] + [1] * (len(widths) - 1)
+        if not pool and len(widths) > 1:
+            strides[-1] = 2
+        layers = [ConvNormAct(before, after, kernel_size, stride, act)
+                  for before, after, stride in zip([3] + widths, widths, strides)]
+        self.stride = math.prod(strides) * (2 if pool else 1)
+        if len(layers) == 1 and not pool:
+            super().__init__(*layers[0].named_children())
+        else:
+            named = [(f'conv{i + 1}', layer) for i, layer in enumerate(layers)]
+            super().__init__(*named, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
+
+
+class Stage(nn.Sequential):
+    """Blocks one after another. With `recompute`, training keeps the inputs of the blocks only, and computes the rest again."""
+
+    recompute = False
+
+    def forward(self, x):
+        for block in self:
+            again = self.recompute and self.training and paddle.in_dynamic_mode() and not x.stop_gradient
+            x = run_again_in_backward(block, x) if again else block(x)
+        return x
+
+
+def run_again_in_backward(block, x):
+    """block(x) that keeps no activations: the backward pass computes them again, with the same random numbers."""
+    contexts = iter((nullcontext,))
+
+    def run(x):
+        with next(contexts, partial(statistics_kept, block))():
+            return block(x)
+
+    return recompute(run, x, use_reentrant=False)             # the other way breaks paddle.DataParallel
+
+
+@contextmanager
+def statistics_kept(block):
+    """Within, batch norms in `block` leave their running statistics as they are: these have seen the batch already."""
+    norms = [layer for layer in block.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    momenta = [norm._momentum for norm in norms]
+    for norm in norms:
+        norm._momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm._momentum = momentum
 
 
 class Head(nn.Layer):
-    """Global average pooling, dropout, classifier: (B, C, H, W) -> (B, num_classes)."""
+    """Global average pooling, dropout, classifier: (B, C, H, W) -> (B, num_classes); (B, C) with num_classes 0."""
 
     def __init__(self, width, num_classes, dropout):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01))
+        self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01)) if num_classes else nn.Identity()
 
     def forward(self, x):
         return self.fc(self.dropout(x.mean([2, 3])))
 
 
 class HaloNet(nn.Layer):
-    """(B, 3, H, W) images, normalised -> (B, num_classes) logits.
+    """(B, 3, H, W) images, normalised -> (B, num_classes) logits, or with num_classes 0 the pooled features (B, C).
 
-    stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]; `widths`, `strides` and
-    `num_heads` have one entry per stage. What else a block needs follows from its place.
+    stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]; `widths`, `strides`,
+    `num_heads` and `inner_widths` have one entry per stage. Without `inner_widths` the inner width of a block is
+    `bottleneck_ratio` times its output width, or with `bottleneck_in` its input width. `image_size` is the side of
+    the images where a block has to know it. What else a block needs follows from its place.
+
+    feature_info: for each stage, {'stride': pixels of the image per pixel of its map, 'width': its channels}.
     """
 
-    def __init__(self, *, stages, widths, strides, num_heads, bottleneck_ratio=0.25, block_size=8, halo_size=2, stem='tiered',
-                 stem_width=64, stem_pool=True, act='relu', num_classes=1000, dropout=0.0, drop_path=0.0):
+    def __init__(self, *, stages, widths, strides, num_heads, operators, inner_widths=(), bottleneck_ratio=0.25,
+                 bottleneck_in=False, projection=True, linear_out=False, stem='tiered', stem_width=64, stem_pool=True,
+                 head_width=0, num_classes=1000, dropout=0.0, drop_path=0.0, image_size=256):
         super().__init__()
-        self.act = ACTIVATIONS[act]
-        self.block_size, self.halo_size = block_size, halo_size
-        self.stem = Stem(stem, stem_width, stem_pool, self.act)
-        drop_rates = iter([drop_path * i / max(sum(map(len, stages)) - 1, 1) for i in range(sum(map(len, stages)))])
-        self.stages = nn.LayerList()
-        in_width = stem_width
-        for kinds, width, stride, heads in zip(stages, widths, strides, num_heads):
+        act = ACTIVATIONS[operators.act]
+        self.stem = Stem(stem, stem_width, stem_pool, act)
+        total = sum(map(len, stages))
+        drop_rates = iter([drop_path * i / max(total - 1, 1) for i in range(total)])
+        self.stages, self.feature_info = nn.LayerList(), []
+        in_width, total_stride = stem_width, self.stem.stride
+        for i, (kinds, width, stride, heads) in enumerate(zip(stages, widths, strides, num_heads)):
             blocks = []
-            for i, kind in enumerate(kinds):
-                inner, block_stride = int(width * bottleneck_ratio), stride if i == 0 else 1
-                blocks.append(Bottleneck(in_width, inner, width, self.spatial(kind, inner, heads, block_stride), block_stride,
-                                         self.act, next(drop_rates)))
-                in_width = width
-            self.stages.append(nn.Sequential(*blocks))
-        self.head = Head(in_width, num_classes, dropout)
+            for kind in kinds:
+                inner = inner_widths[i] if inner_widths else int((in_width if bottleneck_in else width) * bottleneck_ratio)
+                spatial, spatial_width = operators.build(kind, inner, heads, stride, map_size=-(-image_size // total_stride))
+                blocks.append(Bottleneck(in_width, inner, width, spatial, spatial_width, stride, act, next(drop_rates),
+                                         projection, linear_out))
+                in_width, total_stride, stride = width, total_stride * stride, 1
+            self.stages.append(Stage(*blocks))
+            self.feature_info.append({'stride': total_stride, 'width': width})
+        self.final_conv = ConvNormAct(in_width, head_width, 1, act=act) if head_width else nn.Identity()
+        self.head = Head(head_width or in_width, num_classes, dropout)
 
-    def spatial(self, kind, width, num_heads, stride):
-        """The layers that stand in a block of this kind where a ResNet has its 3x3 convolution, by timm's names."""
-        if kind == 'conv':
-            return {'conv2_kxk': ConvNormAct(width, width, 3, stride, self.act)}
-        if kind == 'halo':
-            return {'self_attn': HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride),
-                    'post_attn': BatchNormAct(width, self.act)}
-        raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv and halo')
-
-    def forward_features(self, x):
-        """(B, 3, H, W) -> the last feature map (B, C, H/stride, W/stride), before pooling."""
-        x = self.stem(x)
+    def features(self, x):
+        """(B, 3, H, W) -> the map that each stage gives, a list of (B, width, H/stride, W/stride) as in feature_info."""
+        x, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
-        return x
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x):
+        """(B, 3, H, W) -> the last feature map (B, C, H/stride, W/stride), after the final convolution, before pooling."""
+        return self.final_conv(self.features(x)[-1])
 
     def forward(self, x):
         return self.head(self.forward_features(x))
@@ -267,16 +312,43 @@ def parse_stage(text):
     return kinds
 
 
+def freeze(network, parts):
+    """Keep the first `parts` of a HaloNet as they are in training too: 1 the stem, 2 also the first stage, and so on.
+
+    Their parameters get no gradient, their norms use and keep the running statistics, and none of their blocks is dropped.
+    """
+    for part in [network.stem, *network.stages][:parts]:
+        for parameter in part.parameters():
+            parameter.stop_gradient = True
+        freeze_norms(part)
+        for layer in part.sublayers():
+            if isinstance(layer, DropPath):
+                layer.rate = 0.0
+
+
+def freeze_norms(layer):
+    """Let the batch norms in `layer` use and keep their running statistics in training too."""
+    for norm in layer.sublayers():
+        if isinstance(norm, nn.BatchNorm2D):
+            norm._use_global_stats = True
+
+
 def build_halonet(config):
     """The HaloNet that a config (see config.get_config) describes, with fresh weights."""
     model = config.MODEL
+    operators = Operators(
+        block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM, qk_ratio=model.QK_RATIO,
+        value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE, group_size=model.GROUP_SIZE,
+        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
     network = HaloNet(
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES, num_heads=model.HEADS,
-        bottleneck_ratio=model.BOTTLENECK_RATIO, block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, stem=model.STEM,
-        stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL, act=model.ACT, num_classes=model.NUM_CLASSES,
-        dropout=model.DROPOUT, drop_path=model.DROPPATH)
+        operators=operators, inner_widths=model.INNER_WIDTHS, bottleneck_ratio=model.BOTTLENECK_RATIO,
+        bottleneck_in=model.BOTTLENECK_IN, projection=model.PROJECTION, linear_out=model.LINEAR_OUT, stem=model.STEM,
+        stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL, head_width=model.HEAD_WIDTH, num_classes=model.NUM_CLASSES,
+        dropout=model.DROPOUT, drop_path=model.DROPPATH, image_size=config.DATA.IMAGE_SIZE)
     if model.FREEZE_NORM:
-        for layer in network.sublayers():
-            if isinstance(layer, nn.BatchNorm2D):
-                layer._use_global_stats = True
+        freeze_norms(network)
+    freeze(network, model.FREEZE)
+    for stage in network.stages[:config.TRAIN.RECOMPUTE]:
+        stage.recompute = True
     return network

@@ -2,6 +2,7 @@
 
 fixtures/timm_logits.npz: `NAME.HxW.logits` (2, 1000) of timm 1.0.31's halo models in eval mode on `seeded_images((2, 3, H, W))`,
 every float32 entry of the state dict set to `seeded_weight(key, shape)`; `NAME.keys`: JSON {timm's key: shape} as bytes.
+fixtures/timm_h1_float64.npz: `logits` of halonet_h1, the same but for the model and the images being cast to float64.
 fixtures/paddlevit_keys.npz: NAME -> JSON {key: shape} as bytes, of the .pdparams files that PaddleViT published.
 TIMM_LOSSES: timm's halonet26t in train mode from the same weights, on one batch, see test_halonet.test_training_trajectory.
 """
@@ -25,6 +26,11 @@ with np.load(FIXTURES / 'timm_logits.npz') as _file:
 def timm_logits(name):
     with np.load(FIXTURES / 'timm_logits.npz') as file:
         return file[f'{name}.logits']
+
+
+def timm_h1_float64():
+    with np.load(FIXTURES / 'timm_h1_float64.npz') as file:
+        return file['logits']
 
 
 def timm_keys(name):
@@ -79,16 +85,18 @@ def fill_seeded(model):
     return model
 
 
-def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size):
-    """halonet.halo_attention in float64, one query pixel after another, from the positions of the pixels alone."""
+def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
+    """attention.halo_attention in float64, one query pixel after another, from the positions of the pixels alone."""
     (B, _, rows, columns), (_, _, H, W), d = q.shape, kv.shape, height_rel.shape[1]
-    v, w, b = kv.shape[1] // num_heads - d, block_size + 2 * halo_size, block_size * rows // H
+    v, w, b = kv.shape[1] // num_heads - d, block_size + 2 * halo_size, block_size // stride
     out = np.zeros((B, num_heads * v, rows, columns))
     for image, n, y, x in np.ndindex(B, num_heads, rows, columns):
         query = q[image, n * d:(n + 1) * d, y, x]
-        logits, values = np.zeros((w, w)), np.zeros((w, w, v))
+        logits, values = np.full((w, w), -np.inf), np.zeros((w, w, v))
         for i, j in np.ndindex(w, w):               # the window's first pixel lies halo_size before the block's
             row, column = y // b * block_size - halo_size + i, x // b * block_size - halo_size + j
+            if row >= H + halo_size or column >= W + halo_size:
+                continue                            # it is there only because the map does not divide into blocks
             key = np.zeros(d)
             if 0 <= row < H and 0 <= column < W:    # outside: a key of zeros that takes part
                 key, values[i, j] = np.split(kv[image, n * (d + v):(n + 1) * (d + v), row, column], [d])

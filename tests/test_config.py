@@ -185,6 +185,9 @@ def test_every_range_is_of_an_option():
     ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
     ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5), ('TRAIN.EMA_DECAY', 1.0),
     ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]),
+    ('MODEL.INNER_WIDTHS', [8]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 0]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 8.5]),
+    ('MODEL.BOTTLENECK_RATIO', 0.0), ('MODEL.SE_RATIO', -1.0), ('MODEL.QK_RATIO', 0.0), ('MODEL.VALUE_RATIO', 0.0),
+    ('MODEL.LAMBDA_SIZE', 4), ('MODEL.LAMBDA_SIZE', -1), ('MODEL.FREEZE', 6), ('TRAIN.RECOMPUTE', 5),
     ('MODEL.WIDTHS', [8]), ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.HEADS', []), ('MODEL.STAGES', ['conv'])])
 def test_out_of_range(key, value):
     with pytest.raises(ValueError, match=key.replace('.', r'\.')):
@@ -302,14 +305,16 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'config': set(), 'augment': set(), 'optim': set(), 'utils': set(),
     'weightfiles': {'utils'},
     'weights': {'utils', 'weightfiles'},
-    'halonet': {'weights', 'ops'},
+    'attention': {'ops'},
+    'halonet': {'attention', 'weights'},
+    'hubconf': {'config', 'halonet', 'weights'},
     'datasets': {'augment', 'utils'},
     'checkpoint': {'utils', 'weights'},
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }
-STANDARD_AND_PADDLE = {'math', 'paddle'}    # all that halonet.py may need besides
+STANDARD_AND_PADDLE = {'contextlib', 'dataclasses', 'functools', 'math', 'paddle'}     # all that these two may need besides
 
 
 def top_level(request):
@@ -331,7 +336,8 @@ def test_imports_point_one_way(request):
     ours = MAY_IMPORT.keys() | {'ops', 'tools', 'tests'}
     too_many = {name: imports(tree) & ours - MAY_IMPORT[name] for name, tree in trees.items()}
     assert {name: modules for name, modules in too_many.items() if modules} == {}
-    assert imports(trees['halonet']) <= MAY_IMPORT['halonet'] | STANDARD_AND_PADDLE
+    for name in ('halonet', 'attention'):
+        assert imports(trees[name]) <= MAY_IMPORT[name] | STANDARD_AND_PADDLE
 
 
 def test_every_option_is_read(request):

@@ -1,4 +1,4 @@
-"""The model against timm's figures, against a plain attention, and in the ways it is used."""
+"""The model in training against timm's figures, against a plain attention, and in the ways it is used."""
 from functools import partial
 
 import numpy as np
@@ -7,10 +7,11 @@ import paddle.nn.functional as F
 import pytest
 import reference as ref
 
+from attention import HaloAttention, halo_attention
 from config import get_config
-from halonet import Bottleneck, DropPath, HaloAttention, build_halonet, halo_attention, parse_stage
+from halonet import Bottleneck, DropPath, build_halonet, parse_stage
 
-MODELS = [('halonet_26t_256', 'halonet26t', 12_480_288), ('halonet_50ts_256', 'halonet50ts', 22_733_280)]
+MODELS = ['halonet_26t_256', 'halonet_50ts_256']
 
 
 def build(name, *opts):
@@ -27,21 +28,6 @@ def repo_root(monkeypatch, request):
 
 
 # ---- timm's figures
-
-@pytest.mark.parametrize('name, timm_name, parameters', MODELS)
-def test_same_network_as_timm(name, timm_name, parameters):
-    model = build(name)
-    keys = ref.timm_keys(timm_name)
-    shapes = {ref.timm_key(key): list(tensor.shape) for key, tensor in model.state_dict().items()}
-    shapes['head.fc.weight'].reverse()
-    assert shapes == keys
-    assert sum(p.size for p in model.parameters() if p.trainable) == parameters     # running statistics are parameters too
-    assert sum(int(np.prod(shape)) for key, shape in keys.items() if 'running' not in key) == parameters
-
-    expected = ref.timm_logits(f'{timm_name}.256x256')
-    logits = ref.run(ref.fill_seeded(model).eval(), ref.seeded_images((2, 3, 256, 256)))
-    assert np.abs(logits - expected).max() < 5e-5 * expected.std()
-
 
 @pytest.mark.parametrize('steps', [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_training_trajectory(steps):
@@ -71,8 +57,9 @@ def test_training_trajectory(steps):
 
 def attention_inputs(B=2, N=2, d=4, v=4, block=4, halo=1, stride=1, H=8, W=8):
     rng, w = np.random.default_rng(0), block + 2 * halo
-    shapes = (B, N * d, H // stride, W // stride), (B, N * (d + v), H, W), (2 * w - 1, d), (2 * w - 1, d)
-    return [rng.normal(size=shape) for shape in shapes], {'num_heads': N, 'block_size': block, 'halo_size': halo}
+    shapes = (B, N * d, -(-H // stride), -(-W // stride)), (B, N * (d + v), H, W), (2 * w - 1, d), (2 * w - 1, d)
+    sizes = {'num_heads': N, 'block_size': block, 'halo_size': halo, 'stride': stride}
+    return [rng.normal(size=shape) for shape in shapes], sizes
 
 
 CASES = [
@@ -87,6 +74,15 @@ CASES = [
     {'v': 6, 'N': 3},
     {'d': 2, 'v': 8, 'stride': 2, 'halo': 2, 'H': 4, 'W': 8},
     {'d': 5, 'v': 1, 'B': 3, 'H': 4, 'W': 4},
+    # maps that do not divide into blocks
+    {'H': 7, 'W': 9},
+    {'H': 8, 'W': 5, 'N': 1},                       # one side fits
+    {'H': 3, 'W': 1, 'halo': 2},                    # smaller than a block
+    {'H': 7, 'W': 5, 'stride': 2},                  # odd sides: ceil(side / 2) queries
+    {'H': 3, 'W': 6, 'stride': 4, 'halo': 3},
+    {'H': 6, 'W': 9, 'stride': 2, 'v': 6, 'halo': 2},
+    {'H': 5, 'W': 6, 'halo': 0},
+    {'H': 5, 'W': 4, 'block': 3, 'halo': 5, 'B': 1},  # a halo that covers more than the map
 ]
 
 
@@ -99,7 +95,8 @@ def test_attention_is_the_plain_loop(case):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize('case', [{'W': 4}, {'stride': 2, 'd': 3, 'v': 1}], ids=['plain', 'strided'])
+@pytest.mark.parametrize('case', [{'W': 4}, {'stride': 2, 'd': 3, 'v': 1}, {'H': 3, 'W': 1}, {'H': 3, 'W': 4, 'stride': 2}],
+                         ids=['plain', 'strided', 'ragged', 'ragged and strided'])
 def test_attention_gradient_is_that_of_the_plain_loop(case):
     inputs, sizes = attention_inputs(**{'B': 1, 'N': 2, 'd': 2, 'v': 2, 'block': 2, 'halo': 1, 'H': 2, 'W': 2} | case)
     tensors = [paddle.to_tensor(a, stop_gradient=False) for a in inputs]
@@ -116,7 +113,8 @@ def test_attention_gradient_is_that_of_the_plain_loop(case):
         np.testing.assert_allclose(tensor.grad.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize('block, stride, size', [(4, 1, 8), (4, 2, 8), (3, 2, 6)], ids=['plain', 'strided queries', 'pooled'])
+@pytest.mark.parametrize('block, stride, size', [(4, 1, 8), (4, 2, 8), (3, 2, 6), (4, 2, 7), (3, 2, 5)],
+                         ids=['plain', 'strided queries', 'pooled', 'odd', 'odd and pooled'])
 def test_attention_layer(block, stride, size):
     """1x1 projections, queries at every stride-th pixel; where the stride does not divide the block, a mean over all pixels."""
     layer = HaloAttention(6, 8, num_heads=2, block_size=block, halo_size=1, stride=stride)
@@ -125,9 +123,11 @@ def test_attention_layer(block, stride, size):
     pooled = block % stride != 0
     q = q if pooled else q[:, :, ::stride, ::stride]
     expected = ref.naive_halo_attention(q, kv, layer.pos_embed.height_rel.numpy(), layer.pos_embed.width_rel.numpy(), num_heads=2,
-                                    block_size=block, halo_size=1)
-    if pooled:
-        expected = expected.reshape(2, 8, size // stride, stride, size // stride, stride).mean((3, 5))
+                                        block_size=block, halo_size=1, stride=1 if pooled else stride)
+    if pooled:                                      # at the edge the mean is of what there is
+        places = range(0, size, stride)
+        expected = np.stack([[expected[:, :, y:y + stride, x:x + stride].mean((2, 3)) for x in places] for y in places])
+        expected = expected.transpose(2, 3, 0, 1)
     np.testing.assert_allclose(ref.run(layer, x.astype('float32')), expected, rtol=0, atol=2e-6)
 
 
@@ -140,12 +140,6 @@ def test_any_fitting_size():
     assert list(model.forward_features(paddle.to_tensor(images)).shape) == [2, 32, 4, 8]
 
 
-@pytest.mark.parametrize('size, shown', [((40, 64), '10x16'), ((64, 40), '16x10'), ((72, 72), '18x18')])
-def test_unfit_size_is_named(size, shown):
-    with pytest.raises(ValueError, match=rf'{shown}.*blocks of 4'):
-        build_tiny()(paddle.zeros([1, 3, *size]))
-
-
 @pytest.mark.parametrize('heads', [0, 3, -2])
 def test_unfit_heads(heads):
     with pytest.raises(ValueError, match=rf'width 8 cannot have {heads} heads.*MODEL\.HEADS'):
@@ -153,7 +147,7 @@ def test_unfit_heads(heads):
 
 
 def test_unknown_kind_of_block():
-    with pytest.raises(ValueError, match=r"MODEL\.STAGES.*'hallo'.*conv and halo"):
+    with pytest.raises(ValueError, match=r"MODEL\.STAGES.*'hallo'.*conv, halo, bot and lambda"):
         build_tiny('MODEL.STAGES', ['conv', 'conv hallo'])
 
 
@@ -207,7 +201,7 @@ def expected_deviation(key, shape):
     return 0.01
 
 
-@pytest.mark.parametrize('make', [*(partial(build, name) for name, _, _ in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
+@pytest.mark.parametrize('make', [*(partial(build, name) for name in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
                          ids=['26t', '50ts', 'layer of unequal widths'])
 def test_initialisation(make):
     for key, parameter in make().named_parameters():

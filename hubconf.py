@@ -1,0 +1,32 @@
+"""Every model of configs/ by its name, for paddle.hub:
+
+    model = paddle.hub.load(FOLDER, 'halonet_26t', source='local', pretrained=FILE)
+
+`pretrained` is a weight file as for -pretrained, or '' for fresh weights; `opts` are options as after -opts, such as
+['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
+"""
+import functools  # modules as wholes: paddle.hub.list takes every function here for a model
+import pathlib
+
+import config
+import halonet
+import weights
+
+dependencies = ['paddle', 'numpy', 'yaml', 'yacs']
+
+
+def _load(path, pretrained='', opts=()):
+    model = halonet.build_halonet(config.get_config(path, opts))
+    if pretrained:
+        weights.load_pretrained(model, pretrained)
+    return model
+
+
+def _entry(path):
+    entry = functools.partial(_load, path)
+    entry.__doc__ = path.read_text(encoding='utf-8').split('\nBASE')[0].replace('# ', '')    # paddle.hub.help shows it
+    return entry
+
+
+globals().update({config.get_config(path).MODEL.NAME: _entry(path)
+                  for path in sorted((pathlib.Path(__file__).parent / 'configs').glob('[!_]*.yaml'))})
