@@ -2,7 +2,7 @@
 
 Every function that draws takes a numpy Generator. Ours come from `rng_for`, which makes each draw a function of the seed
 and of what is drawn for (a sample of an epoch, a step), whatever the number of processes, workers and restarts.
-RandAugment, random erasing, mixup and cutmix follow timm 1.0.31 in their operations, ranges and distributions.
+RandAugment, AutoAugment, random erasing, mixup and cutmix follow timm 1.0.31 in their operations, ranges and distributions.
 """
 import math
 import re
@@ -65,7 +65,7 @@ def color_jitter(image, strength, rng):
     return image
 
 
-# RandAugment
+# RandAugment and AutoAugment
 
 def _affine(matrix):
     return lambda image, value, how: image.transform(image.size, Image.Transform.AFFINE, matrix(value, *image.size), **how)
@@ -118,6 +118,10 @@ OPS = {
     'Desaturate': (_enhance(ImageEnhance.Color), lambda level, rng: max(0, 0.5 - 0.5 * level)),
     'GaussianBlur': (lambda image, value, how: image.filter(ImageFilter.GaussianBlur(value)),
                      lambda level, rng: min(2.0, 0.1 + 1.9 * level)),
+    'GaussianBlurRand': (lambda image, value, how: image.filter(ImageFilter.GaussianBlur(value)),
+                         lambda level, rng: 0.1 + rng.random() * (2.0 * min(1.0, level) - 0.1)),
+    'PosterizeOriginal': (_lookup(_posterize), lambda level, rng: int(level * 4) + 4),
+    'PosterizeIncreasing': (_lookup(_posterize), lambda level, rng: 4 - int(level * 4)),
 }
 RAND_OPS = tuple(OPS)[:15]
 WEIGHTS_0 = {'Rotate': 0.3, 'ShearX': 0.2, 'ShearY': 0.2, 'TranslateX': 0.1, 'TranslateY': 0.1, 'Color': 0.025,
@@ -131,9 +135,39 @@ OP_SETS = {                                         # name: weights; timm gives 
     '3aw': {'Solarize': 6, 'Desaturate': 6, 'GaussianBlur': 6, 'Rotate': 3, 'ShearX': 2, 'ShearY': 2, 'Posterize': 1,
             'AutoContrast': 1, 'Color': 1, 'Sharpness': 1, 'Contrast': 1, 'Brightness': 1, 'Equalize': 1, 'Invert': 1},
 }
+# AutoAugment: pairs 'operation probability magnitude', of which an image gets one. original is ImageNet's in Cubuk et al. 2018
+# (arXiv 1805.09501), v0 that of the first TPU code; the r sets posterize more with the magnitude; 3a is DeiT III's.
+POLICIES = {
+    'originalr': """
+        PosterizeIncreasing .4 8, Rotate .6 9; Solarize .6 5, AutoContrast .6 5; Equalize .8 8, Equalize .6 3;
+        PosterizeIncreasing .6 7, PosterizeIncreasing .6 6; Equalize .4 7, Solarize .2 4; Equalize .4 4, Rotate .8 8;
+        Solarize .6 3, Equalize .6 7; PosterizeIncreasing .8 5, Equalize 1 2; Rotate .2 3, Solarize .6 8;
+        Equalize .6 8, PosterizeIncreasing .4 6; Rotate .8 8, Color .4 0; Rotate .4 9, Equalize .6 2;
+        Equalize 0 7, Equalize .8 8; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8; Rotate .8 8, Color 1 2;
+        Color .8 8, Solarize .8 7; Sharpness .4 7, Invert .6 8; ShearX .6 5, Equalize 1 9; Color .4 0, Equalize .6 3;
+        Equalize .4 7, Solarize .2 4; Solarize .6 5, AutoContrast .6 5; Invert .6 4, Equalize 1 8; Color .6 4, Contrast 1 8;
+        Equalize .8 8, Equalize .6 3""",
+    'v0': """
+        Equalize .8 1, ShearY .8 4; Color .4 9, Equalize .6 3; Color .4 1, Rotate .6 8; Solarize .8 3, Equalize .4 7;
+        Solarize .4 2, Solarize .6 2; Color .2 0, Equalize .8 8; Equalize .4 8, SolarizeAdd .8 3; ShearX .2 9, Rotate .6 8;
+        Color .6 1, Equalize 1 2; Invert .4 9, Rotate .6 0; Equalize 1 9, ShearY .6 3; Color .4 7, Equalize .6 0;
+        Posterize .4 6, AutoContrast .4 7; Solarize .6 8, Color .6 9; Solarize .2 4, Rotate .8 9; Rotate 1 7, TranslateY .8 9;
+        ShearX 0 0, Solarize .8 4; ShearY .8 0, Color .6 4; Color 1 0, Rotate .6 2; Equalize .8 4, Equalize 0 8;
+        Equalize 1 4, AutoContrast .6 2; ShearY .4 7, SolarizeAdd .6 7; Posterize .8 2, Solarize .6 10;
+        Solarize .6 8, Equalize .6 1; Color .8 6, Rotate .4 5""",
+    '3a': 'Solarize 1 5; Desaturate 1 10; GaussianBlurRand 1 10',
+}
+POLICIES['original'] = POLICIES['originalr'].replace('PosterizeIncreasing', 'PosterizeOriginal')
+POLICIES['v0r'] = POLICIES['v0'].replace('Posterize', 'PosterizeIncreasing')
 GRAMMAR = ('rand, then any of -mN (magnitude), -nN (operations per image), -pX (probability of each), -mstdX (deviation of the '
            'magnitude; above 100: uniform), -mmaxX (largest magnitude), -inc0 or -inc1 (effects increase with the magnitude), '
-           '-w0 (weighted choice), -tNAME (a set of operations: ' + ', '.join(OP_SETS) + '); such as rand-m9-mstd0.5-inc1')
+           '-w0 (weighted choice), -tNAME (a set of operations: ' + ', '.join(OP_SETS) + '); such as rand-m9-mstd0.5-inc1; or '
+           + ', '.join(POLICIES) + ' (AutoAugment), then perhaps -mstdX')
+
+
+def _draw_magnitude(rng, magnitude, deviation, largest=FULL_LEVEL):
+    magnitude = rng.uniform(0, magnitude) if math.isinf(deviation) else rng.normal(magnitude, deviation)
+    return min(max(magnitude, 0.0), largest)
 
 
 @dataclass(frozen=True)
@@ -150,14 +184,41 @@ class RandAugment:
     layers: int = 2
     probability: float = 0.5
 
-    def draw_magnitude(self, rng):
-        uniform = math.isinf(self.deviation)
-        magnitude = rng.uniform(0, self.magnitude) if uniform else rng.normal(self.magnitude, self.deviation)
-        return min(max(magnitude, 0.0), self.largest)
+    def __call__(self, image, rng, fill=(128, 128, 128)):
+        """The image after the operations that are drawn; `fill` is the colour of what moves into view."""
+        for i in rng.choice(len(self.ops), self.layers, replace=self.weights is None, p=self.weights):
+            if rng.random() < self.probability:
+                magnitude = _draw_magnitude(rng, self.magnitude, self.deviation, self.largest)
+                image = apply_op(image, self.ops[i], magnitude, rng, fill, self.increasing)
+        return image
+
+
+@dataclass(frozen=True)
+class AutoAugment:
+    """One of `choices` per image: operations (name, probability, magnitude), the magnitude normal with `deviation`."""
+
+    choices: tuple
+    deviation: float = 0.0
+
+    def __call__(self, image, rng, fill=(128, 128, 128)):
+        """The image after the operations that are drawn; `fill` is the colour of what moves into view."""
+        for name, probability, magnitude in self.choices[rng.integers(len(self.choices))]:
+            if rng.random() < probability:
+                image = apply_op(image, name, _draw_magnitude(rng, magnitude, self.deviation), rng, fill, False)
+        return image
+
+
+def _policy(text):
+    """'Invert .6 4, Equalize 1 8; ...' -> ((('Invert', 0.6, 4.0), ('Equalize', 1.0, 8.0)), ...)"""
+    choices = [[operation.split() for operation in choice.split(',')] for choice in text.split(';')]
+    return tuple(tuple((name, float(chance), float(magnitude)) for name, chance, magnitude in choice) for choice in choices)
 
 
 def parse_auto_augment(text):
-    """A string in timm's grammar, such as rand-m9-mstd0.5-inc1 -> RandAugment. Raises ValueError, saying what is allowed."""
+    """A string in timm's grammar, such as rand-m9-mstd0.5-inc1 or original-mstd0.5 -> RandAugment or AutoAugment.
+
+    Raises ValueError, saying what is allowed.
+    """
     start, *parts = text.split('-')
     given = {}
     for part in parts:
@@ -168,6 +229,8 @@ def parse_auto_augment(text):
             raise ValueError(f'AUTO_AUGMENT {text!r}: {part!r} is {problem}; write {GRAMMAR}')
         given[key] = value if key == 't' else float(value)
     layers, deviation = int(given.get('n', 2)), given.get('mstd', 0.0)
+    if start in POLICIES and not given.keys() - {'mstd'}:
+        return AutoAugment(_policy(POLICIES[start]), deviation)
     weights = WEIGHTS_0 if 'w' in given else OP_SETS.get(given.get('t'), dict.fromkeys(RAND_OPS))
     weighted = None not in weights.values()
     wrong = (start != 'rand' or layers < 1 or given.get('p', 0) > 1 or given.get('mmax', 1) <= 0 or given.get('inc', 0) > 1
@@ -179,14 +242,6 @@ def parse_auto_augment(text):
         increasing=bool(given.get('inc')) or 't' in given, magnitude=given.get('m', 10.0),
         deviation=math.inf if deviation > 100 else deviation, largest=given.get('mmax', FULL_LEVEL), layers=layers,
         probability=given.get('p', 0.5))
-
-
-def rand_augment(image, policy, rng, fill=(128, 128, 128)):
-    """The image after the operations that the RandAugment `policy` draws; `fill` is the colour of what moves into view."""
-    for i in rng.choice(len(policy.ops), policy.layers, replace=policy.weights is None, p=policy.weights):
-        if rng.random() < policy.probability:
-            image = apply_op(image, policy.ops[i], policy.draw_magnitude(rng), rng, fill, policy.increasing)
-    return image
 
 
 def apply_op(image, name, magnitude, rng, fill, increasing):
@@ -241,49 +296,78 @@ def one_hot(labels, num_classes, smoothing=0.0):
 class NoMix:
     """The mixing that leaves a batch as it is."""
 
-    def __call__(self, images, targets, rng):
+    def __call__(self, images, targets, rng, indices):
         return images, targets
+
+
+SHARING = {'batch': None, 'pair': 2, 'half': 2, 'elem': 1}   # how many neighbours share a draw; None: all
 
 
 @dataclass(frozen=True)
 class Mix:
-    """mixup or cutmix of a whole batch: images (B, 3, H, W), soft targets (B, K), rng -> new images, new targets.
+    """mixup or cutmix of neighbours: images (B, 3, H, W), soft targets (B, K) -> new images, new targets.
 
-    One lambda per call, from Beta(alpha, alpha); for cutmix corrected to the part of the image that stays.
+    What shares a draw, of mixup or cutmix and of a lambda from Beta(alpha, alpha), is the batch, a pair or an image (mode
+    elem); half is pair, and leaves only the first image of each. For cutmix, lambda is corrected to the part of the image
+    that stays. `rng` is that of the step; other draws than those for a whole batch depend on it and on `indices` (B,), the
+    samples, so that they are the same however the batch of a step is split.
     """
 
     mixup_alpha: float
     cutmix_alpha: float
     probability: float = 1.0
     switch_probability: float = 0.5
+    mode: str = 'batch'
 
-    def __call__(self, images, targets, rng):
+    def __call__(self, images, targets, rng, indices):
+        batch, (height, width) = len(images), images.shape[2:]
+        shared = SHARING[self.mode] or batch
+        key = rng.integers(2 ** 63) if self.mode != 'batch' else None
+        rngs = [rng] if key is None else [np.random.default_rng([key, int(i)]) for i in np.asarray(indices)[::shared]]
+        draws = [self.draw(rng, height, width) for rng in rngs]
+        lams = np.array([lam for lam, _ in draws]).repeat(shared)[:batch]
+        blends = np.array([lam if box is None else 1 for lam, box in draws]).repeat(shared)[:batch]
+        partner = _partners(batch)
+        mixed = _blend(images, partner, blends)
+        for i, (_, box) in enumerate(draws):
+            if box:
+                _paste(mixed, images, partner, slice(i * shared, min((i + 1) * shared, batch)), box)
+        keep = slice(None, None, 2 if self.mode == 'half' else 1)
+        return mixed[keep], _blend(targets, partner, lams)[keep]
+
+    def draw(self, rng, height, width):
+        """lambda, the share of an image itself, and for cutmix the box (top, bottom, left, right) of its partner, else None."""
         if rng.random() >= self.probability:
-            return images, targets
+            return 1.0, None
         cut = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < self.switch_probability)
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
         lam = float(rng.beta(alpha, alpha))
-        partner = _partners(len(images))
-        if not cut:
-            images = _blend(images, partner, lam)
-        else:
-            (top, bottom, left, right), lam = cut_box(rng, *images.shape[2:], lam)
-            if lam < 1:
-                other = images[:, :, top:bottom, left:right].gather(partner)
-                images = images.clone()
-                images[:, :, top:bottom, left:right] = other
-        return images, _blend(targets, partner, lam)
+        return cut_box(rng, height, width, lam)[::-1] if cut else (lam, None)
 
 
 def _partners(batch):
     # Neighbours are mixed, i with i ^ 1, not i with the i-th from behind as is usual: neighbours stay together however a
     # global batch is split over processes and accumulated passes (of even size), so the result does not depend on it.
     partner = np.arange(batch) ^ 1
-    return paddle.to_tensor(np.where(partner < batch, partner, batch - 1))  # the last of an odd batch is its own partner
+    return np.where(partner < batch, partner, batch - 1)      # the last of an odd batch is its own partner
 
 
-def _blend(x, partner, lam):
-    return x * lam + x.gather(partner) * (1 - lam)
+def _blend(x, partner, lams):
+    """lams * x + (1 - lams) * partners: x (B, ...), partner (B,), lams (B,)"""
+    if (lams == 1).all():
+        return x.clone()
+    share = paddle.to_tensor(1 - lams, x.dtype).reshape([-1] + [1] * (x.ndim - 1))   # (B, 1, ...)
+    return (x.gather(paddle.to_tensor(partner)) - x).multiply_(share).add_(x)        # in place: four times as fast on a CPU
+
+
+def _paste(mixed, images, partner, rows, box):
+    """Give `mixed`, in these rows, the box of the partners."""
+    top, bottom, left, right = box
+    if top < bottom and left < right:
+        partner = partner[rows]
+        first, shape = partner.min(), [np.ptp(partner) + 1, images.shape[1], bottom - top, right - left]
+        others = paddle.crop(images, list(map(int, shape)), [int(first), 0, top, left])      # four times as fast as a slice
+        mixed[rows, :, top:bottom, left:right] = others.gather(paddle.to_tensor(partner - first))
 
 
 def cut_box(rng, height, width, lam):
@@ -299,7 +383,7 @@ def _cut_span(rng, length, cut):
     return max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, length)
 
 
-def make_mix(mixup_alpha, cutmix_alpha, probability=1.0, switch_probability=0.5):
+def make_mix(mixup_alpha, cutmix_alpha, probability=1.0, switch_probability=0.5, mode='batch'):
     """Mix, or NoMix where neither alpha is above 0."""
     on = (mixup_alpha > 0 or cutmix_alpha > 0) and probability > 0
-    return Mix(mixup_alpha, cutmix_alpha, probability, switch_probability) if on else NoMix()
+    return Mix(mixup_alpha, cutmix_alpha, probability, switch_probability, mode) if on else NoMix()

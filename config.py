@@ -77,29 +77,41 @@ _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), whatever the checkpoint says; -1: as it says
 _C.TRAIN.ACCUM_ITER = 1                 # forward passes per optimizer step
 _C.TRAIN.RECOMPUTE = 0                  # first stages that save memory by computing their activations a second time
-_C.TRAIN.OPTIMIZER = 'adamw'            # adamw or sgd (Nesterov momentum)
+_C.TRAIN.OPTIMIZER = 'adamw'            # adamw, sgd (Nesterov momentum), lamb or rmsprop (TensorFlow's)
 _C.TRAIN.BASE_LR = 0.001                # learning rate after warm-up, for a global batch of LR_BATCH images
 _C.TRAIN.LR_BATCH = 0                   # reference batch of linear learning-rate scaling; 0: BASE_LR is used as it is
+_C.TRAIN.LR_SCHEDULE = 'cosine'         # after warm-up: cosine, to END_LR, or step, times DECAY_RATE every DECAY_EPOCHS
+_C.TRAIN.DECAY_EPOCHS = 2.4             # step
+_C.TRAIN.DECAY_RATE = 0.97              # step
 _C.TRAIN.WARMUP_EPOCHS = 5.0            # linear rise from WARMUP_LR, by the step
 _C.TRAIN.WARMUP_LR = 1e-6               # learning rate of the first step (not scaled)
-_C.TRAIN.END_LR = 1e-6                  # learning rate of the last step (not scaled)
+_C.TRAIN.END_LR = 1e-6                  # learning rate of the last step, and the least one (not scaled)
+_C.TRAIN.COOLDOWN_EPOCHS = 0.0          # epochs with END_LR at the end, part of NUM_EPOCHS
+_C.TRAIN.LAYER_DECAY = 1.0              # factor of the learning rate from each block to the one below; 1: the same for all
 _C.TRAIN.WEIGHT_DECAY = 0.05            # on matrices and kernels; never on norms, biases and position tables
-_C.TRAIN.BETAS = [0.9, 0.999]           # adamw
-_C.TRAIN.EPS = 1e-8                     # adamw
-_C.TRAIN.MOMENTUM = 0.9                 # sgd
-_C.TRAIN.GRAD_CLIP = 0.0                # largest global gradient norm; 0: off
+_C.TRAIN.BETAS = [0.9, 0.999]           # adamw, lamb
+_C.TRAIN.EPS = 1e-8                     # adamw, lamb, rmsprop
+_C.TRAIN.MOMENTUM = 0.9                 # sgd, rmsprop
+_C.TRAIN.RMSPROP_ALPHA = 0.9            # decay of rmsprop's mean square
+_C.TRAIN.GRAD_CLIP = 0.0                # limit of the gradients, as CLIP_MODE says; 0: off
+_C.TRAIN.CLIP_MODE = 'norm'             # norm of all together, value of each number, or agc: a share of the weights (0.01)
+_C.TRAIN.LOSS = 'ce'                    # ce (cross-entropy) or bce (binary cross-entropy of each class)
+_C.TRAIN.BCE_THRESHOLD = -1.0           # bce: targets above it are 1 and others 0; below 0: targets stay soft
 _C.TRAIN.SMOOTHING = 0.1                # label smoothing
 _C.TRAIN.EMA_DECAY = 0.0                # moving average of the weights, decay per optimizer step; 0: off
+_C.TRAIN.EMA_WARMUP = 0.0               # power of its warm-up, decay at most 1 - (1 + step) ** -power, such as 2/3; 0: none
+_C.TRAIN.AUG_REPEATS = 1                # copies of an image in an epoch of the same length, each augmented for itself
 _C.TRAIN.CROP_SCALE = [0.08, 1.0]       # random resized crop: share of the area
 _C.TRAIN.CROP_RATIO = [0.75, 4.0 / 3.0]  # random resized crop: width over height
 _C.TRAIN.HFLIP = 0.5                    # probability of a mirrored image
-_C.TRAIN.AUTO_AUGMENT = ''              # timm's grammar, such as rand-m9-mstd0.5-inc1; '': off
+_C.TRAIN.AUTO_AUGMENT = ''              # timm's grammar, such as rand-m9-mstd0.5-inc1 or original; '': off
 _C.TRAIN.COLOR_JITTER = 0.0             # brightness, contrast and saturation factors in 1 +- this, without AUTO_AUGMENT
 _C.TRAIN.RANDOM_ERASE_PROB = 0.0        # probability of erasing a rectangle
 _C.TRAIN.RANDOM_ERASE_MODE = 'pixel'    # pixel (normal noise) or const (the mean colour)
 _C.TRAIN.MIXUP_ALPHA = 0.0              # Beta parameter of mixup; 0: off
 _C.TRAIN.CUTMIX_ALPHA = 0.0             # Beta parameter of cutmix; 0: off
-_C.TRAIN.MIXUP_PROB = 1.0               # probability that a batch is mixed at all
+_C.TRAIN.MIXUP_MODE = 'batch'           # what shares a draw: batch, pair, elem; half: pair, of which one image is kept
+_C.TRAIN.MIXUP_PROB = 1.0               # probability that what shares a draw is mixed at all
 _C.TRAIN.MIXUP_SWITCH_PROB = 0.5        # probability of cutmix where both are on
 
 CHOICES = {
@@ -110,7 +122,11 @@ CHOICES = {
     'MODEL.STEM': ('tiered', '7x7', '3x3'),
     'MODEL.CHANNEL_ATTN': ('none', 'se', 'eca'),
     'MODEL.ACT': ('relu', 'silu'),
-    'TRAIN.OPTIMIZER': ('adamw', 'sgd'),
+    'TRAIN.OPTIMIZER': ('adamw', 'sgd', 'lamb', 'rmsprop'),
+    'TRAIN.LR_SCHEDULE': ('cosine', 'step'),
+    'TRAIN.CLIP_MODE': ('norm', 'value', 'agc'),
+    'TRAIN.LOSS': ('ce', 'bce'),
+    'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem', 'half'),
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),
 }
 AT_LEAST = {
@@ -120,11 +136,12 @@ AT_LEAST = {
     'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
     'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.WARMUP_LR': 0, 'TRAIN.END_LR': 0, 'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.GRAD_CLIP': 0,
+    'TRAIN.EPS': 0, 'TRAIN.COOLDOWN_EPOCHS': 0, 'TRAIN.BCE_THRESHOLD': -1, 'TRAIN.EMA_WARMUP': 0, 'TRAIN.AUG_REPEATS': 1,
     'TRAIN.COLOR_JITTER': 0, 'TRAIN.MIXUP_ALPHA': 0, 'TRAIN.CUTMIX_ALPHA': 0,
 }
 PROBABILITIES = (
     'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.SMOOTHING', 'TRAIN.EMA_DECAY', 'TRAIN.HFLIP', 'TRAIN.RANDOM_ERASE_PROB',
-    'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB',
+    'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.LAYER_DECAY', 'TRAIN.DECAY_RATE', 'TRAIN.RMSPROP_ALPHA',
 )
 
 
@@ -279,9 +296,13 @@ def _validate(config):
             raise ValueError(f'{key} is {flat[key]}; it must be [smallest, largest], both above 0')
     if config.TRAIN.CROP_SCALE[1] > 1:
         raise ValueError(f'TRAIN.CROP_SCALE is {config.TRAIN.CROP_SCALE}; a crop cannot exceed the image (1.0)')
-    if not config.TRAIN.WARMUP_EPOCHS < config.TRAIN.NUM_EPOCHS:
-        raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} leaves none of '
-                         f'TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower the first or raise the second')
+    if not config.TRAIN.WARMUP_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS < config.TRAIN.NUM_EPOCHS:
+        raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} and COOLDOWN_EPOCHS {config.TRAIN.COOLDOWN_EPOCHS} '
+                         f'leave none of TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower them or raise it')
+    if not config.TRAIN.BCE_THRESHOLD < 1:
+        raise ValueError(f'TRAIN.BCE_THRESHOLD is {config.TRAIN.BCE_THRESHOLD}; it must be below 1 (below 0: off)')
+    if not config.TRAIN.DECAY_EPOCHS > 0:
+        raise ValueError(f'TRAIN.DECAY_EPOCHS is {config.TRAIN.DECAY_EPOCHS}; it must be above 0 (2.4 is usual)')
     if len(config.TRAIN.BETAS) != 2 or not all(0 <= beta < 1 for beta in config.TRAIN.BETAS):
         raise ValueError(f'TRAIN.BETAS is {config.TRAIN.BETAS}; it must be two numbers from 0 up to and without 1')
     if config.TRAIN.EMA_DECAY == 1:

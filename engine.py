@@ -74,13 +74,14 @@ class Training:
     loader: datasets.Loader
     to_input: Callable                              # uint8 images, indices, epoch -> network input
     to_targets: Callable                            # labels -> soft targets
-    mix: Callable                                   # input, targets, rng -> input, targets
+    mix: Callable                                   # input, targets, rng, indices -> input, targets
+    loss: Callable                                  # logits, targets -> losses
     autocast: Callable
     lr_at: Callable                                 # optimizer step -> learning rate
     seed: int
     epochs: int
     accum: int                                      # forward passes per optimizer step
-    grad_clip: float
+    clip: Callable                                  # limits the gradients of a model
     report_freq: int
     validate_freq: int
     save_freq: int
@@ -129,12 +130,12 @@ def build_training(config, model, device):
         optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
         scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
         loader=loader, to_input=to_input, autocast=build_autocast(config, device),
-        mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB),
+        mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
+                             train.MIXUP_MODE),
         to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
-        lr_at=partial(optim.lr_at, total_steps=train.NUM_EPOCHS * steps_per_epoch,
-                      warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch), base_lr=base_lr,
-                      warmup_lr=train.WARMUP_LR, end_lr=train.END_LR),
-        seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER, grad_clip=train.GRAD_CLIP,
+        lr_at=optim.build_schedule(config, base_lr, steps_per_epoch), loss=optim.build_loss(config),
+        clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
+        seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
         report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ,
         save_freq=config.SAVE_FREQ, save_keep=config.SAVE_KEEP)
 
@@ -214,19 +215,19 @@ def train_one_epoch(training, progress, metrics):
         paddle.seed(int(augment.rng_for(training.seed, augment.DROPOUT, progress.step, rank).integers(2 ** 31)))
         for i, (images, labels, indices) in enumerate(batches):
             images = training.to_input(images, indices, progress.epoch)
-            images, targets = training.mix(images, training.to_targets(labels), mix_rng(training, progress))
+            images, targets = training.mix(images, training.to_targets(labels), mix_rng(training, progress), indices)
             with reduced_last(model, i, len(batches)):
                 with training.autocast():
                     logits = model(images)
-                losses = optim.cross_entropy(logits, targets)
+                losses = training.loss(logits, targets)
                 training.scaler.scale(losses.mean() / len(batches)).backward()
             totals.add(losses, logits, targets.argmax(-1), progress.step)
         training.scaler.unscale_(training.optimizer)
-        optim.clip_gradients(training.model, training.grad_clip)
+        training.clip(training.model)
         training.scaler.step(training.optimizer)
         training.scaler.update()
         training.optimizer.clear_grad()
-        training.ema.update(training.model)
+        training.ema.update(training.model, progress.step)
         progress.step += 1
         if progress.step % training.report_freq == 0 or progress.step % training.steps_per_epoch == 0:
             report_training(totals, training, progress, lr, time.perf_counter() - start, metrics)

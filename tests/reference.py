@@ -4,6 +4,7 @@ fixtures/timm_logits.npz: `NAME.HxW.logits` (2, 1000) of timm 1.0.31's halo mode
 every float32 entry of the state dict set to `seeded_weight(key, shape)`; `NAME.keys`: JSON {timm's key: shape} as bytes.
 fixtures/timm_h1_float64.npz: `logits` of halonet_h1, the same but for the model and the images being cast to float64.
 fixtures/paddlevit_keys.npz: NAME -> JSON {key: shape} as bytes, of the .pdparams files that PaddleViT published.
+fixtures/timm_recipes.npz: what timm 1.0.31 makes of a few numbers in training; made by make_timm_recipes.py.
 TIMM_LOSSES: timm's halonet26t in train mode from the same weights, on one batch, see test_halonet.test_training_trajectory.
 """
 import json
@@ -36,6 +37,17 @@ def timm_h1_float64():
 def timm_keys(name):
     with np.load(FIXTURES / 'timm_logits.npz') as file:
         return json.loads(bytes(file[f'{name}.keys']))
+
+
+def timm_recipes(prefix):
+    """{rest of the key: array, or what its JSON says} of the entries of timm_recipes.npz below `prefix`, or the entry itself."""
+    def value(key):
+        return json.loads(bytes(file[key])) if file[key].dtype == np.uint8 else file[key]
+
+    with np.load(FIXTURES / 'timm_recipes.npz') as file:
+        if prefix in file:
+            return value(prefix)
+        return {key[len(prefix) + 1:]: value(key) for key in file if key.startswith(prefix + '.')}
 
 
 def paddlevit_keys(name):

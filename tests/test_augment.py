@@ -1,4 +1,4 @@
-"""augment.py against arithmetic by hand, Pillow's own operations, and the distributions that timm documents."""
+"""augment.py against arithmetic by hand, Pillow's own operations, timm's tables, and the distributions that timm documents."""
 import collections
 import itertools
 import math
@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from reference import timm_recipes
 
 import augment
 
@@ -145,12 +146,43 @@ def test_weights(text, weights):
 
 
 @pytest.mark.parametrize('text', [
-    '', 'augmix-m5', 'original', 'rand-', 'rand-m', 'rand-m9-x3', 'rand-m9-m8', 'rand-m-3', 'rand-n0', 'rand-n1.5', 'rand-p1.5',
+    '', 'augmix-m5', 'original-m9', 'v0-inc1', 'v1',
+    'rand-', 'rand-m', 'rand-m9-x3', 'rand-m9-m8', 'rand-m-3', 'rand-n0', 'rand-n1.5', 'rand-p1.5',
     'rand-inc2', 'rand-mmax0', 'rand-w1', 'rand-tother', 'rand-w0-tweights', 'rand-n14-w0', 'rand m9', 'rand-m9\n', 'rand-m²'])
 def test_wrong_strings_say_what_is_allowed(text):
     with pytest.raises(ValueError, match='rand-m9-mstd0.5-inc1') as error:
         augment.parse_auto_augment(text)
     assert repr(text) in str(error.value)
+
+
+# AutoAugment
+
+@pytest.mark.parametrize('name', ['original', 'originalr', 'v0', 'v0r', '3a'])
+def test_policies_are_those_of_timm(name):
+    policy = augment.parse_auto_augment(name)
+    expected = [[(op.replace('Rel', ''), chance, level) for op, chance, level in choice]
+                for choice in timm_recipes('policies')[name]]
+    assert [[*choice] for choice in policy.choices] == expected and policy.deviation == 0
+    assert augment.parse_auto_augment(f'{name}-mstd0.5') == augment.AutoAugment(policy.choices, 0.5)
+    assert augment.parse_auto_augment(f'{name}-mstd101').deviation == 101               # unlike rand-mstd101
+
+
+def test_choices_of_a_policy_are_drawn_alike_and_in_order(monkeypatch):
+    drawn = record(monkeypatch, '3a', 1500)
+    counts = collections.Counter(image[0] for image in drawn)
+    assert counts.keys() == {('Solarize', 5), ('Desaturate', 10), ('GaussianBlurRand', 10)} and min(counts.values()) > 430
+    drawn = record(monkeypatch, 'v0', 5000)
+    turned = [image for image in drawn if image[0:1] == [('Rotate', 7)]]               # one choice starts so, always applied
+    assert abs(len(turned) / 5000 - 1 / 25) < 0.01
+    assert {len(image) for image in turned} == {1, 2} and all(image[1:] in ([], [('TranslateY', 9)]) for image in turned)
+    assert abs(np.mean([len(image) == 2 for image in turned]) - 0.8) < 0.1
+    expected = sum(chance for choice in augment.parse_auto_augment('v0').choices for _, chance, _ in choice) / 25
+    assert abs(sum(map(len, drawn)) / 5000 - expected) < 0.03
+
+
+def test_magnitudes_of_a_policy_deviate(monkeypatch):
+    drawn = np.array([m for image in record(monkeypatch, '3a-mstd0.5') for name, m in image if name == 'Solarize'])
+    assert abs(np.median(drawn) - 5) < 0.06 and abs(drawn.std() - 0.5) < 0.04
 
 
 # RandAugment: what is drawn
@@ -162,7 +194,7 @@ def record(monkeypatch, text, images=3000):
     draw, policy = rng(), augment.parse_auto_augment(text)
     for _ in range(images):
         drawn.append([])
-        augment.rand_augment(None, policy, draw)
+        policy(None, draw)
     return drawn
 
 
@@ -225,9 +257,32 @@ def test_arguments_of_operations(name, magnitude, plain, increasing, monkeypatch
         assert (abs(shares - 1 / len(wanted)) < 0.25).all()
 
 
+TIMM_ARGUMENTS = timm_recipes('arguments')
+OURS = {'TranslateXRel': 'TranslateX', 'TranslateYRel': 'TranslateY', 'TranslateX': None, 'TranslateY': None}  # None: in pixels
+
+
+@pytest.mark.parametrize('timm_name', TIMM_ARGUMENTS)
+def test_arguments_of_operations_equal_timm_s(timm_name):
+    name = OURS.get(timm_name, timm_name)
+    if name is None:
+        return
+    increasing = name.endswith('Increasing') and name not in augment.OPS
+    values = augment.OPS[name.replace('Increasing', '') if increasing else name][1:]
+    for level, expected in TIMM_ARGUMENTS[timm_name].items():
+        draw = rng()
+        ours = [float(values[-1 if increasing else 0](int(level) / 10, draw)) for _ in range(40)]
+        if name == 'Desaturate':
+            ours = [1 - factor for factor in ours]            # timm takes it from 1 later on
+        if name == 'GaussianBlurRand':                        # timm draws the radius later on, from 0.1 to twice the argument
+            ends = sorted([0.1, 2 * expected[0]])
+            assert ends[0] <= min(ours) and max(ours) <= ends[1] and max(ours) - min(ours) > 0.8 * (ends[1] - ends[0])
+        else:
+            np.testing.assert_allclose(sorted({round(value, 9) for value in ours}), expected, atol=1e-8)
+
+
 def test_every_operation_has_its_arguments_checked():
     checked = test_arguments_of_operations.pytestmark[0].args[1]
-    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} == set(augment.OPS)
+    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} | TIMM_ARGUMENTS.keys() >= set(augment.OPS)
     assert all(augment.OPS[name][1] is None for name in ('AutoContrast', 'Equalize', 'Invert'))
 
 
@@ -306,15 +361,16 @@ def test_affine_operations_draw_both_filters(monkeypatch):
 
 
 @pytest.mark.parametrize('text', [
-    'rand-m10-mstd2-mmax30-inc1-p1', 'rand-m10-mstd2-mmax30-p1', 'rand-m10-n4-p1-t3aw', 'rand-n9-w0-p1'])
+    'rand-m10-mstd2-mmax30-inc1-p1', 'rand-m10-mstd2-mmax30-p1', 'rand-m10-n4-p1-t3aw', 'rand-n9-w0-p1', 'original-mstd2',
+    'v0r', '3a'])
 def test_policies_run_on_any_size_and_leave_the_image(text):
     policy = augment.parse_auto_augment(text)
     for seed, size in enumerate([(1, 1), (7, 20), (32, 32)] * 20):
         image = picture(*size, seed)
         before = pixels(image)
-        out = augment.rand_augment(image, policy, rng(seed), FILL)
+        out = policy(image, rng(seed), FILL)
         assert out.size == size and out.mode == 'RGB' and np.array_equal(pixels(image), before)
-        assert np.array_equal(pixels(out), pixels(augment.rand_augment(image, policy, rng(seed), FILL)))
+        assert np.array_equal(pixels(out), pixels(policy(image, rng(seed), FILL)))
 
 
 # random erasing
@@ -384,6 +440,11 @@ def test_one_hot_by_hand():
     assert augment.one_hot(paddle.to_tensor([1]), 3).numpy().tolist() == [[0, 1, 0]]
 
 
+def mixed_by(mix, images, targets, draw):
+    """`mix` with samples named 10, 11, ..."""
+    return mix(images, targets, draw, paddle.arange(10, 10 + len(images)))
+
+
 def mixing_case(size=5):
     images, targets = batch(size), augment.one_hot(paddle.arange(size), 9, 0.1)
     return images, targets, [1, 0, 3, 2, 4]
@@ -392,7 +453,7 @@ def mixing_case(size=5):
 def test_mixup_by_hand():
     images, targets, partner = mixing_case()
     before = images.numpy(), targets.numpy()
-    mixed, soft = augment.make_mix(0.4, 0)(images, targets, rng(2))
+    mixed, soft = mixed_by(augment.make_mix(0.4, 0), images, targets, rng(2))
     draw = rng(2)
     draw.random()                                             # whether to mix at all
     lam = draw.beta(0.4, 0.4)
@@ -406,7 +467,7 @@ def test_cutmix_by_hand_on_oblong_images(monkeypatch):
     monkeypatch.setattr(augment, 'cut_box', lambda draw, height, width, lam: ((2, 5, 6, 16), 1 - 30 / (height * width)))
     images, targets, partner = mixing_case()
     before = images.numpy(), targets.numpy()
-    mixed, soft = augment.make_mix(0, 1.0)(images, targets, rng())
+    mixed, soft = mixed_by(augment.make_mix(0, 1.0), images, targets, rng())
     expected = before[0].copy()
     expected[:, :, 2:5, 6:16] = before[0][partner][:, :, 2:5, 6:16]
     assert np.array_equal(mixed.numpy(), expected)
@@ -422,7 +483,7 @@ def test_cutmix_draws_its_box_over_the_whole_oblong_image():
         (top, bottom, left, right), _ = augment.cut_box(draw, 12, 20, draw.beta(1.0, 1.0))
         expected = images.numpy()
         expected[:, :, top:bottom, left:right] = images.numpy()[partner][:, :, top:bottom, left:right]
-        assert np.array_equal(augment.make_mix(0, 1.0)(images, targets, rng(seed))[0].numpy(), expected)
+        assert np.array_equal(mixed_by(augment.make_mix(0, 1.0), images, targets, rng(seed))[0].numpy(), expected)
 
 
 def test_cut_boxes_have_the_wanted_area_and_the_true_lambda():
@@ -447,28 +508,70 @@ def test_cutmix_of_everything_and_of_nothing(lam):
 def test_extreme_lambdas_run():
     images, targets, _ = mixing_case(4)
     for seed in range(30):
-        mixed, soft = augment.make_mix(0.01, 0.01)(images, targets, rng(seed))       # lambda is nearly always 0 or 1
+        mixed, soft = mixed_by(augment.make_mix(0.01, 0.01), images, targets, rng(seed))       # lambda is nearly always 0 or 1
         assert np.isfinite(mixed.numpy()).all() and np.allclose(soft.sum(1).numpy(), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize('alphas', [(0.8, 0), (0, 1.0)])
-def test_a_batch_and_its_parts_mix_alike(alphas):
+@pytest.mark.parametrize('mode', augment.SHARING)
+@pytest.mark.parametrize('alphas', [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_a_batch_and_its_parts_mix_alike(alphas, mode):
     images, targets, _ = mixing_case(8)
-    mix, changed = augment.make_mix(*alphas), 0
+    mix, indices, changed = augment.make_mix(*alphas, mode=mode), paddle.to_tensor([7, 3, 90, 2, 11, 5, 6, 0]), 0
+    before = images.numpy(), targets.numpy()
     for seed in range(5):
-        whole = mix(images, targets, rng(seed))
-        changed += not np.array_equal(whole[0].numpy(), images.numpy())
-        parts = [mix(images[i:i + 4], targets[i:i + 4], rng(seed)) for i in (0, 4)]
+        whole = mix(images, targets, rng(seed), indices)
+        changed += not np.isin(whole[0].numpy(), images.numpy()).all() or not np.isin(whole[1].numpy(), targets.numpy()).all()
+        parts = [mix(images[i:i + 4], targets[i:i + 4], rng(seed), indices[i:i + 4]) for i in (0, 4)]
         for all_at_once, *split in zip(whole, *parts):
             assert np.array_equal(all_at_once.numpy(), np.concatenate([part.numpy() for part in split]))
-    assert changed >= 3
+    assert changed >= 3 and np.array_equal(images.numpy(), before[0]) and np.array_equal(targets.numpy(), before[1])
+
+
+@pytest.mark.parametrize('size', [8, 5])
+@pytest.mark.parametrize('mode', ['pair', 'elem', 'half'])
+def test_draws_of_pairs_and_images_by_hand(mode, size):
+    """Each image against the one draw that its own generator makes, over steps in which all kinds of draws occur."""
+    images, targets, _ = mixing_case(size)
+    partner, indices, kinds = [min(i ^ 1, size - 1) for i in range(size)], np.arange(10, 10 + size), collections.Counter()
+    mix = augment.make_mix(0.8, 1.0, 0.7, 0.5, mode)
+    for seed in range(4):
+        mixed, soft = (x.numpy() for x in mixed_by(mix, images, targets, rng(seed)))
+        key = rng(seed).integers(2 ** 63)
+        rows = range(0, size, 2) if mode == 'half' else range(size)
+        assert len(mixed) == len(soft) == len(rows)
+        for row, i in enumerate(rows):
+            drawer = i if mode == 'elem' else i // 2 * 2
+            lam, box = mix.draw(np.random.default_rng([key, indices[drawer]]), 12, 20)
+            kinds['none' if lam == 1 else 'cutmix' if box else 'mixup'] += 1
+            own, other = images.numpy()[i], images.numpy()[partner[i]]
+            expected = own * lam + other * (1 - lam) if not box else own.copy()
+            if box:
+                top, bottom, left, right = box
+                expected[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+                assert np.array_equal(mixed[row], expected)
+            np.testing.assert_allclose(mixed[row], expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(soft[row], targets.numpy()[i] * lam + targets.numpy()[partner[i]] * (1 - lam), atol=1e-6)
+    assert len(kinds) == 3
+
+
+@pytest.mark.parametrize('mode', augment.SHARING)
+def test_shares_are_distributed_as_timm_s(mode):
+    images, targets = paddle.zeros([4, 3, 16, 24]), paddle.eye(4)
+    mix, kept = augment.make_mix(0.2, 1.0, 0.8, 0.4, mode), []
+    for i in range(1500):
+        soft = mixed_by(mix, images, targets, rng(i))[1].numpy()
+        kept.append([soft[0, 0], soft[1, 2 if mode == 'half' else 1]])
+    kept = np.array(kept)                                     # the sums are of float32: 1 may be a little more
+    ours, timm_s = np.histogram(kept[:, 0].clip(0, 1), 10, (0, 1))[0] / 1500, timm_recipes(f'shares.{mode}')
+    assert abs(ours - timm_s).max() < 0.04 and abs(ours.cumsum() - timm_s.cumsum()).max() < 0.05
+    assert abs((abs(kept[:, 0] - kept[:, 1]) < 1e-6).mean() - timm_recipes(f'same.{mode}')) < 0.04
 
 
 def test_how_often_a_batch_is_mixed_and_cut():
     images, targets, _ = mixing_case(2)
     mix, draw, counts = augment.make_mix(1.0, 1.0, 0.6, 0.25), rng(), collections.Counter()
     for _ in range(800):
-        mixed, soft = (tensor.numpy() for tensor in mix(images, targets, draw))
+        mixed, soft = (tensor.numpy() for tensor in mixed_by(mix, images, targets, draw))
         copied = np.isin(mixed, images.numpy()).all()
         counts['none' if np.array_equal(soft, targets.numpy()) else 'cutmix' if copied else 'mixup'] += 1
     assert abs(counts['none'] / 800 - 0.4) < 0.06                                     # a cut of no pixel counts here, too
@@ -480,5 +583,5 @@ def test_no_mix():
     for alphas in ((0, 0), (0.2, 1.0, 0.0)):
         mix = augment.make_mix(*alphas)
         assert isinstance(mix, augment.NoMix)
-        mixed, soft = mix(images, targets, rng())
+        mixed, soft = mixed_by(mix, images, targets, rng())
         assert mixed is images and soft is targets

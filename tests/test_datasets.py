@@ -1,4 +1,5 @@
 """datasets.py: list files, timm's evaluation pixels, the order of samples, and loaders that never hang."""
+import collections
 import faulthandler
 import hashlib
 import json
@@ -187,6 +188,44 @@ def test_training_order_is_a_function_of_seed_and_epoch():
 def test_every_sample_comes_over_the_epochs():
     seen = {index for epoch in range(6) for rank in train_batches(11, 4, 2, epoch) for batch in rank for index in batch}
     assert len(seen) == 11                                    # the tail that is left out is another one in each epoch
+
+
+@pytest.mark.parametrize('repeats, num_samples, step_size', [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
+def test_repeated_order(repeats, num_samples, step_size):
+    order = datasets.repeated_order(num_samples, repeats, step_size, np.random.default_rng(0))
+    images, copies = order % num_samples, order // num_samples
+    assert len(order) == num_samples and len(set(order)) == num_samples and copies.max() == repeats - 1
+    counts = collections.Counter(images)
+    assert len(counts) == -(-num_samples // repeats)                                  # others have their turn in other epochs
+    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)               # the end may cut one short
+    steps = [images[first:first + step_size] for first in range(0, num_samples, step_size)]
+    parted = sum(len({*step} & {*following}) for step, following in zip(steps, steps[1:]))
+    assert parted <= len(steps) - 1                                                   # at most one image at each step's end
+    for first in range(0, num_samples, step_size):
+        assert (np.diff(copies[first:first + step_size]) >= 0).all()                  # all first copies, then all second, ...
+        distinct = images[first:first + step_size][copies[first:first + step_size] == 0]
+        assert len({*distinct}) == len(distinct)
+
+
+def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
+    def steps(batch, world, accum):
+        opts = ['DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accum, 'TRAIN.AUG_REPEATS', 3]
+        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1)) for rank in range(world)]
+        batches = [batch for batches in zip(*ranks) for batch in batches]             # in the order of the images
+        size = world * accum
+        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])] for i in range(0, len(batches), size)]
+
+    whole = steps(8, 1, 1)
+    assert equal(steps(4, 2, 1), whole) and equal(steps(2, 2, 2), whole) and equal(steps(4, 1, 2), whole)
+    order = np.concatenate([indices for _, _, indices in whole])
+    assert sorted(collections.Counter(order % 24).values()) == [3] * 8 and len({*order}) == 24
+    for images, labels, indices in whole:
+        assert (labels == indices % 24 % 10).all()
+        for i in {*(indices % 24)}:                                                   # each copy is another crop
+            copies = images[indices % 24 == i]
+            assert len({copy.tobytes() for copy in copies}) == len(copies)
+    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3, 'DATA.NUM_WORKERS', 2))
+    assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
 
 
 def test_training_starts_at_any_batch():
