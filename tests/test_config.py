@@ -184,7 +184,8 @@ def test_every_range_is_of_an_option():
     ('DATA.MEAN', [0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', [0.5]), ('TRAIN.CROP_SCALE', [0.5, 0.4]),
     ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
     ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5), ('TRAIN.EMA_DECAY', 1.0),
-    ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]),
+    ('TRAIN.COOLDOWN_EPOCHS', 295.0), ('TRAIN.DECAY_EPOCHS', 0.0), ('TRAIN.BCE_THRESHOLD', 1.0), ('TRAIN.BETAS', [0.9]),
+    ('TRAIN.BETAS', [0.9, 1.0]),
     ('MODEL.WIDTHS', [8]), ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.HEADS', []), ('MODEL.STAGES', ['conv'])])
 def test_out_of_range(key, value):
     with pytest.raises(ValueError, match=key.replace('.', r'\.')):

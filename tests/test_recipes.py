@@ -8,8 +8,11 @@ import paddle
 import pytest
 from runs import ROOT, TINY, make_images, options, program, records
 
+import augment
 import engine
+import optim
 from config import flatten, get_config
+from halonet import build_halonet
 
 CONFIGS = os.path.join(ROOT, 'configs')
 RECIPES = sorted(name for name in os.listdir(CONFIGS) if name.startswith('_'))
@@ -119,6 +122,30 @@ def test_an_accumulated_step_equals_a_whole_one(mode, images, tmp_path):
     run(images, tmp_path / 'two', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
     assert len(records(tmp_path / 'one', 'train')) == len(records(tmp_path / 'two', 'train')) == 6
     compare(tmp_path / 'one', tmp_path / 'two', 1e-5)
+
+
+def test_the_warm_up_of_the_average_begins_with_the_first_step(images, tmp_path):
+    """One step, after which the average is the weights, whatever EMA_DECAY says; and two, after which it is not."""
+    opts = ['DATA.BATCH_SIZE', 24, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 0.1, 'TRAIN.END_LR', 0.1, 'TRAIN.EMA_DECAY', 0.999,
+            'TRAIN.EMA_WARMUP', 0.7]
+    for epochs in (1, 2):
+        folder = tmp_path / str(epochs)
+        run(images, folder, None, *opts, 'TRAIN.NUM_EPOCHS', epochs)
+        own, average = weights_of(folder), weights_of(folder, 'final_ema.pdparams')
+        assert (max(abs(own[key] - average[key]).max() for key in own) < 1e-6) == (epochs == 1)
+
+
+def test_training_is_built_from_the_options(images):
+    config = get_config(None, [*TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
+                               'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
+    training = engine.build_training(config, build_halonet(config), 'cpu')
+    assert training.mix == augment.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
+    assert (training.loader.sampler.repeats, training.loader.sampler.step_size) == (3, 24)
+    logits, targets = paddle.randn([2, 4]), paddle.to_tensor([[0.1, 0.9, 0, 0], [0.3, 0.3, 0.4, 0]])
+    assert training.loss(logits, targets).tolist() == optim.binary_cross_entropy(logits, targets, 0.2).tolist()
+    assert training.loss(logits, targets).tolist() != optim.binary_cross_entropy(logits, targets).tolist()
+    assert training.clip.keywords == {'limit': 0.1, 'mode': 'agc'}
+    assert training.lr_at.keywords['schedule'] == 'step' and training.ema.decay_at(1) == pytest.approx(1 - 2 ** -0.7)
 
 
 @pytest.mark.slow
