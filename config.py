@@ -297,8 +297,9 @@ def _validate(config):
     if config.TRAIN.CROP_SCALE[1] > 1:
         raise ValueError(f'TRAIN.CROP_SCALE is {config.TRAIN.CROP_SCALE}; a crop cannot exceed the image (1.0)')
     if not config.TRAIN.WARMUP_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS < config.TRAIN.NUM_EPOCHS:
-        raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} and COOLDOWN_EPOCHS {config.TRAIN.COOLDOWN_EPOCHS} '
-                         f'leave none of TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; lower them or raise it')
+        raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} and TRAIN.COOLDOWN_EPOCHS '
+                         f'{config.TRAIN.COOLDOWN_EPOCHS} leave none of TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; '
+                         'lower them or raise it')
     if not config.TRAIN.BCE_THRESHOLD < 1:
         raise ValueError(f'TRAIN.BCE_THRESHOLD is {config.TRAIN.BCE_THRESHOLD}; it must be below 1 (below 0: off)')
     if not config.TRAIN.DECAY_EPOCHS > 0:

@@ -79,9 +79,11 @@ def set_values(tensors, values):
 def layer_scales(names, decay):
     """{name: factor of its learning rate}: 1 for the head, times `decay` for each layer further down: blocks, stem. As in timm.
 
-    `names` of parameters are in the order of the network.
+    `names` of parameters are in the order of the network; the final convolution counts to the last block.
     """
     layer = {name: '.'.join(name.split('.')[:3]) if name.startswith('stages.') else name.split('.')[0] for name in names}
+    last_block = next((key for key in reversed(layer.values()) if key.startswith('stages.')), None)
+    layer = {name: last_block if key == 'final_conv' else key for name, key in layer.items()}
     below_head = {key: i for i, key in enumerate(reversed(dict.fromkeys(layer.values())))}
     return {name: decay ** below_head[layer[name]] for name in names}
 

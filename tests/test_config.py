@@ -188,6 +188,7 @@ def test_every_range_is_of_an_option():
     ('MODEL.INNER_WIDTHS', [8]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 0]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 8.5]),
     ('MODEL.BOTTLENECK_RATIO', 0.0), ('MODEL.SE_RATIO', -1.0), ('MODEL.QK_RATIO', 0.0), ('MODEL.VALUE_RATIO', 0.0),
     ('MODEL.LAMBDA_SIZE', 4), ('MODEL.LAMBDA_SIZE', -1), ('MODEL.FREEZE', 6), ('TRAIN.RECOMPUTE', 5),
+    ('TRAIN.COOLDOWN_EPOCHS', 295.0), ('TRAIN.DECAY_EPOCHS', 0.0), ('TRAIN.BCE_THRESHOLD', 1.0),
     ('MODEL.WIDTHS', [8]), ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.HEADS', []), ('MODEL.STAGES', ['conv'])])
 def test_out_of_range(key, value):
     with pytest.raises(ValueError, match=key.replace('.', r'\.')):

@@ -160,6 +160,13 @@ def test_layers_are_those_of_timm():
     assert set(optim.layer_scales(names, 1.0).values()) == {1.0}
 
 
+def test_the_final_convolution_counts_to_the_last_block():
+    """As timm's factors for sehalonet33ts: 1 for the head, the decay for both."""
+    names = ['stem.conv1.conv.weight', 'stages.0.0.conv1_1x1.conv.weight', 'stages.0.1.conv1_1x1.conv.weight',
+             'final_conv.conv.weight', 'head.fc.weight']
+    assert list(optim.layer_scales(names, 0.5).values()) == [0.125, 0.25, 0.5, 0.5, 1.0]
+
+
 def free_of_decay(name):
     return name.endswith(('bias', '_rel')) or '.bn.' in name or 'post_attn' in name
 
