@@ -14,15 +14,12 @@
 // The map need not divide into blocks: a window is cut where the padded map, `halo` zeros around it, ends.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
 #include <vector>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "simd.h"
 
@@ -68,14 +65,18 @@ struct Planes {
 // planes[c, y + i, x + j] -> out[c * ld + i * columns + j], zero outside the plane; writes up to a vector past the end.
 template <class T>
 void gather(Planes<const T> planes, int y, int x, int rows, int columns, T* out, int ld) {
-  for (int c = 0; c < planes.channels; ++c)
-    for (int i = 0; i < rows; ++i) {
+  constexpr int L = kLanes<T>;
+  const int left = -x, right = std::min(planes.width - x, columns);
+  const Part whole = part<T>(left, right);
+  for (int c = 0; c < planes.channels; ++c) {
+    const T* from = planes.data + (static_cast<ptrdiff_t>(c) * planes.height + y) * planes.width + x;
+    T* to = out + static_cast<ptrdiff_t>(c) * ld;
+    for (int i = 0; i < rows; ++i, from += planes.width, to += columns) {
       const bool inside = y + i >= 0 && y + i < planes.height;
-      const T* from = planes.data + (static_cast<ptrdiff_t>(c) * planes.height + y + i) * planes.width + x;
-      T* to = out + static_cast<ptrdiff_t>(c) * ld + i * columns;
-      for (int j = 0; j < columns; j += kLanes<T>)
-        store(to + j, inside ? load(from + j, part<T>(-x - j, std::min(planes.width - x, columns) - j)) : Vec<T>{});
+      store(to, inside ? load(from, whole) : Vec<T>{});
+      for (int j = L; j < columns; j += L) store(to + j, inside ? load(from + j, part<T>(left - j, right - j)) : Vec<T>{});
     }
+  }
 }
 
 // in[c * ld + i * columns + j] -> planes[c, y + i, x + j]
@@ -196,6 +197,19 @@ class Softmax {
   }
 };
 
+// Runs prepare() once in every thread and what it returns on the numbers 0 .. count-1, each in one thread. A counter of our
+// own and no `omp for`: of the OpenMP library that Paddle ships (an old one, and two in one process do not mix) that would
+// take entry points it lacks.
+template <class Prepare>
+void parallel(int count, Prepare prepare) {
+  std::atomic<int> next{0};
+#pragma omp parallel
+  {
+    auto work = prepare();
+    for (int i; (i = next.fetch_add(1)) < count;) work(i);
+  }
+}
+
 // x[c, i] *= factor[i]
 template <class T>
 void scale_lanes(T* x, int rows, int lanes, const T* factor) {
@@ -203,40 +217,41 @@ void scale_lanes(T* x, int rows, int lanes, const T* factor) {
     for (int i = 0; i < lanes; i += kLanes<T>) store(x + c * lanes + i, load(x + c * lanes + i) * load(factor + i));
 }
 
-// out (B, N*v, Hq, Wq)
+// One thread's forward pass, block by block.
 template <class T>
-void forward(const Shape& s, const Inputs<T>& in, T* out) {
-  const int b = s.b(), blocks = s.Y() * s.X();
-#pragma omp parallel
-  {
-    Arena<T> memory;
-    Softmax<T> softmax(s, in, memory);
-    const int lanes = softmax.lanes;
-    T* o = memory.take(static_cast<size_t>(s.v) * lanes);
-#pragma omp for schedule(dynamic, 4)
-    for (int task = 0; task < s.B * s.N * blocks; ++task) {
-      const int head = task / blocks;
-      const Block block(s, b, task % blocks / s.X(), task % s.X());
-      softmax.compute(head, block);
-      multiply<T, Layout::kRows>(s.v, lanes, block.keys(), softmax.values(block), block.keys(), softmax.weights, lanes, o, lanes, false);
-      scale_lanes(o, s.v, lanes, softmax.inverse);
-      Planes<T> planes{out + static_cast<ptrdiff_t>(head) * s.v * s.Hq * s.Wq, s.v, s.Hq, s.Wq};
-      scatter(o, lanes, planes, block.qy, block.qx, block.by, block.bx);
-    }
+class Forward {
+ public:
+  Forward(const Shape& shape, const Inputs<T>& inputs, T* out_map)
+      : s(shape), softmax(shape, inputs, memory), o(memory.take(static_cast<size_t>(s.v) * softmax.lanes)), out(out_map) {}
+
+  void operator()(int task) {
+    const int blocks = s.Y() * s.X(), head = task / blocks, lanes = softmax.lanes;
+    const Block block(s, softmax.b, task % blocks / s.X(), task % s.X());
+    softmax.compute(head, block);
+    multiply<T, Layout::kRows>(s.v, lanes, block.keys(), softmax.values(block), block.keys(), softmax.weights, lanes, o, lanes, false);
+    scale_lanes(o, s.v, lanes, softmax.inverse);
+    const Planes<T> planes{out + static_cast<ptrdiff_t>(head) * s.v * s.Hq * s.Wq, s.v, s.Hq, s.Wq};
+    scatter(o, lanes, planes, block.qy, block.qx, block.by, block.bx);
   }
-}
+
+ private:
+  Arena<T> memory;
+  const Shape s;
+  Softmax<T> softmax;
+  T *o, *out;                                          // (v, lanes), (B, N*v, Hq, Wq)
+};
 
 template <class T>
 struct Gradients {
   T *q, *kv, *height_rel, *width_rel;                  // shaped as the inputs
 };
 
-// The gradients of one (batch, head) at a time.
+// One thread's backward pass, one (batch, head) at a time.
 template <class T>
 class Backward {
  public:
-  Backward(const Shape& shape, const Inputs<T>& inputs, Arena<T>& memory)
-      : s(shape), softmax(shape, inputs, memory), lanes(softmax.lanes), dp(round_up<T>(s.d)), vp(round_up<T>(s.v)),
+  Backward(const Shape& shape, const Inputs<T>& inputs, const T* dout_map, const Gradients<T>& out, T* tables)
+      : s(shape), dmap(dout_map), gradients(out), dtables(tables), softmax(shape, inputs, memory), lanes(softmax.lanes), dp(round_up<T>(s.d)), vp(round_up<T>(s.v)),
         width((s.X() - 1) * s.block + s.w()), height((s.Y() - 1) * s.block + s.w()) {
     const size_t keys = s.w() * s.w(), n = lanes;
     dout = memory.take(s.v * n);
@@ -249,20 +264,19 @@ class Backward {
     for (auto& axis : drelative) axis = memory.take(softmax.R * n);
   }
 
-  // dout (B, N*v, Hq, Wq) -> gradients.q and .kv of this head; dtables: rows r of both tables (2, R, dp), this head's share
-  void run(int head, const T* dout_map, const Gradients<T>& gradients, T* dtables) {
+  void operator()(int head) {
     std::memset(pixels, 0, sizeof(T) * height * width * (dp + vp));
     const ptrdiff_t queries = static_cast<ptrdiff_t>(s.Hq) * s.Wq;
     for (int row = 0; row < s.Y(); ++row)
       for (int column = 0; column < s.X(); ++column) {
         const Block block(s, softmax.b, row, column);
           softmax.compute(head, block);
-        gather(Planes<const T>{dout_map + head * s.v * queries, s.v, s.Hq, s.Wq}, block.qy, block.qx, block.by, block.bx, dout, lanes);
+        gather(Planes<const T>{dmap + head * s.v * queries, s.v, s.Hq, s.Wq}, block.qy, block.qx, block.by, block.bx, dout, lanes);
         scale_lanes(dout, s.v, lanes, softmax.inverse);
         multiply<T, Layout::kColumns>(block.keys(), lanes, s.v, softmax.values(block), block.keys(), dout, lanes, dlogits, lanes, false);
         for (int lane = 0; lane < lanes; lane += kLanes<T>) logit_gradient(block, lane);
         key_value_gradient(block);
-        position_gradient(block, dtables);
+        position_gradient(block, dtables + static_cast<ptrdiff_t>(head) * 2 * softmax.R * dp);
         query_gradient(block);
         scatter(dq, lanes, Planes<T>{gradients.q + head * s.d * queries, s.d, s.Hq, s.Wq}, block.qy, block.qx, block.by, block.bx);
       }
@@ -304,7 +318,7 @@ class Backward {
     }
   }
 
-  void position_gradient(const Block& block, T* dtables) {
+  void position_gradient(const Block& block, T* dtable) {
     for (auto* axis : drelative) std::memset(axis, 0, sizeof(T) * softmax.R * lanes);
     for (int y = 0; y < block.by; ++y)
       for (int x = 0; x < block.bx; ++x) {
@@ -314,7 +328,7 @@ class Backward {
       }
     for (int axis = 0; axis < 2; ++axis)
       multiply<T, Layout::kRows>(softmax.R, dp, block.queries(), drelative[axis], lanes, q_t, dp,
-                                 dtables + static_cast<ptrdiff_t>(axis) * softmax.R * dp, dp, true);
+                                 dtable + static_cast<ptrdiff_t>(axis) * softmax.R * dp, dp, true);
   }
 
   void query_gradient(const Block& block) {
@@ -341,25 +355,29 @@ class Backward {
     }
   }
 
+  Arena<T> memory;
   const Shape s;
+  const T* dmap;                                       // gradient of the output (B, N*v, Hq, Wq)
+  const Gradients<T> gradients;
+  T* dtables;                                          // what each head adds to the rows r of both tables (B*N, 2, R, dp)
   Softmax<T> softmax;
   const int lanes, dp, vp, width, height;              // dp, vp: d and v padded to whole vectors; map with its padding
   T *dout, *dlogits, *dq, *q_t, *dout_t, *pixels;      // (v, i), (j, i), (d, i), (i, dp), (i, vp), (height, width, dp + vp)
   T *dsum[2], *drelative[2];                           // (w, i), (R, i)
 };
 
+// out (B, N*v, Hq, Wq)
+template <class T>
+void forward(const Shape& s, const Inputs<T>& in, T* out) {
+  parallel(s.B * s.N * s.Y() * s.X(), [&] { return Forward<T>(s, in, out); });
+}
+
+// dout (B, N*v, Hq, Wq) -> gradients
 template <class T>
 void backward(const Shape& s, const Inputs<T>& in, const T* dout, const Gradients<T>& gradients) {
   const int heads = s.B * s.N, R = s.R(), dp = round_up<T>(s.d);
   std::vector<T> dtables(static_cast<size_t>(heads) * 2 * R * dp);             // (B*N, 2, R, dp)
-#pragma omp parallel
-  {
-    Arena<T> memory;
-    Backward<T> head_backward(s, in, memory);
-#pragma omp for schedule(dynamic, 1)
-    for (int head = 0; head < heads; ++head)
-      head_backward.run(head, dout, gradients, dtables.data() + static_cast<size_t>(head) * 2 * R * dp);
-  }
+  parallel(heads, [&] { return Backward<T>(s, in, dout, gradients, dtables.data()); });
   T* const tables[] = {gradients.height_rel, gradients.width_rel};
   for (int axis = 0; axis < 2; ++axis) {
     std::fill_n(tables[axis], static_cast<size_t>(2 * s.w() - 1) * s.d, T(0));
