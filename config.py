@@ -51,6 +51,7 @@ _C.MODEL.HEADS = [0, 0, 8, 8]           # attention heads in each stage; 0 where
 _C.MODEL.BOTTLENECK_RATIO = 0.25        # inner width of a block over its output width
 _C.MODEL.BLOCK_SIZE = 8                 # side of a query block, in pixels of the feature map
 _C.MODEL.HALO_SIZE = 2                  # pixels around the block that its queries see as well
+_C.MODEL.ATTENTION = 'auto'             # fused (one compiled operator, CPU), composed (of Paddle operators) or auto: fused where it can be
 _C.MODEL.ACT = 'relu'                   # relu or silu
 _C.MODEL.DROPOUT = 0.0                  # before the classifier
 _C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0, block by block
@@ -93,6 +94,7 @@ CHOICES = {
     'DATA.DATASET': ('imagenet2012',),
     'DATA.ON_ERROR': ('raise', 'skip'),
     'MODEL.STEM': ('tiered', '7x7', '3x3'),
+    'MODEL.ATTENTION': ('auto', 'fused', 'composed'),
     'MODEL.ACT': ('relu', 'silu'),
     'TRAIN.OPTIMIZER': ('adamw', 'sgd'),
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),

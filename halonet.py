@@ -16,6 +16,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.nn.initializer import Constant, Normal
 
+import ops
 import weights
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
@@ -69,6 +70,18 @@ def position_logits(q, height_rel, width_rel, b, w):
     return (rows + columns).reshape([-1, P, b * b, w * w])                   # (B*N, Y*X, b*b, w*w)
 
 
+def attention_operator(kind):
+    """What MODEL.ATTENTION names: halo_attention above (composed), the compiled operator of the same arguments (fused), or
+    the better of those that work here (auto). Raises RuntimeError where fused cannot be had."""
+    if kind == 'composed' or kind == 'auto' and paddle.get_device() != 'cpu':
+        return halo_attention
+    if paddle.get_device() == 'cpu' and ops.load():
+        return ops.halo_attention
+    if kind == 'fused':
+        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; auto and composed need neither')
+    return halo_attention
+
+
 class RelativePosition(nn.Layer):
     """Two tables of learnt vectors, one for vertical and one for horizontal offsets between query and key."""
 
@@ -85,14 +98,15 @@ class HaloAttention(nn.Layer):
 
     A stride takes every `stride`-th pixel as a query. Where the stride does not divide the block, all pixels are
     queries and the result is average-pooled, as in timm. Raises ValueError where H or W is no multiple of the block.
+    `attention` is auto, fused or composed: see attention_operator.
     """
 
-    def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1):
+    def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, attention='auto'):
         super().__init__()
         if num_heads < 1 or width % num_heads:
             raise ValueError(f'an attention of width {width} cannot have {num_heads} heads: '
                              'MODEL.HEADS must be a divisor of the inner width in each stage with attention')
-        self.num_heads, self.block_size, self.halo_size = num_heads, block_size, halo_size
+        self.num_heads, self.block_size, self.halo_size, self.attention = num_heads, block_size, halo_size, attention
         pool = stride > 1 and block_size % stride != 0
         # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain normal
         projection = Normal(std=in_width ** -0.5)
@@ -106,8 +120,9 @@ class HaloAttention(nn.Layer):
             raise ValueError(f'a feature map of {x.shape[2]}x{x.shape[3]} does not divide into blocks of {self.block_size}; '
                              'use an image size that is a multiple of block size times total stride '
                              '(256 for blocks of 8 in a network of stride 32)')
-        out = halo_attention(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel,
-                             num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size)
+        attend = attention_operator(self.attention)
+        out = attend(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel,
+                     num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size)
         return self.pool(out)
 
 
@@ -206,10 +221,10 @@ class HaloNet(nn.Layer):
     """
 
     def __init__(self, *, stages, widths, strides, num_heads, bottleneck_ratio=0.25, block_size=8, halo_size=2, stem='tiered',
-                 stem_width=64, stem_pool=True, act='relu', num_classes=1000, dropout=0.0, drop_path=0.0):
+                 stem_width=64, stem_pool=True, act='relu', num_classes=1000, dropout=0.0, drop_path=0.0, attention='auto'):
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.block_size, self.halo_size = block_size, halo_size
+        self.block_size, self.halo_size, self.attention = block_size, halo_size, attention
         self.stem = Stem(stem, stem_width, stem_pool, self.act)
         drop_rates = iter([drop_path * i / max(sum(map(len, stages)) - 1, 1) for i in range(sum(map(len, stages)))])
         self.stages = nn.LayerList()
@@ -229,7 +244,7 @@ class HaloNet(nn.Layer):
         if kind == 'conv':
             return {'conv2_kxk': ConvNormAct(width, width, 3, stride, self.act)}
         if kind == 'halo':
-            return {'self_attn': HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride),
+            return {'self_attn': HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride, self.attention),
                     'post_attn': BatchNormAct(width, self.act)}
         raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv and halo')
 
@@ -274,7 +289,7 @@ def build_halonet(config):
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES, num_heads=model.HEADS,
         bottleneck_ratio=model.BOTTLENECK_RATIO, block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, stem=model.STEM,
         stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL, act=model.ACT, num_classes=model.NUM_CLASSES,
-        dropout=model.DROPOUT, drop_path=model.DROPPATH)
+        dropout=model.DROPOUT, drop_path=model.DROPPATH, attention=model.ATTENTION)
     if model.FREEZE_NORM:
         for layer in network.sublayers():
             if isinstance(layer, nn.BatchNorm2D):
