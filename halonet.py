@@ -121,7 +121,9 @@ class HaloAttention(nn.Layer):
                              'use an image size that is a multiple of block size times total stride '
                              '(256 for blocks of 8 in a network of stride 32)')
         attend = attention_operator(self.attention)
-        out = attend(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel,
+        q, kv = (ops.pointwise_convolution(x, layer.weight, layer._stride[0]) if attend is ops.halo_attention else layer(x)
+                 for layer in (self.q, self.kv))
+        out = attend(q, kv, self.pos_embed.height_rel, self.pos_embed.width_rel,
                      num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size)
         return self.pool(out)
 

@@ -1,6 +1,7 @@
-"""The fused halo attention operator: compiled from the C++ source beside this file on first use, or by `python -m ops`.
+"""Fused operators for a CPU, compiled from the C++ source beside this file on first use or by `python -m ops`.
 
-`load()` says whether it can be had; `halo_attention` has the arguments and the result of halonet.halo_attention.
+`load()` says whether they can be had; the others may be called where it is true. All work in float32 and float64, and
+give the same result and gradients bit for bit in every run and for any number of threads.
 """
 import functools
 import logging
@@ -16,7 +17,7 @@ logger = logging.getLogger('halonet.ops')
 
 @functools.lru_cache(None)
 def load():
-    """Compiles the operator unless the cache has it, and registers it with Paddle: True, or False after one logged notice."""
+    """Compiles the operators unless the cache has them, and registers them with Paddle: True, or False after one logged notice."""
     try:
         load_op_meta_info_and_register_op(library())
     except (BuildError, OSError, RuntimeError) as error:
@@ -26,9 +27,14 @@ def load():
 
 
 def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size):
-    """halonet.halo_attention by one operator, on CPU, in float32 or float64; call it only where `load()` is true.
+    """halonet.halo_attention by one operator that keeps neither windows nor probabilities.
 
     H and W need not be multiples of the block: a window then ends where the zeros around the map do, `halo_size` pixels
-    outside it. The result and the gradients are the same bit for bit in every run and for any number of threads.
+    outside it.
     """
     return _C_ops._run_custom_op('halo_attention', q, kv, height_rel, width_rel, num_heads, block_size, halo_size)[0]
+
+
+def pointwise_convolution(x, weight, stride=1):
+    """A 1x1 convolution without bias: x (B, C, H, W), weight (O, C, 1, 1) -> (B, O, H/stride, W/stride), rounded up."""
+    return _C_ops._run_custom_op('pointwise_convolution', x, weight, stride)[0]

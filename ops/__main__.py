@@ -1,4 +1,4 @@
-"""`python -m ops` compiles the fused operator and says where it lies."""
+"""`python -m ops` compiles the fused operators and says where they lie."""
 import sys
 
 from ops.build import BuildError, library

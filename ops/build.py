@@ -1,4 +1,4 @@
-"""Compiles the fused operator into a cache: <cache>/<key>/halo_attention.so, the key naming all that goes into it.
+"""Compiles the fused operators into a cache: <cache>/<key>/operators.so, the key naming all that goes into it.
 
 The cache is $HALONET_OPS_CACHE, or else halonet/ops below $XDG_CACHE_HOME or ~/.cache. Processes that need the same
 library wait for the first of them to have built it. $CXX names the compiler, g++, c++ or clang++ otherwise.
@@ -20,7 +20,7 @@ from paddle.utils.cpp_extension import extension_utils
 logger = logging.getLogger('halonet.ops')
 
 HERE = Path(__file__).parent
-SOURCE, HEADERS = HERE / 'halo_attention.cc', [HERE / 'halo_attention.h', HERE / 'simd.h']
+SOURCE, HEADERS = HERE / 'operators.cc', [HERE / 'halo_attention.h', HERE / 'pointwise.h', HERE / 'simd.h']
 FLAGS = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-fPIC', '-Wno-psabi',
          '-DPADDLE_WITH_CUSTOM_KERNEL']
 
@@ -32,7 +32,7 @@ class BuildError(Exception):
 def library():
     """The path of the compiled operator, compiled now if the cache does not have it. Raises BuildError or OSError."""
     compiler = find_compiler()
-    path = cache_folder() / key(compiler) / 'halo_attention.so'
+    path = cache_folder() / key(compiler) / 'operators.so'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / 'lock', 'w') as lock:
@@ -73,7 +73,7 @@ def cpu():
 
 
 def compile_library(compiler, path):
-    logger.warning('compiling the fused halo attention for this machine into %s (about half a minute, once)', path.parent)
+    logger.warning('compiling the fused operators for this machine into %s (about half a minute, once)', path.parent)
     start = time.time()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = os.path.join(folder, path.name)

@@ -14,12 +14,7 @@
 // The map need not divide into blocks: a window is cut where the padded map, `halo` zeros around it, ends.
 #pragma once
 
-#include <atomic>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "simd.h"
 
@@ -89,29 +84,6 @@ void scatter(const T* in, int ld, Planes<T> planes, int y, int x, int rows, int 
       for (int j = 0; j < columns; j += kLanes<T>) store(to + j, load(from + j), part<T>(0, columns - j));
     }
 }
-
-// in (rows, columns) -> out (columns, rows); columns of out beyond `rows` are left as they are.
-template <class T>
-void transpose(const T* in, int ld, T* out, int ld_out, int rows, int columns) {
-  for (int j = 0; j < columns; ++j)
-    for (int i = 0; i < rows; ++i) out[static_cast<ptrdiff_t>(j) * ld_out + i] = in[static_cast<ptrdiff_t>(i) * ld + j];
-}
-
-// One thread's memory, cut into arrays that start on a vector's boundary; zero at first.
-template <class T>
-class Arena {
- public:
-  T* take(size_t n) {
-    const size_t bytes = (n * sizeof(T) / kVectorBytes + 2) * kVectorBytes;    // room for a vector past the end
-    blocks_.emplace_back(static_cast<T*>(std::aligned_alloc(kVectorBytes, bytes)), &std::free);
-    if (!blocks_.back()) throw std::bad_alloc();
-    std::memset(blocks_.back().get(), 0, bytes);
-    return blocks_.back().get();
-  }
-
- private:
-  std::vector<std::unique_ptr<T, decltype(&std::free)>> blocks_;
-};
 
 template <class T>
 struct Inputs {
@@ -196,19 +168,6 @@ class Softmax {
     store(inverse + lane, T(1) / sum);
   }
 };
-
-// Runs prepare() once in every thread and what it returns on the numbers 0 .. count-1, each in one thread. A counter of our
-// own and no `omp for`: of the OpenMP library that Paddle ships (an old one, and two in one process do not mix) that would
-// take entry points it lacks.
-template <class Prepare>
-void parallel(int count, Prepare prepare) {
-  std::atomic<int> next{0};
-#pragma omp parallel
-  {
-    auto work = prepare();
-    for (int i; (i = next.fetch_add(1)) < count;) work(i);
-  }
-}
 
 // x[c, i] *= factor[i]
 template <class T>
@@ -343,15 +302,13 @@ class Backward {
   // pixels (height, width, dp + vp) without their padding -> (d + v, H, W)
   void write_pixels(T* out) const {
     const T scale = T(1) / std::sqrt(T(s.d));
-    const int ld = dp + vp;
+    const ptrdiff_t ld = dp + vp, plane = static_cast<ptrdiff_t>(s.H) * s.W;
     for (int y = 0; y < s.H; ++y) {
-      const T* row = pixels + (static_cast<ptrdiff_t>(y + s.halo) * width + s.halo) * ld;
-      for (int c = 0; c < s.d + s.v; ++c) {
-        const T* from = row + (c < s.d ? c : dp + c - s.d);
-        const T factor = c < s.d ? scale : T(1);
-        T* to = out + (static_cast<ptrdiff_t>(c) * s.H + y) * s.W;
-        for (int x = 0; x < s.W; ++x) to[x] = factor * from[static_cast<ptrdiff_t>(x) * ld];
-      }
+      T* row = pixels + (static_cast<ptrdiff_t>(y + s.halo) * width + s.halo) * ld;
+      for (int x = 0; x < s.W; ++x)
+        for (int c = 0; c < dp; c += kLanes<T>) store(row + x * ld + c, load(row + x * ld + c) * scale);
+      transpose(row, ld, out + y * s.W, plane, s.W, s.d);
+      transpose(row + dp, ld, out + s.d * plane + y * s.W, plane, s.W, s.v);
     }
   }
 

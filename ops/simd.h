@@ -1,15 +1,21 @@
-// Vectors of floats or doubles as wide as the target's registers, and the small matrix product that all else is made of.
+// Vectors of floats or doubles as wide as the target's registers, the small matrix product that all else is made of, and
+// the loop over threads.
 //
 // GCC and Clang vector types: the compiler maps them to AVX-512, AVX2, NEON or whatever -march names, and to plain
 // code elsewhere. Only loads and stores of part of a vector, which the language cannot say, use intrinsics.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -182,6 +188,59 @@ void multiply(int M, int N, int K, const T* a, ptrdiff_t lda, const T* b, ptrdif
   if (kAccumulators == 24) run(std::integral_constant<int, 4>());
   run(std::integral_constant<int, 2>());
   run(std::integral_constant<int, 1>());
+}
+
+// in (rows, columns) -> out (columns, rows); columns of out beyond `rows` are left as they are.
+template <class T>
+void transpose(const T* in, ptrdiff_t ld, T* out, ptrdiff_t ld_out, int rows, int columns) {
+  int whole_rows = 0, whole_columns = 0;
+#if defined(__clang__) || __GNUC__ >= 12
+  typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+  whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int j = 0; j < whole_columns; j += 4)
+    for (int i = 0; i < whole_rows; i += 4) {
+      const auto row = [&](int k) { return *reinterpret_cast<const Four*>(in + (i + k) * ld + j); };
+      const auto column = [&](int k) -> Four& { return *reinterpret_cast<Four*>(out + (j + k) * ld_out + i); };
+      const Four a = row(0), b = row(1), c = row(2), d = row(3);
+      const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      column(0) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+      column(1) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+      column(2) = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5);
+      column(3) = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+    }
+#endif
+  for (int j = 0; j < columns; ++j)
+    for (int i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[j * ld_out + i] = in[i * ld + j];
+}
+
+// One thread's memory, cut into arrays that start on a vector's boundary; zero at first.
+template <class T>
+class Arena {
+ public:
+  T* take(size_t n) {
+    const size_t bytes = (n * sizeof(T) / kVectorBytes + 2) * kVectorBytes;    // room for a vector past the end
+    blocks_.emplace_back(static_cast<T*>(std::aligned_alloc(kVectorBytes, bytes)), &std::free);
+    if (!blocks_.back()) throw std::bad_alloc();
+    std::memset(blocks_.back().get(), 0, bytes);
+    return blocks_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<T, decltype(&std::free)>> blocks_;
+};
+
+// Runs prepare() once in every thread and what it returns on the numbers 0 .. count-1, each in one thread. A counter of our
+// own and no `omp for`: of the OpenMP library that Paddle ships (an old one, and two in one process do not mix) that would
+// take entry points it lacks.
+template <class Prepare>
+void parallel(int count, Prepare prepare) {
+  std::atomic<int> next{0};
+#pragma omp parallel
+  {
+    auto work = prepare();
+    for (int i; (i = next.fetch_add(1)) < count;) work(i);
+  }
 }
 
 }  // namespace halo

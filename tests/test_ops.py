@@ -1,4 +1,4 @@
-"""The fused halo attention operator against the composed path, finite differences, itself and a machine without a compiler."""
+"""The fused operators against Paddle's own, finite differences, itself and a machine without a compiler."""
 import os
 import subprocess
 import sys
@@ -123,13 +123,27 @@ def test_a_map_of_any_size_equals_the_reference(shape, H, W):
         assert abs((gradient * step).sum() - numeric) < 1e-7 * np.linalg.norm(gradient) * np.linalg.norm(step)
 
 
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-6), ('float64', 1e-12)])
+@pytest.mark.parametrize('B, C, O, H, W, stride', [
+    (2, 64, 128, 16, 16, 1), (2, 64, 64, 16, 16, 2), (3, 5, 7, 3, 5, 1), (1, 300, 70, 9, 13, 2), (2, 130, 600, 7, 7, 3),
+])
+def test_pointwise_convolution_equals_paddle(B, C, O, H, W, stride, dtype, tolerance):
+    random = np.random.default_rng(0)
+    inputs = [random.standard_normal(size).astype(dtype) for size in [(B, C, H, W), (O, C, 1, 1), (B, O, -(-H // stride), -(-W // stride))]]
+    theirs = results(paddle.nn.functional.conv2d, [x.astype('float64') for x in inputs], stride=stride)
+    for a, b in zip(results(ops.pointwise_convolution, inputs, stride=stride), theirs):
+        assert a.dtype == inputs[0].dtype and a.shape == b.shape and difference(a, b) < tolerance
+
+
 def test_bits_do_not_depend_on_the_threads():
     shape = (2, 8, 16, 16, 2, 2, 8, 2, 1)
     kwargs, _ = sizes(shape)
     runs = []
     for threads in (1, 2, 3, 2):
         paddle.base.core.set_num_threads(threads)
-        runs.append(results(ops.halo_attention, arrays(shape, 'float32'), **kwargs))
+        q, kv, *_ = inputs = arrays(shape, 'float32')
+        weight = np.random.default_rng(0).standard_normal((40, q.shape[1], 1, 1)).astype('float32')
+        runs.append(results(ops.halo_attention, inputs, **kwargs) + results(ops.pointwise_convolution, (q, weight, kv[:, :40])))
     paddle.base.core.set_num_threads(1)
     for run in runs[1:]:
         assert all((a == b).all() for a, b in zip(runs[0], run))
@@ -216,4 +230,4 @@ def test_two_builds_at_once_make_one_library(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
     assert sum(error.count('compiling the fused') for _, error in outputs) == 1
-    assert [path.name for path in tmp_path.glob('*/*.so')] == ['halo_attention.so']
+    assert [path.name for path in tmp_path.glob('*/*.so')] == ['operators.so']

@@ -1,7 +1,8 @@
-// The Paddle operator `halo_attention` and its gradient on a CPU: checks the shapes, then halo_attention.h does the work.
+// The Paddle operators `halo_attention` and `pointwise_convolution` and their gradients on a CPU: they check shapes, the headers do the work.
 #include "paddle/extension.h"
 
 #include "halo_attention.h"
+#include "pointwise.h"
 
 namespace {
 
@@ -71,6 +72,46 @@ std::vector<paddle::DataType> infer_dtype(const paddle::DataType& q, const paddl
   return {q};
 }
 
+void check_pointwise(const Tensor& x, const Tensor& weight, int stride) {
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(), "pointwise_convolution: needs CPU tensors of one dtype");
+  PD_CHECK(x.shape().size() == 4 && weight.shape() == Dims({weight.shape()[0], x.shape()[1], 1, 1}) && stride > 0,
+           "pointwise_convolution: x must be (B, C, H, W) and weight (O, C, 1, 1)");
+}
+
+template <class T>
+halo::Map<T> map_of(T* data, const Dims& shape, int stride) {
+  return {data, static_cast<int>(shape[1]), static_cast<int>(shape[2]), static_cast<int>(shape[3]), stride};
+}
+
+std::vector<Dims> infer_pointwise_shape(const Dims& x, const Dims& weight, int stride) {
+  const auto strided = [&](int64_t n) { return n < 0 ? n : (n + stride - 1) / stride; };
+  return {{x[0], weight[0], strided(x[2]), strided(x[3])}};
+}
+
+std::vector<Dims> infer_pointwise_grad_shape(const Dims& x, const Dims& weight, const Dims& dout, int stride) { return {x, weight}; }
+
+std::vector<paddle::DataType> infer_pointwise_dtype(const paddle::DataType& x, const paddle::DataType&) { return {x}; }
+
+std::vector<Tensor> pointwise_forward(const Tensor& x, const Tensor& weight, int stride) {
+  check_pointwise(x, weight, stride);
+  Tensor out = paddle::empty(infer_pointwise_shape(x.shape(), weight.shape(), stride)[0], x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution", [&] {
+    halo::project<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
+                          map_of(out.data<data_t>(), out.shape(), 1));
+  });
+  return {out};
+}
+
+std::vector<Tensor> pointwise_backward(const Tensor& x, const Tensor& weight, const Tensor& dout, int stride) {
+  Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place()), dweight = paddle::empty(weight.shape(), x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution_grad", [&] {
+    halo::project_backward<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
+                                   map_of(dout.data<data_t>(), dout.shape(), 1), map_of(dx.data<data_t>(), x.shape(), stride),
+                                   dweight.data<data_t>());
+  });
+  return {dx, dweight};
+}
+
 }  // namespace
 
 PD_BUILD_OP(halo_attention)
@@ -87,3 +128,18 @@ PD_BUILD_GRAD_OP(halo_attention)
     .Attrs({"num_heads: int", "block_size: int", "halo_size: int"})
     .SetKernelFn(PD_KERNEL(backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_grad_shape));
+
+PD_BUILD_OP(pointwise_convolution)
+    .Inputs({"X", "Weight"})
+    .Outputs({"Out"})
+    .Attrs({"stride: int"})
+    .SetKernelFn(PD_KERNEL(pointwise_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_pointwise_dtype));
+
+PD_BUILD_GRAD_OP(pointwise_convolution)
+    .Inputs({"X", "Weight", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Weight")})
+    .Attrs({"stride: int"})
+    .SetKernelFn(PD_KERNEL(pointwise_backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_grad_shape));
