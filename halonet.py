@@ -93,6 +93,20 @@ class RelativePosition(nn.Layer):
         self.width_rel = self.create_parameter(shape, default_initializer=normal)
 
 
+class Projection(nn.Conv2D):
+    """1x1 convolution without bias, by the compiled operator where the attention takes that: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+
+    def __init__(self, in_width, width, stride, attention):
+        # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain normal
+        super().__init__(in_width, width, 1, stride, weight_attr=Normal(std=in_width ** -0.5), bias_attr=False)
+        self.stride, self.attention = stride, attention
+
+    def forward(self, x):
+        if attention_operator(self.attention) is halo_attention:
+            return super().forward(x)
+        return ops.pointwise_convolution(x, self.weight, self.stride)
+
+
 class HaloAttention(nn.Layer):
     """Blocked local self-attention with a halo: (B, C, H, W) -> (B, width, H/stride, W/stride).
 
@@ -108,10 +122,8 @@ class HaloAttention(nn.Layer):
                              'MODEL.HEADS must be a divisor of the inner width in each stage with attention')
         self.num_heads, self.block_size, self.halo_size, self.attention = num_heads, block_size, halo_size, attention
         pool = stride > 1 and block_size % stride != 0
-        # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain normal
-        projection = Normal(std=in_width ** -0.5)
-        self.q = nn.Conv2D(in_width, width, 1, stride=1 if pool else stride, weight_attr=projection, bias_attr=False)
-        self.kv = nn.Conv2D(in_width, 2 * width, 1, weight_attr=projection, bias_attr=False)
+        self.q = Projection(in_width, width, 1 if pool else stride, attention)
+        self.kv = Projection(in_width, 2 * width, 1, attention)
         self.pos_embed = RelativePosition(block_size + 2 * halo_size, width // num_heads)
         self.pool = nn.AvgPool2D(stride, stride) if pool else nn.Identity()
 
@@ -121,9 +133,7 @@ class HaloAttention(nn.Layer):
                              'use an image size that is a multiple of block size times total stride '
                              '(256 for blocks of 8 in a network of stride 32)')
         attend = attention_operator(self.attention)
-        q, kv = (ops.pointwise_convolution(x, layer.weight, layer._stride[0]) if attend is ops.halo_attention else layer(x)
-                 for layer in (self.q, self.kv))
-        out = attend(q, kv, self.pos_embed.height_rel, self.pos_embed.width_rel,
+        out = attend(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel,
                      num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size)
         return self.pool(out)
 

@@ -335,15 +335,15 @@ void backward(const Shape& s, const Inputs<T>& in, const T* dout, const Gradient
   const int heads = s.B * s.N, R = s.R(), dp = round_up<T>(s.d);
   std::vector<T> dtables(static_cast<size_t>(heads) * 2 * R * dp);             // (B*N, 2, R, dp)
   parallel(heads, [&] { return Backward<T>(s, in, dout, gradients, dtables.data()); });
+  std::vector<double> sums(static_cast<size_t>(2) * R * dp);
+  for (int head = 0; head < heads; ++head)
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += dtables[head * sums.size() + i];
   T* const tables[] = {gradients.height_rel, gradients.width_rel};
   for (int axis = 0; axis < 2; ++axis) {
     std::fill_n(tables[axis], static_cast<size_t>(2 * s.w() - 1) * s.d, T(0));
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < s.d; ++c) {
-        double sum = 0;
-        for (int head = 0; head < heads; ++head) sum += dtables[((static_cast<size_t>(head) * 2 + axis) * R + r) * dp + c];
-        tables[axis][static_cast<size_t>(s.first_relative() + r) * s.d + c] = static_cast<T>(sum);
-      }
+      for (int c = 0; c < s.d; ++c)
+        tables[axis][static_cast<size_t>(s.first_relative() + r) * s.d + c] = static_cast<T>(sums[(static_cast<size_t>(axis) * R + r) * dp + c]);
   }
 }
 
