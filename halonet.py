@@ -78,7 +78,8 @@ def attention_operator(kind):
     if paddle.get_device() == 'cpu' and ops.load():
         return ops.halo_attention
     if kind == 'fused':
-        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; auto and composed need neither')
+        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; '
+                           'auto and composed need neither')
     return halo_attention
 
 
@@ -94,7 +95,7 @@ class RelativePosition(nn.Layer):
 
 
 class Projection(nn.Conv2D):
-    """1x1 convolution without bias, by the compiled operator where the attention takes that: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+    """1x1 convolution, no bias, compiled where the attention is: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
     def __init__(self, in_width, width, stride, attention):
         # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain normal

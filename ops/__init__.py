@@ -6,7 +6,6 @@ give the same result and gradients bit for bit in every run and for any number o
 import functools
 import logging
 
-import paddle
 from paddle import _C_ops
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
@@ -17,7 +16,7 @@ logger = logging.getLogger('halonet.ops')
 
 @functools.lru_cache(None)
 def load():
-    """Compiles the operators unless the cache has them, and registers them with Paddle: True, or False after one logged notice."""
+    """Compiles the operators unless the cache has them and registers them: True, or False after one logged notice."""
     try:
         load_op_meta_info_and_register_op(library())
     except (BuildError, OSError, RuntimeError) as error:

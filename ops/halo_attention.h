@@ -112,7 +112,7 @@ class Softmax {
     for (auto& axis : logits) axis = memory.take(w * n);
   }
 
-  // Gathers the block's window, and leaves in `weights` e^(logit - largest logit of the query) and in `inverse` one over their sum.
+  // Gathers the block's window; leaves e^(logit - largest logit of the query) in `weights`, one over their sum in `inverse`.
   void compute(int head, const Block& block) {
     gather(in.queries(s, head), block.qy, block.qx, block.by, block.bx, q, lanes);
     gather(in.keys_values(s, head), block.y, block.x, block.wy, block.wx, kv, block.keys());
@@ -187,7 +187,8 @@ class Forward {
     const int blocks = s.Y() * s.X(), head = task / blocks, lanes = softmax.lanes;
     const Block block(s, softmax.b, task % blocks / s.X(), task % s.X());
     softmax.compute(head, block);
-    multiply<T, Layout::kRows>(s.v, lanes, block.keys(), softmax.values(block), block.keys(), softmax.weights, lanes, o, lanes, false);
+    multiply<T, Layout::kRows>(s.v, lanes, block.keys(), softmax.values(block), block.keys(), softmax.weights, lanes, o, lanes,
+                               false);
     scale_lanes(o, s.v, lanes, softmax.inverse);
     const Planes<T> planes{out + static_cast<ptrdiff_t>(head) * s.v * s.Hq * s.Wq, s.v, s.Hq, s.Wq};
     scatter(o, lanes, planes, block.qy, block.qx, block.by, block.bx);
@@ -210,7 +211,8 @@ template <class T>
 class Backward {
  public:
   Backward(const Shape& shape, const Inputs<T>& inputs, const T* dout_map, const Gradients<T>& out, T* tables)
-      : s(shape), dmap(dout_map), gradients(out), dtables(tables), softmax(shape, inputs, memory), lanes(softmax.lanes), dp(round_up<T>(s.d)), vp(round_up<T>(s.v)),
+      : s(shape), dmap(dout_map), gradients(out), dtables(tables), softmax(shape, inputs, memory),
+        lanes(softmax.lanes), dp(round_up<T>(s.d)), vp(round_up<T>(s.v)),
         width((s.X() - 1) * s.block + s.w()), height((s.Y() - 1) * s.block + s.w()) {
     const size_t keys = s.w() * s.w(), n = lanes;
     dout = memory.take(s.v * n);
@@ -230,14 +232,17 @@ class Backward {
       for (int column = 0; column < s.X(); ++column) {
         const Block block(s, softmax.b, row, column);
           softmax.compute(head, block);
-        gather(Planes<const T>{dmap + head * s.v * queries, s.v, s.Hq, s.Wq}, block.qy, block.qx, block.by, block.bx, dout, lanes);
+        const Planes<const T> out{dmap + head * s.v * queries, s.v, s.Hq, s.Wq};
+        gather(out, block.qy, block.qx, block.by, block.bx, dout, lanes);
         scale_lanes(dout, s.v, lanes, softmax.inverse);
-        multiply<T, Layout::kColumns>(block.keys(), lanes, s.v, softmax.values(block), block.keys(), dout, lanes, dlogits, lanes, false);
+        multiply<T, Layout::kColumns>(block.keys(), lanes, s.v, softmax.values(block), block.keys(), dout, lanes, dlogits, lanes,
+                                      false);
         for (int lane = 0; lane < lanes; lane += kLanes<T>) logit_gradient(block, lane);
         key_value_gradient(block);
         position_gradient(block, dtables + static_cast<ptrdiff_t>(head) * 2 * softmax.R * dp);
         query_gradient(block);
-        scatter(dq, lanes, Planes<T>{gradients.q + head * s.d * queries, s.d, s.Hq, s.Wq}, block.qy, block.qx, block.by, block.bx);
+        const Planes<T> q{gradients.q + head * s.d * queries, s.d, s.Hq, s.Wq};
+        scatter(dq, lanes, q, block.qy, block.qx, block.by, block.bx);
       }
     write_pixels(gradients.kv + static_cast<ptrdiff_t>(head) * (s.d + s.v) * s.H * s.W);
   }
@@ -296,7 +301,8 @@ class Backward {
     for (int i = 0; i < s.d * lanes; i += kLanes<T>) store(dq + i, load(dq + i) * scale);
     const T* tables[] = {softmax.in.height_rel, softmax.in.width_rel};
     for (int axis = 0; axis < 2; ++axis)
-      multiply<T, Layout::kColumns>(s.d, lanes, softmax.R, softmax.used(tables[axis]), s.d, drelative[axis], lanes, dq, lanes, true);
+      multiply<T, Layout::kColumns>(s.d, lanes, softmax.R, softmax.used(tables[axis]), s.d, drelative[axis], lanes, dq, lanes,
+                                    true);
   }
 
   // pixels (height, width, dp + vp) without their padding -> (d + v, H, W)
@@ -343,7 +349,7 @@ void backward(const Shape& s, const Inputs<T>& in, const T* dout, const Gradient
     std::fill_n(tables[axis], static_cast<size_t>(2 * s.w() - 1) * s.d, T(0));
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < s.d; ++c)
-        tables[axis][static_cast<size_t>(s.first_relative() + r) * s.d + c] = static_cast<T>(sums[(static_cast<size_t>(axis) * R + r) * dp + c]);
+        tables[axis][(s.first_relative() + r) * s.d + c] = static_cast<T>(sums[(static_cast<size_t>(axis) * R + r) * dp + c]);
   }
 }
 

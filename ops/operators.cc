@@ -1,4 +1,5 @@
-// The Paddle operators `halo_attention` and `pointwise_convolution` and their gradients on a CPU: they check shapes, the headers do the work.
+// The Paddle operators `halo_attention` and `pointwise_convolution` and their gradients on a CPU: shapes are checked here, the
+// headers do the work.
 #include "paddle/extension.h"
 
 #include "halo_attention.h"
@@ -51,7 +52,8 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& kv, const Tensor& he
   for (const Tensor* x : {&q, &kv, &height_rel, &width_rel}) grads.push_back(paddle::empty(x->shape(), x->dtype(), x->place()));
   PD_DISPATCH_FLOATING_TYPES(q.dtype(), "halo_attention_grad", [&] {
     halo::backward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), dout.data<data_t>(),
-                   halo::Gradients<data_t>{grads[0].data<data_t>(), grads[1].data<data_t>(), grads[2].data<data_t>(), grads[3].data<data_t>()});
+                   halo::Gradients<data_t>{grads[0].data<data_t>(), grads[1].data<data_t>(), grads[2].data<data_t>(),
+                                           grads[3].data<data_t>()});
   });
   return grads;
 }
@@ -88,7 +90,7 @@ std::vector<Dims> infer_pointwise_shape(const Dims& x, const Dims& weight, int s
   return {{x[0], weight[0], strided(x[2]), strided(x[3])}};
 }
 
-std::vector<Dims> infer_pointwise_grad_shape(const Dims& x, const Dims& weight, const Dims& dout, int stride) { return {x, weight}; }
+std::vector<Dims> infer_pointwise_grad_shape(const Dims& x, const Dims& weight, const Dims&, int) { return {x, weight}; }
 
 std::vector<paddle::DataType> infer_pointwise_dtype(const paddle::DataType& x, const paddle::DataType&) { return {x}; }
 

@@ -21,11 +21,17 @@ struct Map {
   int width() const { return (W + stride - 1) / stride; }
   int pixels() const { return (H + stride - 1) / stride * width(); }
   T* plane(int image, int channel) const { return data + (static_cast<ptrdiff_t>(image) * channels + channel) * H * W; }
-  // f(offset in the plane, place in the panel, length): the runs of adjacent pixels among pixels [first, first + count).
-  template <class F>
-  void runs(int first, int count, F f) const {
-    if (stride == 1) return f(first, 0, count);
-    for (int i = 0; i < count; ++i) f((first + i) / width() * stride * W + (first + i) % width() * stride, i, 1);
+  ptrdiff_t offset(int pixel) const { return static_cast<ptrdiff_t>(pixel / width()) * stride * W + pixel % width() * stride; }
+  // Pixels [first, first + count) of a plane, to and from contiguous memory.
+  void read(int image, int channel, int first, int count, std::remove_const_t<T>* to) const {
+    const T* from = plane(image, channel);
+    if (stride == 1) std::copy_n(from + first, count, to);
+    else for (int i = 0; i < count; ++i) to[i] = from[offset(first + i)];
+  }
+  void write(int image, int channel, int first, int count, const T* from) const {
+    T* to = plane(image, channel);
+    if (stride == 1) std::copy_n(from, count, to + first);
+    else for (int i = 0; i < count; ++i) to[offset(first + i)] = from[i];
   }
 };
 
@@ -44,11 +50,11 @@ class Project {
     for (int c = 0; c < in.channels; c += kDepth) {
       const int depth = std::min(kDepth, in.channels - c);
       for (int k = 0; k < depth; ++k)
-        in.runs(first, count, [&](int offset, int i, int n) { std::copy_n(in.plane(image, c + k) + offset, n, panel + k * kPanel + i); });
+        in.read(image, c + k, first, count, panel + k * kPanel);
       multiply<T, Layout::kRows>(out.channels, columns, depth, weight + c, in.channels, panel, kPanel, result, kPanel, c > 0);
     }
     for (int o = 0; o < out.channels; ++o)
-      out.runs(first, count, [&](int offset, int i, int n) { std::copy_n(result + o * kPanel + i, n, out.plane(image, o) + offset); });
+      out.write(image, o, first, count, result + o * kPanel);
   }
 
  private:
@@ -77,11 +83,13 @@ class WeightGradient {
       for (int first = 0; first < dout.pixels(); first += kDepth, add = true) {
         const int depth = std::min(kDepth, dout.pixels() - first);
         for (int k = 0; k < count; ++k)
-          in.runs(first, depth, [&](int offset, int i, int n) { std::copy_n(in.plane(image, c + k) + offset, n, lines + k * kDepth + i); });
+          in.read(image, c + k, first, depth, lines + k * kDepth);
         transpose(lines, kDepth, panel, kPanel, count, depth);
-        multiply<T, Layout::kRows>(height, columns, depth, dout.plane(image, o) + first, dout.pixels(), panel, kPanel, sum, kPanel, add);
+        const T* left = dout.plane(image, o) + first;
+        multiply<T, Layout::kRows>(height, columns, depth, left, dout.pixels(), panel, kPanel, sum, kPanel, add);
       }
-    for (int m = 0; m < height; ++m) std::copy_n(sum + m * kPanel, count, dweight + static_cast<ptrdiff_t>(o + m) * in.channels + c);
+    for (int m = 0; m < height; ++m)
+      std::copy_n(sum + m * kPanel, count, dweight + static_cast<ptrdiff_t>(o + m) * in.channels + c);
   }
 
  private:

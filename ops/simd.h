@@ -14,6 +14,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -87,7 +88,8 @@ inline void store(double* p, Vec<double> x, Part lanes) { _mm512_mask_storeu_pd(
 #elif defined(__AVX2__)
 inline __m256i mask4(Part p) {  // lanes of 32 bits
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(p.first), lane), _mm256_cmpgt_epi32(_mm256_set1_epi32(p.last), lane));
+  const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(p.first), lane);
+  return _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(p.last), lane));
 }
 inline __m256i mask8(Part p) { return mask4({2 * p.first, 2 * p.last}); }
 inline Vec<float> load(const float* p, Part lanes) { return (Vec<float>)_mm256_maskload_ps(p, mask4(lanes)); }
@@ -183,7 +185,8 @@ void multiply(int M, int N, int K, const T* a, ptrdiff_t lda, const T* b, ptrdif
   const auto run = [&](auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     for (; N - n >= NV * L; n += NV * L)
-      panel<T, A, NV>(M, K, a, lda, b + n, ldb, c + n, ldc, add, std::make_integer_sequence<int, std::min(kAccumulators / NV, 12)>());
+      panel<T, A, NV>(M, K, a, lda, b + n, ldb, c + n, ldc, add,
+                      std::make_integer_sequence<int, std::min(kAccumulators / NV, 12)>());
   };
   if (kAccumulators == 24) run(std::integral_constant<int, 4>());
   run(std::integral_constant<int, 2>());
