@@ -16,39 +16,10 @@
 
 #include <limits>
 
+#include "shape.h"
 #include "simd.h"
 
 namespace halo {
-
-struct Shape {
-  int B, N, d, v, H, W, block, halo;
-  int Hq, Wq;                                          // map of queries: H and W over the stride, rounded up
-
-  int w() const { return block + 2 * halo; }
-  int Y() const { return (H + block - 1) / block; }
-  int X() const { return (W + block - 1) / block; }
-  int R() const { return b() + w() - 1; }
-  int first_relative() const { return w() - b(); }     // the table's row that row r = 0 stands for
-  // The smallest stride that gives Hq and Wq. Two strides can only do so where one block holds the map: then b is no matter.
-  int stride() const {
-    for (int s = 1; s <= block; ++s)
-      if (block % s == 0 && (H + s - 1) / s == Hq && (W + s - 1) / s == Wq) return s;
-    return 0;
-  }
-  int b() const { return block / stride(); }
-};
-
-// A block's queries [qy, qy + by) x [qx, qx + bx) and its window [y, y + wy) x [x, x + wx), which may start in the padding.
-struct Block {
-  int qy, qx, by, bx, y, x, wy, wx;
-
-  Block(const Shape& s, int b, int row, int column)
-      : qy(row * b), qx(column * b), by(std::min(b, s.Hq - qy)), bx(std::min(b, s.Wq - qx)),
-        y(row * s.block - s.halo), x(column * s.block - s.halo),
-        wy(std::min(s.w(), s.H + s.halo - y)), wx(std::min(s.w(), s.W + s.halo - x)) {}
-  int queries() const { return by * bx; }
-  int keys() const { return wy * wx; }
-};
 
 // Channels of one head, planes of height x width.
 template <class T>
@@ -85,18 +56,6 @@ void scatter(const T* in, int ld, Planes<T> planes, int y, int x, int rows, int 
     }
 }
 
-template <class T>
-struct Inputs {
-  const T *q, *kv, *height_rel, *width_rel;            // (B, N*d, Hq, Wq), (B, N*(d+v), H, W), (2w-1, d) twice
-
-  Planes<const T> queries(const Shape& s, int head) const {
-    return {q + static_cast<ptrdiff_t>(head) * s.d * s.Hq * s.Wq, s.d, s.Hq, s.Wq};
-  }
-  Planes<const T> keys_values(const Shape& s, int head) const {
-    return {kv + static_cast<ptrdiff_t>(head) * (s.d + s.v) * s.H * s.W, s.d + s.v, s.H, s.W};
-  }
-};
-
 // The softmax of one block at a time: what forward and backward share.
 template <class T>
 class Softmax {
@@ -114,8 +73,8 @@ class Softmax {
 
   // Gathers the block's window; leaves e^(logit - largest logit of the query) in `weights`, one over their sum in `inverse`.
   void compute(int head, const Block& block) {
-    gather(in.queries(s, head), block.qy, block.qx, block.by, block.bx, q, lanes);
-    gather(in.keys_values(s, head), block.y, block.x, block.wy, block.wx, kv, block.keys());
+    gather(queries_of(head), block.qy, block.qx, block.by, block.bx, q, lanes);
+    gather(keys_values_of(head), block.y, block.x, block.wy, block.wx, kv, block.keys());
     multiply<T, Layout::kColumns>(block.keys(), lanes, s.d, kv, block.keys(), q, lanes, weights, lanes, false);
     position_logits(block);
     for (int lane = 0; lane < lanes; lane += kLanes<T>) normalise(block, lane);
@@ -134,6 +93,13 @@ class Softmax {
   T *relative[2], *logits[2];                          // rows and columns: (R, lanes), (w, lanes)
 
  private:
+  Planes<const T> queries_of(int head) const {
+    return {in.q + static_cast<ptrdiff_t>(head) * s.d * s.Hq * s.Wq, s.d, s.Hq, s.Wq};
+  }
+  Planes<const T> keys_values_of(int head) const {
+    return {in.kv + static_cast<ptrdiff_t>(head) * (s.d + s.v) * s.H * s.W, s.d + s.v, s.H, s.W};
+  }
+
   void position_logits(const Block& block) {
     const T* tables[] = {in.height_rel, in.width_rel};
     for (int axis = 0; axis < 2; ++axis)
@@ -199,11 +165,6 @@ class Forward {
   const Shape s;
   Softmax<T> softmax;
   T *o, *out;                                          // (v, lanes), (B, N*v, Hq, Wq)
-};
-
-template <class T>
-struct Gradients {
-  T *q, *kv, *height_rel, *width_rel;                  // shaped as the inputs
 };
 
 // One thread's backward pass, one (batch, head) at a time.

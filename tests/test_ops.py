@@ -87,7 +87,7 @@ def test_gradients_equal_finite_differences():
 
 def reference(q, kv, height_rel, width_rel, num_heads, block_size, halo_size):
     """Query by query, for any map: the window ends where the zeros around the map end."""
-    stride, (H, W), d = -(-kv.shape[2] // q.shape[2]), kv.shape[2:], height_rel.shape[1]
+    stride, d = -(-kv.shape[2] // q.shape[2]), height_rel.shape[1]
     b, w = block_size // stride, block_size + 2 * halo_size
     v = kv.shape[1] // num_heads - d
     padded = np.pad(kv, [(0, 0), (0, 0), (halo_size, halo_size), (halo_size, halo_size)])
