@@ -63,6 +63,7 @@ _C.MODEL.QK_RATIO = 1.0                 # width of all queries over the inner wi
 _C.MODEL.VALUE_RATIO = 1.0              # halo: width of all values over the inner width
 _C.MODEL.LAMBDA_SIZE = 13               # lambda: side of the square of positions around a pixel
 _C.MODEL.HEAD_WIDTH = 0                 # channels of a last 1x1 convolution, before pooling; 0: none
+_C.MODEL.ATTENTION = 'auto'             # fused (compiled, for CPU), composed (of Paddle operators) or auto: fused where it can be
 _C.MODEL.ACT = 'relu'                   # relu or silu
 _C.MODEL.DROPOUT = 0.0                  # before the classifier
 _C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; rises linearly from 0, block by block
@@ -121,6 +122,7 @@ CHOICES = {
     'DATA.ON_ERROR': ('raise', 'skip'),
     'MODEL.STEM': ('tiered', '7x7', '3x3'),
     'MODEL.CHANNEL_ATTN': ('none', 'se', 'eca'),
+    'MODEL.ATTENTION': ('auto', 'fused', 'composed'),
     'MODEL.ACT': ('relu', 'silu'),
     'TRAIN.OPTIMIZER': ('adamw', 'sgd', 'lamb', 'rmsprop'),
     'TRAIN.LR_SCHEDULE': ('cosine', 'step'),

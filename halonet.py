@@ -19,7 +19,6 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from attention import halo_attention as halo_attention
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
 
@@ -141,6 +140,7 @@ class Operators:
     channel_attn: str = 'none'
     se_ratio: float = 1 / 16
     act: str = 'relu'
+    attention: str = 'auto'
 
     def build(self, kind, width, num_heads, stride, map_size):
         """What stands in a block of this kind where a ResNet has its 3x3 convolution: (layers by timm's names, width they give).
@@ -151,11 +151,11 @@ class Operators:
             return self.convolution(width, stride), width
         if kind == 'halo':
             layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride,
-                                  self.head_dim, self.qk_ratio, self.value_ratio)
+                                  self.head_dim, self.qk_ratio, self.value_ratio, self.attention)
         elif kind == 'bot':
-            layer = BottleneckAttention(width, width, num_heads, map_size, stride, self.head_dim, self.qk_ratio)
+            layer = BottleneckAttention(width, width, num_heads, map_size, stride, self.head_dim, self.qk_ratio, self.attention)
         elif kind == 'lambda':
-            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, self.head_dim)
+            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, self.head_dim, self.attention)
         else:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
         return {'self_attn': layer, 'post_attn': BatchNormAct(layer.out_width, ACTIVATIONS[self.act])}, layer.out_width
@@ -339,7 +339,7 @@ def build_halonet(config):
     operators = Operators(
         block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM, qk_ratio=model.QK_RATIO,
         value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE, group_size=model.GROUP_SIZE,
-        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
+        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT, attention=model.ATTENTION)
     network = HaloNet(
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES, num_heads=model.HEADS,
         operators=operators, inner_widths=model.INNER_WIDTHS, bottleneck_ratio=model.BOTTLENECK_RATIO,

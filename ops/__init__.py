@@ -1,0 +1,38 @@
+"""Fused operators for a CPU, compiled from the C++ source beside this file on first use or by `python -m ops`.
+
+`load()` says whether they can be had; the others may be called where it is true. All work in float32 and float64, and
+give the same result and gradients bit for bit in every run and for any number of threads.
+"""
+import functools
+import logging
+
+from paddle import _C_ops
+from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+from ops.build import BuildError, library
+
+logger = logging.getLogger('halonet.ops')
+
+
+@functools.lru_cache(None)
+def load():
+    """Compiles the operators unless the cache has them and registers them: True, or False after one logged notice."""
+    try:
+        load_op_meta_info_and_register_op(library())
+    except (BuildError, OSError, RuntimeError) as error:
+        logger.warning('no fused halo attention, so the slower one composed of Paddle operators serves: %s', error)
+        return False
+    return True
+
+
+def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
+    """attention.halo_attention by one operator that keeps neither windows nor probabilities.
+
+    The operator takes `stride` from the sizes of q and kv.
+    """
+    return _C_ops._run_custom_op('halo_attention', q, kv, height_rel, width_rel, num_heads, block_size, halo_size)[0]
+
+
+def pointwise_convolution(x, weight, stride=1):
+    """A 1x1 convolution without bias: x (B, C, H, W), weight (O, C, 1, 1) -> (B, O, H/stride, W/stride), rounded up."""
+    return _C_ops._run_custom_op('pointwise_convolution', x, weight, stride)[0]

@@ -1,0 +1,147 @@
+// The Paddle operators `halo_attention` and `pointwise_convolution` and their gradients on a CPU: shapes are checked here, the
+// headers do the work.
+#include "paddle/extension.h"
+
+#include "halo_attention.h"
+#include "pointwise.h"
+
+namespace {
+
+using paddle::Tensor;
+using Dims = std::vector<int64_t>;
+
+halo::Shape shape_of(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel, int num_heads,
+                     int block_size, int halo_size) {
+  PD_CHECK(q.is_cpu() && kv.is_cpu() && height_rel.is_cpu() && width_rel.is_cpu(), "halo_attention: built for CPU tensors only");
+  PD_CHECK(q.dtype() == kv.dtype() && q.dtype() == height_rel.dtype() && q.dtype() == width_rel.dtype(),
+           "halo_attention: q, kv and the tables must have one dtype");
+  PD_CHECK(num_heads > 0 && block_size > 0 && halo_size >= 0, "halo_attention: num_heads and block_size must be positive");
+  const Dims qs = q.shape(), ks = kv.shape(), rows = height_rel.shape();
+  PD_CHECK(qs.size() == 4 && ks.size() == 4 && qs[0] == ks[0], "halo_attention: q and kv must be (B, C, H, W) with one B");
+  PD_CHECK(rows.size() == 2 && rows[0] == 2 * (block_size + 2 * halo_size) - 1 && width_rel.shape() == rows,
+           "halo_attention: both tables must be (2 * (block_size + 2 * halo_size) - 1, d)");
+  const int64_t d = rows[1];
+  PD_CHECK(qs[1] == num_heads * d && ks[1] % num_heads == 0 && ks[1] / num_heads > d,
+           "halo_attention: q must have num_heads * d channels and kv num_heads * (d + v), d being the width of the tables");
+  halo::Shape s{static_cast<int>(qs[0]), num_heads, static_cast<int>(d), static_cast<int>(ks[1] / num_heads - d),
+                static_cast<int>(ks[2]), static_cast<int>(ks[3]), block_size, halo_size,
+                static_cast<int>(qs[2]), static_cast<int>(qs[3])};
+  PD_CHECK(s.stride() > 0, "halo_attention: no stride that divides block_size leads from the map of kv to that of q");
+  return s;
+}
+
+template <class T>
+halo::Inputs<T> inputs_of(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel) {
+  return {q.data<T>(), kv.data<T>(), height_rel.data<T>(), width_rel.data<T>()};
+}
+
+std::vector<Tensor> forward(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel,
+                            int num_heads, int block_size, int halo_size) {
+  const halo::Shape s = shape_of(q, kv, height_rel, width_rel, num_heads, block_size, halo_size);
+  Tensor out = paddle::empty({s.B, s.N * s.v, s.Hq, s.Wq}, q.dtype(), q.place());
+  PD_DISPATCH_FLOATING_TYPES(q.dtype(), "halo_attention", [&] {
+    halo::forward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), out.data<data_t>());
+  });
+  return {out};
+}
+
+std::vector<Tensor> backward(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel,
+                             const Tensor& dout, int num_heads, int block_size, int halo_size) {
+  const halo::Shape s = shape_of(q, kv, height_rel, width_rel, num_heads, block_size, halo_size);
+  std::vector<Tensor> grads;
+  for (const Tensor* x : {&q, &kv, &height_rel, &width_rel}) grads.push_back(paddle::empty(x->shape(), x->dtype(), x->place()));
+  PD_DISPATCH_FLOATING_TYPES(q.dtype(), "halo_attention_grad", [&] {
+    halo::backward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), dout.data<data_t>(),
+                   halo::Gradients<data_t>{grads[0].data<data_t>(), grads[1].data<data_t>(), grads[2].data<data_t>(),
+                                           grads[3].data<data_t>()});
+  });
+  return grads;
+}
+
+// A size that is not known yet is -1 and stays -1.
+std::vector<Dims> infer_shape(const Dims& q, const Dims& kv, const Dims& height_rel, const Dims& width_rel, int num_heads,
+                              int block_size, int halo_size) {
+  return {{q[0], kv[1] - num_heads * height_rel[1], q[2], q[3]}};
+}
+
+std::vector<Dims> infer_grad_shape(const Dims& q, const Dims& kv, const Dims& height_rel, const Dims& width_rel, const Dims& dout,
+                                   int num_heads, int block_size, int halo_size) {
+  return {q, kv, height_rel, width_rel};
+}
+
+std::vector<paddle::DataType> infer_dtype(const paddle::DataType& q, const paddle::DataType&, const paddle::DataType&,
+                                          const paddle::DataType&) {
+  return {q};
+}
+
+void check_pointwise(const Tensor& x, const Tensor& weight, int stride) {
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(), "pointwise_convolution: needs CPU tensors of one dtype");
+  PD_CHECK(x.shape().size() == 4 && weight.shape() == Dims({weight.shape()[0], x.shape()[1], 1, 1}) && stride > 0,
+           "pointwise_convolution: x must be (B, C, H, W) and weight (O, C, 1, 1)");
+}
+
+template <class T>
+halo::Map<T> map_of(T* data, const Dims& shape, int stride) {
+  return {data, static_cast<int>(shape[1]), static_cast<int>(shape[2]), static_cast<int>(shape[3]), stride};
+}
+
+std::vector<Dims> infer_pointwise_shape(const Dims& x, const Dims& weight, int stride) {
+  const auto strided = [&](int64_t n) { return n < 0 ? n : (n + stride - 1) / stride; };
+  return {{x[0], weight[0], strided(x[2]), strided(x[3])}};
+}
+
+std::vector<Dims> infer_pointwise_grad_shape(const Dims& x, const Dims& weight, const Dims&, int) { return {x, weight}; }
+
+std::vector<paddle::DataType> infer_pointwise_dtype(const paddle::DataType& x, const paddle::DataType&) { return {x}; }
+
+std::vector<Tensor> pointwise_forward(const Tensor& x, const Tensor& weight, int stride) {
+  check_pointwise(x, weight, stride);
+  Tensor out = paddle::empty(infer_pointwise_shape(x.shape(), weight.shape(), stride)[0], x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution", [&] {
+    halo::project<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
+                          map_of(out.data<data_t>(), out.shape(), 1));
+  });
+  return {out};
+}
+
+std::vector<Tensor> pointwise_backward(const Tensor& x, const Tensor& weight, const Tensor& dout, int stride) {
+  Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place()), dweight = paddle::empty(weight.shape(), x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution_grad", [&] {
+    halo::project_backward<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
+                                   map_of(dout.data<data_t>(), dout.shape(), 1), map_of(dx.data<data_t>(), x.shape(), stride),
+                                   dweight.data<data_t>());
+  });
+  return {dx, dweight};
+}
+
+}  // namespace
+
+PD_BUILD_OP(halo_attention)
+    .Inputs({"Q", "KV", "HeightRel", "WidthRel"})
+    .Outputs({"Out"})
+    .Attrs({"num_heads: int", "block_size: int", "halo_size: int"})
+    .SetKernelFn(PD_KERNEL(forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_dtype));
+
+PD_BUILD_GRAD_OP(halo_attention)
+    .Inputs({"Q", "KV", "HeightRel", "WidthRel", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("Q"), paddle::Grad("KV"), paddle::Grad("HeightRel"), paddle::Grad("WidthRel")})
+    .Attrs({"num_heads: int", "block_size: int", "halo_size: int"})
+    .SetKernelFn(PD_KERNEL(backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_grad_shape));
+
+PD_BUILD_OP(pointwise_convolution)
+    .Inputs({"X", "Weight"})
+    .Outputs({"Out"})
+    .Attrs({"stride: int"})
+    .SetKernelFn(PD_KERNEL(pointwise_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_pointwise_dtype));
+
+PD_BUILD_GRAD_OP(pointwise_convolution)
+    .Inputs({"X", "Weight", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Weight")})
+    .Attrs({"stride: int"})
+    .SetKernelFn(PD_KERNEL(pointwise_backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_grad_shape));
