@@ -10,6 +10,7 @@ import pytest
 
 import attention
 import ops
+from ops.build import find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
@@ -233,3 +234,11 @@ def test_two_builds_at_once_make_one_library(tmp_path):
     assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
     assert sum(error.count('compiling the fused') for _, error in outputs) == 1
     assert [path.name for path in tmp_path.glob('*/*.so')] == ['operators.so']
+
+
+@pytest.mark.slow
+def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
+    program, sources = tmp_path / 'emulation', [f'-I{ROOT}/tests', f'-I{ROOT}/ops', str(ROOT / 'tests/cuda_emulation.cc')]
+    subprocess.run([find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
+    result = subprocess.run([program], stdout=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stdout
