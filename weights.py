@@ -190,7 +190,7 @@ def _unreachable(url, seconds=10):
             return ''
     except urllib.error.HTTPError:
         return ''
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if 'SSL' in str(error):                     # huggingface_hub has certificates of its own
             return ''
         return f'cannot be reached ({getattr(error, "reason", error)}: look at the network, HF_ENDPOINT and the proxy)'

@@ -194,6 +194,7 @@ def test_a_silent_hub_is_given_up_on():
         start = time.monotonic()
         assert 'cannot be reached (timed out' in weights._unreachable(hub.url, seconds=0.2)
         assert time.monotonic() - start < 30
+    assert 'unknown url type' in weights._unreachable('huggingface.co')
     with Hub({}) as hub:
         assert weights._unreachable(hub.url) == ''                                           # it answers, if only by 401
 
