@@ -51,7 +51,7 @@ def test_bottleneck_attention_is_that_of_the_whole_map():
     expected = np.zeros((2, 4, H * W))
     for n, i in np.ndindex(2, H * W):
         query = qkv[0, n, :, i]
-        logits = np.array([query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + 4] + columns[j % W - i % W + 4]) for j in range(H * W)])
+        logits = [query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + 4] + columns[j % W - i % W + 4]) for j in range(H * W)]
         expected[n, :, i] = qkv[2, n] @ (np.exp(logits) / np.exp(logits).sum())
     np.testing.assert_allclose(ref.run(layer, x).reshape(expected.shape), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r'4x6 exceeds the 5x5.*DATA\.IMAGE_SIZE'):
@@ -59,7 +59,7 @@ def test_bottleneck_attention_is_that_of_the_whole_map():
 
 
 def test_lambda_layer_is_the_plain_sum():
-    """out[n, v] at i = sum over keys of q[n, key] (sum_j softmax(k)[key, j] v[j] + sum over the square around i of kernel * v)."""
+    """out[n] at pixel i = sum over keys of q[n, key] (sum_j softmax(k)[key, j] v[j] + bias + sum around i of kernel[key] v)."""
     N, d, v, side, H, W = 2, 3, 4, 3, 5, 4
     layer = LambdaLayer(6, N * v, N, side, head_dim=d).eval()
     x = np.random.default_rng(0).normal(size=(1, 6, H, W)).astype('float32')
