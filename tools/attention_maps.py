@@ -17,7 +17,8 @@ class AttentionMap:
     """The attention of one layer to one picture, with the axes of halonet.py.
 
     probabilities (N, Hq, Wq, w, w): of each head and query over the w x w window, whose corner lies `halo_size` pixels
-    before the block's; 0 in cells outside the map. What a query spends on the zeros outside is 1 minus their sum.
+    before the block's. They add up to 1 with those of the zeros around the map; of a map that does not divide into blocks
+    only the cells inside are known, and the others are 0.
     """
 
     name: str
@@ -34,8 +35,8 @@ class AttentionMap:
         return min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
 
     def query_box(self, row, column):
-        """Left, top, right, bottom of a query, in pixels of the map."""
-        return column * self.stride, row * self.stride, (column + 1) * self.stride, (row + 1) * self.stride
+        """Left, top, right, bottom of a query's pixel, in pixels of the map."""
+        return column * self.stride, row * self.stride, column * self.stride + 1, row * self.stride + 1
 
     def block_box(self, row, column):
         """Left, top, right, bottom of the block that a query is in, in pixels of the map."""
@@ -84,22 +85,24 @@ class KeysAndPositions(nn.Layer):
 @paddle.no_grad()
 def attention_probabilities(layer, x):
     """The probabilities of a HaloAttention for its input x (B, C, H, W): (B, N, Hq, Wq, w, w), as AttentionMap has them."""
-    N, d, w = layer.num_heads, layer.pos_embed.height_rel.shape[1], layer.block_size + 2 * layer.halo_size
+    N, d, block, halo = layer.num_heads, layer.pos_embed.height_rel.shape[1], layer.block_size, layer.halo_size
+    w = block + 2 * halo
+    # a ring of zeros, as wide as blocks that cover the halo, is what the layer pads with; as part of the map it has places
+    ring = 0 if x.shape[2] % block or x.shape[3] % block else -(-halo // block) * block
     with replaced(layer, kv=KeysAndPositions(layer.kv, N, d, w), pool=nn.Identity()):
-        out = layer(x)                                                                    # (B, N*w*w, Hq, Wq)
-    B, _, Hq, Wq = out.shape
-    out = out.reshape([B, N, w, w, Hq, Wq]).transpose([0, 1, 4, 5, 2, 3])                 # (B, N, Hq, Wq, w, w), by place
-    stride = round(x.shape[2] / Hq)
-    rows, columns = (first_place(count, stride, layer) for count in (Hq, Wq))             # (Hq, w), (Wq, w)
-    out = paddle.stack([out[:, :, i].index_select(rows[i], axis=3) for i in range(Hq)], axis=2)
-    return paddle.stack([out[:, :, :, j].index_select(columns[j], axis=4) for j in range(Wq)], axis=3)
+        out = layer(nn.functional.pad(x, [ring] * 4))                                     # (B, N*w*w, ring+Hq+ring, ...)
+    B, (height, width) = x.shape[0], out.shape[2:]
+    stride = round((x.shape[2] + 2 * ring) / height)
+    out = out.reshape([B, N, w, w, height, width]).transpose([0, 1, 4, 5, 2, 3])          # (B, N, ., ., w, w), by place
+    rows, columns = (range(ring // stride, count - ring // stride) for count in (height, width))   # Hq, Wq of them
+    out = paddle.stack([out[:, :, i].index_select(places(i * stride, block, halo), axis=3) for i in rows], axis=2)
+    return paddle.stack([out[:, :, :, j].index_select(places(j * stride, block, halo), axis=4) for j in columns], axis=3)
 
 
-def first_place(count, stride, layer):
-    """For each of `count` queries along an axis, the places of its window's rows (or columns) in their order: (count, w)."""
-    w = layer.block_size + 2 * layer.halo_size
-    first = paddle.arange(count) * stride // layer.block_size * layer.block_size - layer.halo_size
-    return (first.unsqueeze(1) + paddle.arange(w)) % w
+def places(position, block, halo):
+    """Where in the grid the rows (or columns) of the window of a query at `position` lie, in their order: (w,)."""
+    w = block + 2 * halo
+    return (position // block * block - halo + paddle.arange(w)) % w
 
 
 @paddle.no_grad()
