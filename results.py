@@ -22,9 +22,12 @@ def row(config, model, result, device):
 
 
 def multiply_adds(model, image_size):
-    """Thousand millions for one image, or '' for a model that cannot count them."""
-    count = getattr(model, 'multiply_adds', None)
-    return round(count(image_size) / 1e9, 3) if count else ''
+    """Thousand millions for one image, by the counter behind docs/models.md; '' where there is none."""
+    try:
+        from tools.model_table import total_multiply_adds
+    except ModuleNotFoundError:
+        return ''
+    return round(total_multiply_adds(model, image_size, image_size) / 1e9, 3)
 
 
 def save_result(path, config, model, result, device):

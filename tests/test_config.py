@@ -312,7 +312,7 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'datasets': {'augment', 'utils'},
     'checkpoint': {'utils', 'weights'},
-    'results': {'utils'},
+    'results': {'utils', 'tools'},          # the counter of multiply-adds
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results'},  # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},

