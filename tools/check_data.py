@@ -91,6 +91,7 @@ def compare(lists, results):
 
 def check(folder, classes, workers):
     """The whole report on a folder, as it stands in the JSON. Raises ValueError for a bad list."""
+    import utils  # isort: skip  # noqa: F401  (first: it prepares for Paddle's import)
     import datasets
     parts = [part for part in ('train', 'val') if os.path.isfile(os.path.join(folder, f'{part}_list.txt'))]
     if not parts:

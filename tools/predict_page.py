@@ -29,7 +29,7 @@ figcaption { padding: .7rem .85rem .85rem; }
 .row i { flex: 0 0 100%; height: 5px; border-radius: 3px; overflow: hidden; background: var(--track); }
 .row i::after { content: ""; display: block; height: 100%; width: var(--p); border-radius: 3px; background: var(--bar); }
 @media (max-width: 640px) {
-  figure { display: grid; grid-template-columns: 38% 1fr; } img { height: 100%; } figcaption { padding: .5rem .7rem .7rem; }
+  figure { display: grid; grid-template-columns: 38% 1fr; align-items: start; } figcaption { padding: .5rem .7rem .7rem; }
   .broken { grid-column: 1 / -1; } }
 .broken { padding: 1.2rem .85rem; } .broken b { color: var(--wrong); }
 '''
