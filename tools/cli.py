@@ -64,7 +64,7 @@ def load_model(config):
     from halonet import build_halonet
     device = utils.start(config.DEVICE)
     model = build_halonet(config)
-    weights.load_pretrained(model, config.MODEL.PRETRAINED)
+    weights.load_pretrained(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA)
     model.eval()
     return model, device
 
