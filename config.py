@@ -19,6 +19,7 @@ _C.AMP = False                          # mixed precision in training and evalua
 _C.AMP_DTYPE = 'float16'                # float16 (with loss scaling) or bfloat16
 _C.SEED = 0                             # decides initialisation, order and augmentation
 _C.EVAL = False                         # only evaluate
+_C.RESULTS = ''                         # CSV file that an evaluation appends a line to; '': results.csv in the run folder
 _C.OUTPUT = ''                          # the run folder; '': a new one below SAVE
 _C.SAVE = './output'                    # where run folders are made when OUTPUT is not given
 _C.SAVE_FREQ = 1                        # epochs between checkpoints
@@ -184,6 +185,7 @@ def parse_args(argv=None):
     add('resume', 'MODEL.RESUME', 'a checkpoint to go on from, or auto: the newest good one of the run folder', metavar='FILE')
     add('last_epoch', 'TRAIN.LAST_EPOCH', 'go on after this epoch, whatever the checkpoint says', metavar='N')
     add('output', 'OUTPUT', 'the run folder', metavar='DIR')
+    add('results', 'RESULTS', 'CSV file that an evaluation appends a line to', metavar='FILE')
     add('device', 'DEVICE', 'auto, gpu or cpu')
     add('nprocs', 'NPROCS', 'processes that main_multi_gpu.py starts', metavar='N')
     add('eval', 'EVAL', 'only evaluate', action='store_const', const=True)

@@ -19,6 +19,7 @@ import datasets
 import optim
 import weights
 from halonet import build_halonet
+from results import save_result
 from utils import log
 
 
@@ -41,7 +42,9 @@ def run(config):
     metrics = utils.Metrics(folder)
     if config.EVAL:
         load_for_evaluation(model, config)
-        return {'val': report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)}
+        result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
+        save_result(config.RESULTS or os.path.join(folder, 'results.csv'), config, model, result, device)
+        return {'val': result}
     training = build_training(config, model, device)
     progress = restore(training, config, folder, metrics)
     return train(training, evaluation, progress, folder, metrics)

@@ -212,6 +212,7 @@ FLAGS = {
     'image_size': ('512', 'DATA.IMAGE_SIZE', 512), 'num_workers': ('0', 'DATA.NUM_WORKERS', 0),
     'accum_iter': ('2', 'TRAIN.ACCUM_ITER', 2), 'pretrained': ('a.pdparams', 'MODEL.PRETRAINED', 'a.pdparams'),
     'resume': ('auto', 'MODEL.RESUME', 'auto'), 'last_epoch': ('0', 'TRAIN.LAST_EPOCH', 0), 'output': ('7', 'OUTPUT', '7'),
+    'results': ('r.csv', 'RESULTS', 'r.csv'),
     'device': ('cpu', 'DEVICE', 'cpu'), 'nprocs': ('2', 'NPROCS', 2), 'eval': (None, 'EVAL', True), 'amp': (None, 'AMP', True),
 }
 
@@ -311,7 +312,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'datasets': {'augment', 'utils'},
     'checkpoint': {'utils', 'weights'},
-    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
+    'results': {'utils', 'tools'},          # the counter of multiply-adds
+    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results'},  # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }

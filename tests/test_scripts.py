@@ -49,7 +49,7 @@ def test_digits_lists_name_every_image_once(digits):
     assert (len(train), len(val)) == (1437, 360)
     listed = [path for path, _ in train + val]
     assert len(set(listed)) == 1797
-    assert set(listed) | {'train_list.txt', 'val_list.txt'} == set(content(digits))
+    assert set(listed) | {'train_list.txt', 'val_list.txt', 'class_names.txt'} == set(content(digits))
 
 
 def test_digits_are_scikit_learns(digits):

@@ -37,7 +37,7 @@ def digit_files(images, labels):
             files[path] = buffer.getvalue()
             lines.append(f'{path} {labels[i]}\n')
         lists[f'{part}_list.txt'] = ''.join(lines).encode()
-    return {**files, **lists}
+    return {**files, **lists, 'class_names.txt': ''.join(f'{digit}\n' for digit in range(10)).encode()}
 
 
 def write_files(folder, files):

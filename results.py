@@ -1,0 +1,51 @@
+"""The table that evaluations append to: one CSV line per model, weights, data, size and crop."""
+import csv
+import fcntl
+import os
+
+import utils
+
+COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5', 'loss', 'images', 'images_per_s',
+           'parameters_m', 'multiply_adds_g', 'device', 'amp')
+
+
+def row(config, model, result, device):
+    """{column: value} of an evaluation; parameters in millions, multiply-adds of one image in thousand millions."""
+    data = config.DATA
+    return {'model': config.MODEL.NAME, 'weights': config.MODEL.RESUME or config.MODEL.PRETRAINED, 'data': data.DATA_PATH,
+            'image_size': data.IMAGE_SIZE, 'crop_pct': data.CROP_PCT, 'top1': round(result['acc1'], 3),
+            'top5': round(result['acc5'], 3), 'loss': round(result['loss'], 5), 'images': result['images'],
+            'images_per_s': round(result['images_per_s'], 1),
+            'parameters_m': round(sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6, 3),
+            'multiply_adds_g': multiply_adds(model, data.IMAGE_SIZE), 'device': device,
+            'amp': config.AMP_DTYPE if config.AMP and device == 'gpu' else ''}
+
+
+def multiply_adds(model, image_size):
+    """Thousand millions for one image, by the counter behind docs/models.md; '' where there is none."""
+    try:
+        from tools.model_table import total_multiply_adds
+    except ModuleNotFoundError:
+        return ''
+    return round(total_multiply_adds(model, image_size, image_size) / 1e9, 3)
+
+
+def save_result(path, config, model, result, device):
+    """Append the `row` of an evaluation to the CSV file `path`, as several may do at once; rank 0 writes.
+
+    Raises ValueError for a file with other columns, and OSError.
+    """
+    if utils.rank() != 0:
+        return
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path, 'a+', encoding='utf-8', newline='') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        heading = next(csv.reader(file), None)
+        file.seek(0, os.SEEK_END)
+        if heading is None:
+            csv.writer(file, lineterminator='\n').writerow(COLUMNS)
+        elif tuple(heading) != COLUMNS:
+            raise ValueError(f'{path}: its columns are {", ".join(heading)}, and not those of this version; name another file by '
+                             '-results')
+        csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row(config, model, result, device))

@@ -1,0 +1,264 @@
+"""predict and visualize: what they show is what the model computes on the pixels of an evaluation."""
+import base64
+import csv
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from runs import TINY, make_images, program
+
+import datasets
+from config import get_config
+from halonet import build_halonet
+from tools import cli, predict, visualize
+from tools.attention_maps import attention_maps
+
+NAMES = ['red <b>', 'green', 'blue "&"', 'grey']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A run folder with config.yaml and weights, and beside it data/ with images and class_names.txt."""
+    folder = tmp_path_factory.mktemp('predict')
+    data = make_images(folder / 'data', val=9)
+    (folder / 'data' / 'class_names.txt').write_text(''.join(f'{name}\n' for name in NAMES))
+    os.makedirs(folder / 'run')
+    config = get_config(None, [*TINY, 'DATA.DATA_PATH', data, 'DATA.CROP_PCT', 0.8])
+    (folder / 'run' / 'config.yaml').write_text(config.dump())
+    paddle.seed(3)
+    model = build_halonet(config)
+    for key, value in model.state_dict().items():
+        if key.endswith('bn.weight') and not value.numpy().any():
+            value.set_value(paddle.ones_like(value))                          # a fresh block would be its shortcut
+    model.head.fc.weight.set_value(model.head.fc.weight * 30)
+    model.eval()
+    paddle.save(model.state_dict(), str(folder / 'run' / 'final.pdparams'))
+    return folder, model, config
+
+
+def call(tool, *words):
+    with pytest.raises(SystemExit) as stop:
+        tool.parser().run(tool.main, [str(word) for word in words])
+    return stop.value.code
+
+
+def expected(run, path):
+    """Class probabilities of a picture, in float64, from a plain forward pass."""
+    _, model, config = run
+    with Image.open(path) as file:
+        pixels = datasets.eval_pixels(file, 16, 0.8)
+    x = (pixels / 255 - config.DATA.MEAN) / config.DATA.STD
+    logits = model(paddle.to_tensor(x.transpose(2, 0, 1)[None].astype('float32'))).numpy()[0].astype('float64')
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+def weights_of(run):
+    return run[0] / 'run' / 'final.pdparams'
+
+
+# ---- class names
+
+def test_imagenet_s_names():
+    classes = cli.imagenet_classes()
+    assert len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r'n\d{8}', key) for key in classes)
+    names = cli.class_names(get_config(None, ['DATA.DATA_PATH', 'nowhere']))
+    assert len({*names}) == 1000
+    for label, name in {0: 'tench', 1: 'goldfish', 134: 'crane (bird)', 207: 'golden retriever', 281: 'tabby', 388: 'giant panda',
+                        463: 'bucket', 517: 'crane (machine)', 639: 'tank suit', 724: 'pirate', 817: 'sports car',
+                        933: 'cheeseburger', 954: 'banana', 985: 'daisy', 999: 'toilet tissue'}.items():
+        assert names[label] == name
+    assert classes['n02099601'] == 'golden retriever' and list(classes)[985] == 'n11939491'
+
+
+def test_where_class_names_come_from(run, tmp_path):
+    folder, _, config = run
+    opts = [*TINY, 'MODEL.PRETRAINED', str(tmp_path / 'x.pdparams'), 'DATA.DATA_PATH', str(folder / 'data')]
+    assert cli.class_names(get_config(None, opts)) == NAMES
+    (tmp_path / 'class_names.txt').write_text('# beside the weights\na\nb\n\nc\nd\n')
+    assert cli.class_names(get_config(None, opts)) == ['a', 'b', 'c', 'd']
+    (tmp_path / 'own.txt').write_text('e\nf\ng\nh\n')
+    assert cli.class_names(get_config(None, opts), str(tmp_path / 'own.txt')) == ['e', 'f', 'g', 'h']
+    assert cli.class_names(get_config(None, [*TINY, 'DATA.DATA_PATH', 'nowhere']))[3] == 'class 3'
+    with pytest.raises(ValueError, match='has 4 names and the model 5 classes'):
+        cli.class_names(get_config(None, [*opts, 'MODEL.NUM_CLASSES', 5]))
+
+
+# ---- predict
+
+def test_predictions_equal_a_plain_forward_pass(run, tmp_path, capsys):
+    folder = run[0]
+    paths = [f'{folder}/data/val/{i}.png' for i in range(9)]
+    words = ['-pretrained', weights_of(run), folder / 'data' / 'val', '-topk', 3, '-batch_size', 4]
+    assert call(predict, *words, '-json', tmp_path / 'a.json', '-csv', tmp_path / 'a.csv') == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / 'a.json').read_text())
+    assert content['model'] == 'tiny' and [item['picture'] for item in content['pictures']] == paths
+    rows = list(csv.DictReader(io.StringIO((tmp_path / 'a.csv').read_text())))
+    assert len(rows) == 27
+    for i, (path, item) in enumerate(zip(paths, content['pictures'])):
+        p = expected(run, path)
+        order = np.argsort(-p)[:3]
+        assert [top['label'] for top in item['top']] == order.tolist()
+        assert [top['name'] for top in item['top']] == [NAMES[label] for label in order]
+        np.testing.assert_allclose([top['probability'] for top in item['top']], p[order], atol=2e-6)
+        mine = rows[3 * i:3 * i + 3]
+        assert [(row['picture'], row['rank'], int(row['label'])) for row in mine] == [
+            (path, str(rank), label) for rank, label in enumerate(order.tolist(), 1)]
+        np.testing.assert_allclose([float(row['probability']) for row in mine], p[order], atol=2e-6)
+        assert f'{path}\n  {100 * p[order[0]]:6.2f} %  {NAMES[order[0]]}' in out
+    assert re.search(r'\n9 pictures in [\d.]+ s, [\d.]+ images/s on cpu\n$', out)
+
+
+def test_lists_and_their_labels(run, tmp_path, capsys):
+    folder = run[0]
+    (folder / 'data' / 'one 1').write_bytes((folder / 'data' / 'val' / '0.png').read_bytes())
+    (folder / 'data' / 'some.txt').write_text('# pictures\nval/3.png 3\n\none 1\none 1 2\nval/1.png\n')
+    found = predict.read_list(str(folder / 'data' / 'some.txt'))
+    expected = [('3.png', 3), ('one 1', None), ('one 1', 2), ('1.png', None)]
+    assert [(os.path.basename(item.path), item.label) for item in found] == expected
+    assert call(predict, '--pretrained', weights_of(run), folder / 'data' / 'val_list.txt', '--quiet', '--json=-') == 0
+    content = json.loads(capsys.readouterr().out)
+    right = [item['label'] == item['top'][0]['label'] for item in content['pictures']]
+    assert call(predict, '-pretrained', weights_of(run), folder / 'data' / 'val_list.txt') == 0
+    out = capsys.readouterr().out
+    assert f'{sum(right)} of 9 labels are right ({100 * np.mean(right):.2f} %)' in out
+    assert '2.png  (a blue "&")' in out
+
+
+def test_unreadable_pictures_are_told_and_the_others_done(run, tmp_path, capsys):
+    good = run[0] / 'data' / 'val' / '4.png'
+    (tmp_path / 'text.jpg').write_text('hello')
+    (tmp_path / 'half.png').write_bytes(good.read_bytes()[:300])
+    words = [tmp_path / 'text.jpg', tmp_path / 'half.png', tmp_path / 'none.png', good]
+    outputs = ['-json', tmp_path / 'a.json', '-csv', tmp_path / 'a.csv', '-html', tmp_path / 'a.html']
+    assert call(predict, '-pretrained', weights_of(run), *words, *outputs) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(':')[0] for line in err.splitlines()] == [str(path) for path in words[:3]]
+    assert 'not an image' in err and 'No such file' in err and '1 pictures in' in out and '; 3 cannot be read' in out
+    items = json.loads((tmp_path / 'a.json').read_text())['pictures']
+    assert ['error' in item for item in items] == [True, True, True, False]
+    assert [row['error'] != '' for row in csv.DictReader(open(tmp_path / 'a.csv'))] == [True] * 3 + [False] * 4
+    assert (tmp_path / 'a.html').read_text().count('cannot be read') == 4     # three pictures, and the sum above
+
+
+class Page(HTMLParser):
+    """Open tags must be closed in order; collects the tags and the texts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open += [] if tag in ('img', 'meta', 'br') else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
+    data = run[0] / 'data'
+    words = [data / 'val_list.txt', '-html', tmp_path / 'a.html', '-html_most', 6]
+    assert call(predict, '-pretrained', weights_of(run), *words) == 0
+    text = (tmp_path / 'a.html').read_text()
+    page = Page(text)
+    images = [attrs['src'] for tag, attrs in page.tags if tag == 'img']
+    assert len(images) == 6 and 'The first 6 of 9 are shown.' in text
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)        # nothing is fetched
+    assert '<b>' not in ''.join(page.texts).replace('red <b>', '') and 'red <b>' in page.texts
+    for i, src in enumerate(images):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(src.split(',')[1]))))
+        with Image.open(data / 'val' / f'{i}.png') as file:
+            np.testing.assert_array_equal(shown, datasets.eval_pixels(file, 16, 0.8))
+    widths = [float(attrs['style'][4:-1]) for tag, attrs in page.tags if tag == 'i']
+    for i in range(6):
+        p = np.sort(expected(run, data / 'val' / f'{i}.png'))[::-1]
+        np.testing.assert_allclose(widths[4 * i:4 * i + 4], 100 * p, atol=0.006)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['-pretrained', 'x', 'RUN/data/val'], 'there is no config.yaml that says what model x belongs to'),
+    (['-pretrained', 'x', '-cfg', 'RUN/run/config.yaml', 'RUN/data/val'], '-pretrained x: no such file'),
+    (['-pretrained', 'RUN/run/final', 'RUN/run'], 'no pictures in this folder'),
+    (['-pretrained', 'RUN/run/final', 'RUN/none.txt'], 'No such file'),
+    (['-pretrained', 'RUN/run/final', '-topk', '0', 'RUN/data/val'], 'at least 1'),
+    (['-pretrained', 'RUN/run/final', '-opts', 'MODEL.NUM_CLASSES', '3', 'DATA.SEED', '1'], 'required: PICTURE'),
+    (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-classes', 'RUN/data/val_list.txt'], 'has 9 names and the model 4'),
+    (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-image_size', 'big'], 'DATA.IMAGE_SIZE must be a whole number'),
+    (['RUN/data/val'], 'required: -pretrained')])
+def test_mistakes_are_one_line(run, capsys, words, message):
+    assert call(predict, *(word.replace('RUN', str(run[0])) for word in words)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ': error: ' in line and message in line
+
+
+def test_labels_beyond_the_classes_are_refused(run, tmp_path, capsys):
+    (tmp_path / 'list.txt').write_text('a.png 4\n')
+    assert call(predict, '-pretrained', weights_of(run), tmp_path / 'list.txt') == 2
+    assert 'label 4 is not in 0..3' in capsys.readouterr().err
+
+
+# ---- visualize
+
+def test_the_picture_shows_the_weights(run, tmp_path):
+    folder, model, config = run
+    path = folder / 'data' / 'val' / '4.png'
+    words = [path, '-pretrained', weights_of(run), '-query', 13, 3, '-side', 240, '-npz', tmp_path / 'a.npz']
+    assert call(visualize, *words, '-output', tmp_path / 'a.png') == 0
+    with Image.open(path) as file:
+        pixels = datasets.eval_pixels(file, 16, 0.8)
+    images = datasets.normalise(paddle.to_tensor(pixels.transpose(2, 0, 1)[None]), config.DATA.MEAN, config.DATA.STD)
+    (attention,), _ = attention_maps(model, images)
+    with np.load(tmp_path / 'a.npz') as file:
+        assert list(file) == ['0/stages.1.0']
+        np.testing.assert_allclose(file['0/stages.1.0'], attention.probabilities.numpy(), atol=1e-6)
+    query = attention.query_at(13 / 16, 3 / 16)
+    assert query == (0, 3) and attention.window_box(*query) == (3, -1, 9, 5)
+    weights = attention.probabilities[1, 0, 3].numpy()
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    panel = np.asarray(visualize.overlay(pixels, attention, weights, query, 240)).astype(int)
+    cell = 480 / (8 + 2 + 0.2)
+    bright = np.array([[panel[int((r + 0.6) * cell), int((4 + c + 0.6) * cell)].sum() for c in range(6)] for r in range(6)])
+    outer = np.array([[r == 0 or c == 5 for c in range(6)] for r in range(6)])           # in the margin colours stand alone
+    order = np.argsort(weights[outer])
+    assert (np.diff(bright[outer][order]) >= -3).all() and bright[outer].std() > 0
+    left, top, *_ = attention.window_box(*query)
+    assert visualize.outside(attention, weights, query) == pytest.approx(weights[outer].sum(), abs=1e-6)
+    with Image.open(tmp_path / 'a.png') as image:
+        assert image.width == 14 + 3 * (240 + 14)   # the geometry and two heads
+
+
+def test_visualize_chooses_layers_and_heads(run, tmp_path, capsys):
+    picture, words = run[0] / 'data' / 'val' / '4.png', ['-pretrained', weights_of(run), '-output', tmp_path / 'a.png']
+    assert call(visualize, picture, picture, *words, '-layer', 'stages.1.0', '-head', 1, 'mean') == 0
+    assert '2 rows' in capsys.readouterr().out
+    for extra, message in [(['-layer', '7'], 'the layers with halo attention are stages.1.0'),
+                           (['-head', '2'], 'mean, or 0 to 1'),
+                           (['-query', '16', '0'], 'pixels 0 to 15'), (['-side', '10'], '200 to 2000'),
+                           (['-opts', 'MODEL.STAGES', "['conv', 'conv']"], 'the weights do not fit')]:
+        assert call(visualize, picture, *words, *extra) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / 'bad.png').write_text('x')
+    assert call(visualize, tmp_path / 'bad.png', *words) == 2
+    assert 'bad.png: not an image' in capsys.readouterr().err
+
+
+# ---- all
+
+@pytest.mark.parametrize('name', ['predict', 'visualize', 'make_lists', 'check_data', 'eval_all'])
+def test_help_answers_with_examples(name, tmp_path, monkeypatch):
+    done = program(f'{cli.ROOT}/tools/{name}.py', '-h')
+    assert done.stdout.count(f'python tools/{name}.py') >= 2 and done.stderr == ''
+    options = re.findall(r'^  (-\w+)[^,]*, (-\S+)', done.stdout, re.M)
+    assert len(options) > 2 and all(long == f'-{short}' or short == '-h' for short, long in options)

@@ -1,0 +1,169 @@
+"""Read every image that train_list.txt and val_list.txt of a folder name, as training would, and report on them.
+
+Bad files with their line, the sizes, the balance of the classes, images (by the content of their files) that are both in
+training and validation, and those that have two labels.
+
+  python tools/check_data.py flowers
+  python tools/check_data.py imagenet -workers 16 -classes 1000 -json report.json
+
+Exit status: 0, or 1 if a file cannot be read, or 2 for a mistake in the command or a bad line in a list.
+"""
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools import cli  # noqa: E402
+
+SHOWN = 20                                          # lines of a kind on the console; the JSON has all
+
+
+def read(path):
+    """(error or '', width, height, format, hash of the file's content)"""
+    from PIL import Image
+    try:
+        digest = hashlib.sha256()
+        with open(path, 'rb') as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+            if not file.tell():
+                return 'the file is empty', 0, 0, '', ''
+            with Image.open(file) as image:
+                width, height = image.size
+                image.convert('RGB')                # reads all of it
+                return '', width, height, image.format, digest.hexdigest()
+    except Exception as error:                      # Pillow may raise nearly anything for a damaged file
+        return cli.reason(error), 0, 0, '', ''
+
+
+def read_all(samples, workers, what):
+    """`read` of each sample of an ImageList, in its order. Raises ValueError where a process dies."""
+    paths = [samples.path(i) for i in range(len(samples))]
+    if not workers:
+        return list(cli.progress(map(read, paths), len(paths), what))
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('fork')) as pool:
+            return list(cli.progress(pool.map(read, paths, chunksize=16), len(paths), what))
+    except BrokenProcessPool:
+        raise ValueError('a reading process died, probably for want of memory: take fewer by -workers, or look for the '
+                         'image with -workers 0') from None
+
+
+def describe(samples, results, classes):
+    """What the report says about one list: counts, sizes, formats, images per class."""
+    good = np.array([result[1:3] for result in results if not result[0]]).reshape(-1, 2)
+    formats = defaultdict(int)
+    for error, *_, kind, _ in results:
+        if not error:
+            formats[kind] += 1
+    report = {'images': len(samples), 'bad': len(samples) - len(good), 'formats': dict(formats)}
+    if len(good):
+        report['size'] = {name: [int(value) for value in function(good, axis=0)]
+                          for name, function in (('smallest', np.min), ('median', np.median), ('largest', np.max))}
+    counts = np.bincount(samples.labels, minlength=classes)
+    return {**report, 'per_class': {str(label): int(count) for label, count in enumerate(counts)}}
+
+
+def compare(lists, results):
+    """Pairs of the same image in train and val, and groups of the same image with several labels."""
+    places = defaultdict(list)                      # content -> (part, index)
+    for part, found in results.items():
+        for i, (error, *_, digest) in enumerate(found):
+            if not error:
+                places[digest].append((part, i))
+    in_both, other_label = [], []
+    for same in places.values():
+        train, val = ([lists[part].names[i] for part, i in same if part == wanted] for wanted in ('train', 'val'))
+        if train and val:
+            in_both += [{'train': train[0], 'val': name} for name in val]
+        if len({int(lists[part].labels[i]) for part, i in same}) > 1:
+            other_label.append([lists[part].names[i] for part, i in same])
+    return in_both, other_label
+
+
+def check(folder, classes, workers):
+    """The whole report on a folder, as it stands in the JSON. Raises ValueError for a bad list."""
+    import utils  # isort: skip  # noqa: F401  (first: it prepares for Paddle's import)
+    import datasets
+    parts = [part for part in ('train', 'val') if os.path.isfile(os.path.join(folder, f'{part}_list.txt'))]
+    if not parts:
+        raise ValueError(f'{folder} has neither train_list.txt nor val_list.txt; tools/make_lists.py writes them')
+    lists = {part: datasets.read_list(os.path.join(folder, f'{part}_list.txt'), folder, classes or 1 << 31) for part in parts}
+    classes = classes or 1 + max(int(samples.labels.max()) for samples in lists.values())
+    results = {part: read_all(lists[part], workers, part) for part in parts}
+    in_both, other_label = compare(lists, results)
+    bad = [{'where': lists[part].where(i), 'path': lists[part].path(i), 'error': result[0]}
+           for part in parts for i, result in enumerate(results[part]) if result[0]]
+    return {'folder': folder, 'classes': classes, **{part: describe(lists[part], results[part], classes) for part in parts},
+            'bad': bad, 'in_both': in_both, 'other_label': other_label}
+
+
+# ---- the console
+
+def as_text(report, names):
+    """The report as lines."""
+    lines = []
+    for part in ('train', 'val'):
+        if part in report:
+            lines += part_text(part, report[part], names)
+    lines += listing(report['bad'], 'bad files', lambda bad: f'{bad["where"]} {bad["path"]}: {bad["error"]}')
+    if 'train' in report and 'val' in report:
+        lines += listing(report['in_both'], 'images in both train and val', lambda pair: f'{pair["train"]} = {pair["val"]}')
+    lines += listing(report['other_label'], 'images that stand in the lists with several labels', ' = '.join)
+    return '\n'.join(lines) + '\n'
+
+
+def part_text(part, facts, names):
+    kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(facts['formats'].items()))
+    lines = [f'{part}: {facts["images"]} images in {len(facts["per_class"])} classes; {kinds or "none can be read"}']
+    if 'size' in facts:
+        lines.append('  width x height: ' + ', '.join(f'{name} {w}x{h}' for name, (w, h) in facts['size'].items()))
+    counts = {label: count for label, count in facts['per_class'].items() if count}
+    few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+    lines.append(f'  images per class: {counts[few]} ({names(few)}) to {counts[many]} ({names(many)}), '
+                 f'{counts[many] / counts[few]:.1f} times as many')
+    empty = [names(label) for label, count in facts['per_class'].items() if not count]
+    kind = {'train': 'training', 'val': 'validation'}[part]
+    return lines + ([f'  classes without a {kind} image: ' + ', '.join(empty[:SHOWN])] if empty else [])
+
+
+def listing(items, what, text):
+    if not items:
+        return [f'no {what}']
+    more = [f'  and {len(items) - SHOWN} more (-json FILE has all)'] if len(items) > SHOWN else []
+    return [f'{what}: {len(items)}', *(f'  {text(item)}' for item in items[:SHOWN]), *more]
+
+
+def parser():
+    parser = cli.Parser(__doc__)
+    parser.add_argument('folder', metavar='FOLDER', help='the folder of the lists, as -data_path of the training')
+    parser.add('workers', 'processes that read; 0: this one alone (default: one per processor)', type=int,
+               default=len(os.sched_getaffinity(0)), metavar='N')
+    parser.add('classes', 'number of classes, so that larger labels are an error (default: as many as the lists have)',
+               type=int, default=0, metavar='N')
+    parser.add('json', 'write the report with all files as JSON; - is the console', metavar='FILE')
+    return parser
+
+
+def main(args):
+    if min(args.workers, args.classes) < 0:
+        raise ValueError(f'-workers {args.workers} -classes {args.classes}: neither can be negative')
+    report = check(args.folder, args.classes, args.workers)
+    path = os.path.join(args.folder, 'class_names.txt')
+    names = cli.read_names(path) if os.path.isfile(path) else []
+    print(as_text(report, lambda label: names[int(label)] if int(label) < len(names) else label), end='')
+    if args.json:
+        cli.write_text(args.json, json.dumps(report, indent=1) + '\n')
+    return int(bool(report['bad']))
+
+
+if __name__ == '__main__':
+    parser().run(main)

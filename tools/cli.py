@@ -1,0 +1,152 @@
+"""What the tools share: the options that name a model, its loading, class names, finding pictures, safe files, a progress line.
+
+Paddle is imported where it is needed, not above: help and mistakes answer at once, and some tools do without it.
+"""
+import argparse
+import os
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+IMAGENET = os.path.join(ROOT, 'data', 'imagenet_classes.txt')
+PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
+
+
+# ---- the command line
+
+class Parser(argparse.ArgumentParser):
+    """Options with one dash or two, as the main programs have them; the description ends with examples."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def add(self, name, help, **kwargs):
+        self.add_argument(f'-{name}', f'--{name}', help=help, **kwargs)
+
+    def add_model(self):
+        """The options that `config_of` reads."""
+        self.add('cfg', 'config file of the model (default: the config.yaml beside the weights)', metavar='FILE')
+        self.add('pretrained', 'weights', metavar='FILE', required=True)
+        self.add('image_size', 'side of the square input, pixels (default: as the config says)', metavar='N')
+        self.add('crop_pct', 'side of the centre crop over the resized shorter side (default: as the config says)', metavar='X')
+        self.add('device', 'auto, gpu or cpu')
+        self.add('classes', "class names, one per line in the labels' order (default: the class_names.txt beside the weights "
+                 "or in DATA.DATA_PATH, else ImageNet's for 1000 classes)", metavar='FILE')
+        self.add('opts', 'any options of config.py', nargs='+', action='extend', default=[], metavar='KEY VALUE')
+
+    def run(self, main, argv=None):
+        """Call `main` on the parsed arguments and leave with its exit status; the user's mistakes are one line, status 2."""
+        args = self.parse_args(argv)
+        try:
+            status = main(args)
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, '\ninterrupted\n')
+        sys.exit(status)
+
+
+def config_of(args):
+    """The config that the options of Parser.add_model name. Raises as config.get_config."""
+    from config import get_config
+    path = args.cfg or os.path.join(os.path.dirname(args.pretrained), 'config.yaml')
+    if not args.cfg and not os.path.isfile(path):
+        raise ValueError(f'there is no {path} that says what model {args.pretrained} belongs to; give its config by -cfg FILE')
+    flags = {'MODEL.PRETRAINED': args.pretrained, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP_PCT': args.crop_pct,
+             'DEVICE': args.device}
+    return get_config(path, [item for key, value in flags.items() if value is not None for item in (key, value)] + args.opts)
+
+
+def load_model(config):
+    """The HaloNet of a config with the weights of MODEL.PRETRAINED, for evaluation, on the chosen device; and that device."""
+    import utils  # isort: skip  (first: it prepares for Paddle's import)
+    import weights
+    from halonet import build_halonet
+    device = utils.start(config.DEVICE)
+    model = build_halonet(config)
+    weights.load_pretrained(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA)
+    model.eval()
+    return model, device
+
+
+# ---- class names
+
+def read_names(path):
+    """The lines of a class_names.txt, but for those that are empty or start with #."""
+    with open(path, encoding='utf-8-sig') as file:
+        try:
+            lines = [line.strip() for line in file]
+        except UnicodeDecodeError:
+            raise ValueError(f'{path}: not a UTF-8 text file; expected a class name per line') from None
+    return [line for line in lines if line and not line.startswith('#')]
+
+
+def imagenet_classes():
+    """ImageNet's 1000 classes in the order of its labels: {WordNet id: names, the usual one first}."""
+    return dict(line.split(' ', 1) for line in read_names(IMAGENET))
+
+
+def class_names(config, path=None):
+    """A name for each label: of the file `path`, else of a class_names.txt, else ImageNet's, else 'class 0' and so on.
+
+    Raises ValueError for a file with another number of names than MODEL.NUM_CLASSES.
+    """
+    places = (os.path.dirname(config.MODEL.PRETRAINED), config.DATA.DATA_PATH)
+    path = path or next(filter(os.path.isfile, (os.path.join(place, 'class_names.txt') for place in places)), None)
+    count = config.MODEL.NUM_CLASSES
+    if path:
+        names = read_names(path)
+        if len(names) != count:
+            raise ValueError(f'{path} has {len(names)} names and the model {count} classes; name another file by -classes')
+        return names
+    if count == 1000:
+        return [name.split(', ')[0] for name in imagenet_classes().values()]
+    return [f'class {i}' for i in range(count)]
+
+
+# ---- files
+
+def is_picture(name):
+    return name.lower().endswith(PICTURES) and not name.startswith('.')
+
+
+def pictures_below(folder):
+    """Relative paths of the pictures in a folder and its subfolders, sorted; hidden ones do not count."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names if is_picture(name)]
+    return sorted(found)
+
+
+def reason(error):
+    """Why a picture cannot be read, in a few words."""
+    from PIL import UnidentifiedImageError
+    if isinstance(error, UnidentifiedImageError):
+        return 'not an image in a format that Pillow knows'
+    return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+
+
+def write_text(path, text):
+    """Make the file `path`: the whole of it, or none. '-' is the standard output."""
+    if path == '-':
+        sys.stdout.write(text)
+        return
+    temporary = f'{path}.tmp{os.getpid()}'
+    with open(temporary, 'w', encoding='utf-8', newline='') as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def progress(items, total, what):
+    """Yield the items, with a line on the terminal that says how far it is; elsewhere silent."""
+    start, said = time.monotonic(), 0.0
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if sys.stderr.isatty() and (now - said > 0.2 or done == total):
+            said, rate = now, done / max(now - start, 1e-9)
+            bar, left = '#' * (30 * done // total), (total - done) / rate
+            print(f'\r{what} [{bar:30}] {done}/{total}  {rate:.0f}/s  {left:.0f} s left ', end='', file=sys.stderr)
+    if said:
+        print(file=sys.stderr)

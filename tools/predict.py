@@ -1,0 +1,214 @@
+"""What a model sees in pictures: the likeliest classes of each, on the console, as JSON or CSV, or as a page to look at.
+
+PICTURE is an image file, a folder (with its subfolders) or a list file (.txt, lines 'relative/path' or 'relative/path label',
+relative to the folder of the list). The pixels are those of an evaluation: the centre crop of the resized picture.
+
+  python tools/predict.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams dog.jpg holidays/
+  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val_list.txt -csv digits.csv -html digits.html
+  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val/7 -json - -quiet | python -m json.tool
+
+Exit status: 0, or 1 if a picture could not be read (it is named; the others are done), or 2 for a mistake in the command.
+"""
+import csv
+import io
+import itertools
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Optional
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools import cli  # noqa: E402
+
+
+@dataclass
+class Picture:
+    """A picture and what became of it: the `top` classes as (label, probability), likeliest first, or an `error`."""
+    path: str
+    label: Optional[int] = None                     # what the list file says it shows
+    error: str = ''
+    top: list = field(default_factory=list)
+    pixels: Any = None                              # uint8 (S, S, 3): what the network saw; kept for the page only
+
+
+def find_pictures(words):
+    """The Pictures that files, folders and list files name, in their order.
+
+    Raises ValueError for a folder without pictures and for a list that names none. A missing file is a Picture with an error.
+    """
+    pictures = []
+    for word in words:
+        if os.path.isdir(word):
+            found = [Picture(os.path.join(word, name)) for name in cli.pictures_below(word)]
+            if not found:
+                raise ValueError(f'{word}: no pictures in this folder (it looks for {" ".join(cli.PICTURES)})')
+            pictures += found
+        elif word.lower().endswith('.txt'):
+            pictures += read_list(word)
+        else:
+            pictures.append(Picture(word))
+    return pictures
+
+
+def read_list(path):
+    """The Pictures in a list file; a last word that is a whole number is a label, unless the line as a whole names a file."""
+    pictures, folder = [], os.path.dirname(path)
+    for line in cli.read_names(path):
+        name, _, label = line.rpartition(' ')
+        if label.isdecimal() and name and not os.path.exists(os.path.join(folder, line)):
+            pictures.append(Picture(os.path.join(folder, name.rstrip()), int(label)))
+        else:
+            pictures.append(Picture(os.path.join(folder, line)))
+    if not pictures:
+        raise ValueError(f"{path}: the list is empty; expected lines 'relative/path' or 'relative/path label'")
+    return pictures
+
+
+def read(picture, image_size, crop_pct):
+    """Fill in the pixels of a Picture, or its error. Any number of threads may do so."""
+    from PIL import Image
+
+    import datasets
+    try:
+        with Image.open(picture.path) as file:
+            picture.pixels = datasets.eval_pixels(file, image_size, crop_pct)
+    except Exception as error:                      # Pillow may raise nearly anything for a damaged file
+        picture.error = cli.reason(error)
+    return picture
+
+
+def predict(model, config, pictures, *, batch_size, topk, keep=0):
+    """Yield the Pictures in their order, each with its `topk` classes or its error; the first `keep` keep their pixels."""
+    import numpy as np
+    import paddle
+
+    import datasets
+    prepare = partial(read, image_size=config.DATA.IMAGE_SIZE, crop_pct=config.DATA.CROP_PCT)
+    pictures, kept = iter(pictures), 0
+    with ThreadPoolExecutor() as pool, paddle.no_grad():
+        coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
+        while coming:
+            batch = [future.result() for future in coming]
+            coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]  # read meanwhile
+            good = [picture for picture in batch if not picture.error]
+            if good:
+                images = paddle.to_tensor(np.stack([picture.pixels.transpose(2, 0, 1) for picture in good]))
+                logits = model(datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
+                values, labels = paddle.nn.functional.softmax(logits.astype('float32'), axis=-1).topk(topk, axis=-1)
+                for picture, *top in zip(good, labels.tolist(), values.tolist()):
+                    picture.top = list(zip(*top))
+            for picture in batch:
+                kept += 1
+                picture.pixels = picture.pixels if kept <= keep else None
+                yield picture
+
+
+# ---- what is written
+
+def as_dict(picture, names):
+    """A Picture as it stands in the JSON."""
+    result = {'picture': picture.path}
+    if picture.label is not None:
+        result['label'] = picture.label
+    if picture.error:
+        return {**result, 'error': picture.error}
+    return {**result, 'top': [{'label': label, 'name': names[label], 'probability': round(p, 6)} for label, p in picture.top]}
+
+
+def as_json(pictures, names, facts):
+    content = {**facts, 'pictures': [as_dict(picture, names) for picture in pictures]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+
+
+def as_csv(pictures, names):
+    """A line per picture and rank; a picture that could not be read has one line, with its error."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['picture', 'true_label', 'rank', 'label', 'name', 'probability', 'error'])
+    for picture in pictures:
+        true = '' if picture.label is None else picture.label
+        if picture.error:
+            writer.writerow([picture.path, true, '', '', '', '', picture.error])
+        for rank, (label, p) in enumerate(picture.top, 1):
+            writer.writerow([picture.path, true, rank, label, names[label], f'{p:.6f}', ''])
+    return text.getvalue()
+
+
+def as_text(picture, names):
+    """A Picture as lines for the console."""
+    if picture.error:
+        return f'{picture.path}: cannot be read: {picture.error}\n'
+    head = picture.path + ('' if picture.label is None else f'  (a {names[picture.label]})')
+    return '\n'.join([head, *(f'  {100 * p:6.2f} %  {names[label]}' for label, p in picture.top)]) + '\n'
+
+
+def summary(pictures, seconds, device):
+    """The last line: how many, how fast, and how many of those with a label are right."""
+    good = [picture for picture in pictures if not picture.error]
+    line = f'{len(good)} pictures in {seconds:.2f} s, {len(good) / seconds:.1f} images/s on {device}'
+    if len(good) < len(pictures):
+        line += f'; {len(pictures) - len(good)} cannot be read'
+    labelled = [picture for picture in good if picture.label is not None]
+    if labelled:
+        right = sum(picture.label == picture.top[0][0] for picture in labelled)
+        line += f'; {right} of {len(labelled)} labels are right ({100 * right / len(labelled):.2f} %)'
+    return line
+
+
+def parser():
+    parser = cli.Parser(__doc__)
+    parser.add_argument('pictures', metavar='PICTURE|FOLDER|LIST', nargs='+', help='what to look at')
+    parser.add_model()
+    parser.add('topk', 'classes to name for each picture', type=int, default=5, metavar='N')
+    parser.add('batch_size', 'pictures per forward pass', type=int, default=32, metavar='N')
+    parser.add('json', 'write everything as JSON; - is the console', metavar='FILE')
+    parser.add('csv', 'write a table, one line per picture and class; - is the console', metavar='FILE')
+    parser.add('html', 'write a page with the pictures and their bars, in one file', metavar='FILE')
+    parser.add('html_most', 'pictures on that page at most', type=int, default=500, metavar='N')
+    parser.add('quiet', 'no text on the console but JSON, CSV and errors', action='store_true')
+    return parser
+
+
+def check_labels(pictures, names):
+    for picture in pictures:
+        if picture.label is not None and picture.label >= len(names):
+            raise ValueError(f'{picture.path}: label {picture.label} is not in 0..{len(names) - 1}, the classes of the model')
+
+
+def main(args):
+    if min(args.topk, args.batch_size) < 1:
+        raise ValueError(f'-topk {args.topk} -batch_size {args.batch_size}: each must be at least 1')
+    config = cli.config_of(args)
+    pictures = find_pictures(args.pictures)
+    names = cli.class_names(config, args.classes)
+    check_labels(pictures, names)
+    model, device = cli.load_model(config)
+    start, done = time.perf_counter(), []
+    results = predict(model, config, pictures, batch_size=args.batch_size, topk=min(args.topk, len(names)),
+                      keep=args.html_most if args.html else 0)
+    for picture in cli.progress(results, len(pictures), 'predicting') if args.quiet else results:
+        done.append(picture)
+        if picture.error or not args.quiet:
+            print(as_text(picture, names), end='', file=sys.stderr if picture.error else sys.stdout)
+    line = summary(done, time.perf_counter() - start, device)
+    facts = {'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'image_size': config.DATA.IMAGE_SIZE,
+             'crop_pct': config.DATA.CROP_PCT}
+    if not args.quiet:
+        print(line)
+    if args.json:
+        cli.write_text(args.json, as_json(done, names, facts))
+    if args.csv:
+        cli.write_text(args.csv, as_csv(done, names))
+    if args.html:
+        from tools import predict_page
+        cli.write_text(args.html, predict_page.page(done[:args.html_most], names, facts, line, len(done)))
+    return int(any(picture.error for picture in done))
+
+
+if __name__ == '__main__':
+    parser().run(main)
