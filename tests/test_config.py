@@ -302,7 +302,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'config': set(), 'augment': set(), 'optim': set(), 'utils': set(),
     'weights': {'utils'},
     'halonet': {'weights', 'ops'},
-    'datasets': {'augment', 'utils'},
+    'listfile': set(), 'pixels_cv2': {'augment'},
+    'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'utils', 'weights'},
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
