@@ -12,7 +12,7 @@ from typing import Callable
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 import augment
 
@@ -171,7 +171,12 @@ def _by_channel(table_for):
 
 
 def _stretching(channel):
-    return np.asarray(ImageOps.autocontrast(Image.fromarray(RAMP[:, :, 0].clip(channel.min(), channel.max()))))
+    """Values (H, W) -> the table (256,) that spreads their range over 0 to 255, as ImageOps.autocontrast does."""
+    low, high = int(channel.min()), int(channel.max())
+    if high <= low:
+        return RAMP[0, :, 0]
+    scale = 255 / (high - low)
+    return (np.arange(256) * scale - low * scale).clip(0, 255).astype(np.uint8)
 
 
 def _equalizing(channel):
