@@ -7,6 +7,7 @@ RandAugment, AutoAugment, random erasing, mixup and cutmix follow timm 1.0.31 in
 import math
 import re
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 import paddle
@@ -24,11 +25,17 @@ def rng_for(seed, purpose, *key):
     return np.random.default_rng([seed, purpose, *(int(k) for k in key)])
 
 
-# One image: PIL RGB -> PIL RGB
+# One image: PIL RGB -> PIL RGB. What draws is apart from what makes pixels, which another module can do for other types of image.
 
 def random_resized_crop(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """A crop with a share of the area in `scale` and width/height in `ratio`, resized to (size, size); bicubic."""
-    left, top, width, height = _crop_box(*image.size, rng, scale, ratio)
+    return resized_crop(image, _crop_box(*image.size, rng, scale, ratio), size)
+
+
+@singledispatch
+def resized_crop(image, box, size):
+    """The (left, top, width, height) of an image, resized to (size, size); bicubic."""
+    left, top, width, height = box
     # resize(box=) would be one call, but its filter looks beyond the crop and gives other pixels
     return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -52,17 +59,28 @@ def _random_sides(rng, area, scale, ratio):
 
 def random_flip(image, rng, probability=0.5):
     """The image, mirrored left to right with this probability."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
+    return mirrored(image) if rng.random() < probability else image
+
+
+@singledispatch
+def mirrored(image):
+    """The image, left and right exchanged."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def color_jitter(image, strength, rng):
     """Brightness, contrast and saturation in random order, each by a factor uniform in [max(0, 1 - strength), 1 + strength]."""
     if strength == 0:
         return image
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for i in rng.permutation(3):
-        image = enhancers[i](image).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+        image = enhanced(image, ('Brightness', 'Contrast', 'Color')[i], rng.uniform(max(0, 1 - strength), 1 + strength))
     return image
+
+
+@singledispatch
+def enhanced(image, name, factor):
+    """The image through Pillow's ImageEnhance of this name."""
+    return getattr(ImageEnhance, name)(image).enhance(factor)
 
 
 # RandAugment and AutoAugment
@@ -246,11 +264,17 @@ def parse_auto_augment(text):
 
 def apply_op(image, name, magnitude, rng, fill, increasing):
     """One operation of OPS at a magnitude (FULL_LEVEL: the end of its range), its direction and filter drawn from `rng`."""
-    apply, *values = OPS[name]
+    values = OPS[name][1:]
     value = values[-1] if increasing else values[0]
     value = value(magnitude / FULL_LEVEL, rng) if value else None
     resample = Image.Resampling.BILINEAR if rng.random() < 0.5 else Image.Resampling.BICUBIC
-    return apply(image, value, {'resample': resample, 'fillcolor': fill})
+    return perform(image, name, value, {'resample': resample, 'fillcolor': fill})
+
+
+@singledispatch
+def perform(image, name, value, how):
+    """The operation of OPS with a value that was drawn."""
+    return OPS[name][0](image, value, how)
 
 
 # A batch: random erasing

@@ -37,6 +37,7 @@ _C.DATA.CROP_PCT = 0.95                 # evaluation: side of the centre crop ov
 _C.DATA.MEAN = [0.485, 0.456, 0.406]    # of RGB in [0, 1]
 _C.DATA.STD = [0.229, 0.224, 0.225]
 _C.DATA.NUM_WORKERS = 2                 # data processes per training process; 0: load in the training process
+_C.DATA.BACKEND = 'pillow'              # for training: pillow, or cv2 (OpenCV): faster, not equal; see docs/performance.md
 _C.DATA.ON_ERROR = 'raise'              # an unreadable image: raise (stop, naming it) or skip (leave out and count)
 
 _C.MODEL = CN()
@@ -120,6 +121,7 @@ CHOICES = {
     'DEVICE': ('auto', 'gpu', 'cpu'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
     'DATA.DATASET': ('imagenet2012',),
+    'DATA.BACKEND': ('pillow', 'cv2'),
     'DATA.ON_ERROR': ('raise', 'skip'),
     'MODEL.STEM': ('tiered', '7x7', '3x3'),
     'MODEL.CHANNEL_ATTN': ('none', 'se', 'eca'),

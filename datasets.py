@@ -1,4 +1,4 @@
-"""From a list file to batches: reading and checking the list, the image transforms, the order, the loaders.
+"""From a list file to batches: reading images, their transforms, the order, the loaders.
 
 A sample is named (epoch, index). Its order, crop and colours are functions of the seed and that name, so a run can stop
 and go on at any batch, with another number of processes or workers, and see the same pictures. With repeated augmentation
@@ -6,11 +6,10 @@ copy c of image i has the index i + c * len(list).
 """
 import math
 import os
-import re
 import signal
 import warnings
-from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import paddle
@@ -18,9 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 import augment
 import utils
+from listfile import read_list
 
-LIST_FORMAT = "lines of 'relative/path label'"
-SHOWN = 10                                          # bad lines quoted in an error
 WORKER_PATIENCE = 10                                # seconds a worker gets to finish its batch when nobody wants it any more
 
 
@@ -28,74 +26,25 @@ class DataError(ValueError):
     """An image that cannot be read, and DATA.ON_ERROR does not allow to leave it out."""
 
 
-@dataclass(frozen=True)
-class ImageList:
-    """The samples of a list file: names below `data_path`, labels (n,) int64, and the line of each (n,) int64."""
-
-    list_file: str
-    data_path: str
-    names: list
-    labels: np.ndarray
-    lines: np.ndarray
-
-    def __len__(self):
-        return len(self.names)
-
-    def path(self, index):
-        return os.path.join(self.data_path, self.names[index])
-
-    def where(self, index):
-        return f'{self.list_file}:{self.lines[index]}'
-
-
-def read_list(list_file, data_path, num_classes):
-    """The ImageList in a text file of 'relative/path label' lines; blank lines and lines that start with # do not count.
-
-    Whether the images exist is seen when they are read. Raises FileNotFoundError, and ValueError with the bad lines.
-    """
-    if not os.path.isfile(list_file):
-        raise FileNotFoundError(f'{list_file}: no such list file; expected {LIST_FORMAT}, as the README describes')
-    names, labels, lines, bad = [], [], [], []
-    with open(list_file, encoding='utf-8-sig') as file:
-        try:
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if line and not line.startswith('#'):
-                    name, label, problem = _parse_line(line, num_classes)
-                    if problem:
-                        bad.append(f'{list_file}:{number}: {problem}')
-                    names.append(name)
-                    labels.append(label)
-                    lines.append(number)
-        except UnicodeDecodeError:
-            raise ValueError(f'{list_file}: not a UTF-8 text file; expected {LIST_FORMAT}') from None
-    if bad:
-        raise ValueError(f'{list_file}: {len(bad)} bad lines' + ''.join(f'\n  {line}' for line in bad[:SHOWN])
-                         + (f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''))
-    if not names:
-        raise ValueError(f'{list_file}: the list is empty; expected {LIST_FORMAT}')
-    return ImageList(list_file, data_path, names, np.array(labels, np.int64), np.array(lines, np.int64))
-
-
-def _parse_line(line, num_classes):
-    """'relative/path label' -> name, label, what is wrong or ''."""
-    name, *rest = line.rsplit(None, 1)
-    shown = line if len(line) <= 100 and line.isprintable() else ascii(line[:100])
-    if not rest:
-        return '', 0, f"no label in {shown}; expected 'relative/path label'"
-    if not re.fullmatch(r'[+-]?\d{1,18}', rest[0], re.ASCII):
-        return '', 0, f'label {ascii(rest[0][:40])} is not a whole number'
-    label = int(rest[0])
-    if not 0 <= label < num_classes:
-        return '', 0, f'label {label} is not in 0..{num_classes - 1} (MODEL.NUM_CLASSES is {num_classes})'
-    if os.path.isabs(name):
-        return '', 0, f'{shown}: the path is absolute; it must be relative to DATA.DATA_PATH'
-    if '..' in name and os.path.normpath(name).split(os.sep)[0] == os.pardir:
-        return '', 0, f'{shown}: the path leaves DATA.DATA_PATH'
-    return name, label, ''
-
-
 # Pixels
+
+def read_pillow(path):
+    """The image in a file, as RGB."""
+    with Image.open(path) as file:
+        return file.convert('RGB')
+
+
+def reader(backend):
+    """What reads training images, by DATA.BACKEND; the transforms go by what it returns. Raises ValueError without OpenCV."""
+    if backend == 'pillow':
+        return read_pillow
+    try:
+        import pixels_cv2
+    except ImportError as error:
+        raise ValueError(f'DATA.BACKEND is cv2, but OpenCV is not usable here ({error}); install it by '
+                         "python -m pip install 'opencv-python-headless>=4.10,<6', or set DATA.BACKEND pillow") from None
+    return pixels_cv2.read
+
 
 def eval_pixels(image, image_size, crop_pct):
     """A PIL image of any mode -> uint8 (H, W, 3): shorter side to floor(image_size / crop_pct), bicubic, then the centre.
@@ -118,7 +67,7 @@ def _centre(length, size):
 
 
 def train_pixels(image, rng, *, image_size, scale, ratio, flip, policy, jitter, fill):
-    """An RGB image -> uint8 (H, W, 3): random crop, flip, then `policy`, or without one colour jitter."""
+    """What a reader returns -> uint8 (H, W, 3): random crop, flip, then `policy`, or without one colour jitter."""
     image = augment.random_resized_crop(image, image_size, rng, scale, ratio)
     image = augment.random_flip(image, rng, flip)
     image = policy(image, rng, fill) if policy else augment.color_jitter(image, jitter, rng)
@@ -137,11 +86,11 @@ class ListDataset:
     """dataset[epoch, index] -> uint8 pixels (3, S, S), label, index; or, for an image that cannot be read, what is wrong.
 
     The text goes to the consumer as data: an exception in a reading process reaches it without its message.
-    `transform` makes uint8 (S, S, 3) of an image and a generator.
+    `read` makes an image of a path, `transform` uint8 (S, S, 3) of an image and a generator.
     """
 
-    def __init__(self, samples, transform, image_size, seed):
-        self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
+    def __init__(self, samples, transform, image_size, seed, read=read_pillow):
+        self.samples, self.transform, self.image_size, self.seed, self.read = samples, transform, image_size, seed, read
 
     def __len__(self):
         return len(self.samples)
@@ -151,21 +100,39 @@ class ListDataset:
         image_index = index % len(self.samples)
         path = self.samples.path(image_index)
         try:
-            with Image.open(path) as file:
-                image = file.convert('RGB')
+            image = self.read(path)
         except Exception as error:                  # Pillow may raise nearly anything for a damaged file
-            return f'{self.samples.where(image_index)} {path}: {_reason(error, path)}'
-        pixels = self.transform(image, augment.rng_for(self.seed, augment.TRANSFORM, epoch, index))
+            return self._problem(image_index, path, error)
+        try:
+            pixels = self.transform(image, augment.rng_for(self.seed, augment.TRANSFORM, epoch, index))
+        except OSError as error:                    # a reader that decodes what the crop needs may find damage only now
+            return self._problem(image_index, path, error)
         return pixels.transpose(2, 0, 1), self.samples.labels[image_index], index
 
-    def collate(self, items):
-        """Items -> images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere."""
-        images = np.zeros((len(items), 3, self.image_size, self.image_size), np.uint8)
-        labels, indices = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
-        for i, item in enumerate(items):
-            if not isinstance(item, str):
+    def _problem(self, index, path, error):
+        return f'{self.samples.where(index)} {path}: {_reason(error, path)}'
+
+    def batch(self, keys):
+        """Images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere."""
+        images = np.zeros((len(keys), 3, self.image_size, self.image_size), np.uint8)
+        labels, indices, texts = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), [''] * len(keys)
+        for i, key in enumerate(keys):
+            item = self[key]
+            if isinstance(item, str):
+                texts[i] = item
+            else:
                 images[i], labels[i], indices[i] = item
-        return [images, labels, indices, [item if isinstance(item, str) else '' for item in items]]
+        return [images, labels, indices, texts]
+
+
+class _Batches:
+    """A dataset whose samples are the batches of another one: a data process fills a batch sample by sample."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, keys):
+        return self.dataset.batch(keys)
 
 
 def _reason(error, path):
@@ -279,13 +246,13 @@ class Loader:
     def _read(self, batches):
         # by hand: without workers, paddle.io.DataLoader waits forever once reading has raised
         for keys in batches:
-            *arrays, texts = self.dataset.collate([self.dataset[key] for key in keys])
+            *arrays, texts = self.dataset.batch(keys)
             yield *(paddle.to_tensor(array) for array in arrays), texts
 
     def _read_in_workers(self, batches):
         handler = signal.getsignal(signal.SIGCHLD)
-        reader = iter(paddle.io.DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.dataset.collate,
-                                           num_workers=self.num_workers, worker_init_fn=_init_worker))
+        reader = iter(paddle.io.DataLoader(_Batches(self.dataset), batch_sampler=([keys] for keys in batches),
+                                           collate_fn=itemgetter(0), num_workers=self.num_workers, worker_init_fn=_init_worker))
         # Paddle's handler raises a worker's death in whatever the trainer is doing, such as writing a checkpoint; without it
         # the next batch raises, after at most 5 s
         signal.signal(signal.SIGCHLD, handler)
@@ -315,7 +282,7 @@ def build_train(config, rank=0, world=1):
         train_pixels, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE, ratio=train.CROP_RATIO, flip=train.HFLIP,
         policy=augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None, jitter=train.COLOR_JITTER,
         fill=tuple(min(255, round(255 * value)) for value in data.MEAN))
-    dataset = _dataset(config, 'train_list.txt', transform)
+    dataset = _dataset(config, 'train_list.txt', transform, reader(data.BACKEND))
     sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world, repeats=train.AUG_REPEATS,
                            accum=train.ACCUM_ITER)
     return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
@@ -328,11 +295,11 @@ def build_eval(config, rank=0, world=1):
     def transform(image, rng):
         return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
 
-    dataset = _dataset(config, 'val_list.txt', transform)
+    dataset = _dataset(config, 'val_list.txt', transform, read_pillow)
     sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
     return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
 
 
-def _dataset(config, name, transform):
+def _dataset(config, name, transform, read):
     samples = read_list(os.path.join(config.DATA.DATA_PATH, name), config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-    return ListDataset(samples, transform, config.DATA.IMAGE_SIZE, config.SEED)
+    return ListDataset(samples, transform, config.DATA.IMAGE_SIZE, config.SEED, read)

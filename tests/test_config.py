@@ -310,7 +310,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'attention': {'ops'},
     'halonet': {'attention', 'weights'},
     'hubconf': {'config', 'halonet', 'weights'},
-    'datasets': {'augment', 'utils'},
+    'listfile': set(), 'pixels_cv2': {'augment'},
+    'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'utils', 'weights'},
     'results': {'utils', 'tools'},          # the counter of multiply-adds
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results'},  # all but config

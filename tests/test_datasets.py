@@ -47,7 +47,7 @@ def write(folder, content, name='list.txt'):
 def test_list_with_all_that_is_tolerated(tmp_path):
     content = '\ufeffa/x 1.JPEG 3\r\n\r\n# a comment 7\r\n  b/ü..y.png\t0  \r\nc/../d.png 9'
     samples = datasets.read_list(write(tmp_path, content), '/data', 10)
-    assert samples.names == ['a/x 1.JPEG', 'b/ü..y.png', 'c/../d.png'] and len(samples) == 3
+    assert [samples.name(i) for i in range(3)] == ['a/x 1.JPEG', 'b/ü..y.png', 'c/../d.png'] and len(samples) == 3
     assert samples.labels.tolist() == [3, 0, 9] and samples.labels.dtype == np.int64
     assert [samples.where(i)[-2:] for i in range(3)] == [':1', ':4', ':5']
     assert samples.path(0) == '/data/a/x 1.JPEG'
