@@ -304,7 +304,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'halonet': {'weights', 'ops'},
     'datasets': {'augment', 'utils'},
     'checkpoint': {'utils', 'weights'},
-    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
+    'monitor': {'utils', 'tools'},          # tools.report, when a training ends
+    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'monitor'},  # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }
