@@ -185,7 +185,8 @@ class Monitor:
     def status(self):
         """The end of the progress line; speed and waiting are of the running stretch once that says something."""
         seconds = self.clock() - self.start
-        speed, share = (self.images / seconds, self.wait / seconds) if seconds > 2 else (self.speed, self.share)
+        live = self.images and seconds > 2          # no images: an evaluation, say
+        speed, share = (self.images / seconds, self.wait / seconds) if live else (self.speed, self.share)
         loss = f'loss {self.loss:.4f}  ' if self.loss == self.loss else ''   # it leaves the device at reports only
         return f'{speed:.0f} images/s  {loss}lr {self.lr:.2e}  data wait {share:.0%}  {memory()}'
 

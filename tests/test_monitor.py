@@ -155,6 +155,7 @@ def test_the_line_and_the_log_do_not_garble_each_other(terminal, tmp_path):
             utils.log.info('line %d of the log', i)
         bar = terminal.screen()[-1]
         watch.report(0.9431, 4.0, 6.0)
+        clock.now += 100                                                     # an evaluation
         utils.log.warning('the last one')
         later = terminal.screen()[-1]
     assert [line for line in terminal.screen() if 'log' in line] == [f'line {i} of the log' for i in range(6)]

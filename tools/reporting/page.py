@@ -55,8 +55,12 @@ def details(summary, content):
     return f'<details><summary>{escape(summary)}</summary>{content}</details>'
 
 
+def fixed(value, digits):
+    return '–' if value is None else f'{value:.{digits}f}' if math.isfinite(value) else 'not finite'
+
+
 def percent(value):
-    return '–' if value is None else f'{value:.2f}\u202f%' if math.isfinite(value) else 'not finite'
+    return fixed(value, 2) + ('\u202f%' if value is not None and math.isfinite(value) else '')
 
 
 # ---- one run
@@ -156,7 +160,7 @@ def evaluations(run):
     for record in run.records:
         if record['split'] in splits:
             found.setdefault((record['epoch'], record['step']), {})[record['split']] = record
-    rows = [[str(epoch), f'{step:,}', *(f'{r[key]:.{digits}f}' if (r := records.get(split)) else '–' for split in splits
+    rows = [[str(epoch), f'{step:,}', *(fixed(records.get(split, {}).get(key), digits) for split in splits
                                         for key, digits in (('acc1', 2), ('acc5', 2), ('loss', 4)))]
             for (epoch, step), records in sorted(found.items())]
     head = ['epoch', 'step', *(f'{name} ({SPLITS[split]})' for split in splits for name in ('top-1', 'top-5', 'loss'))]

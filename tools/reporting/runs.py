@@ -5,6 +5,7 @@ import math
 import os
 import re
 import time
+import zipfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -160,7 +161,7 @@ def _records(path):
             for line in file:
                 try:
                     record = json.loads(line)
-                    good = isinstance(record['step'], int) and record['split'] in SPLITS
+                    good = isinstance(record['step'], int) and isinstance(record['epoch'], int) and record['split'] in SPLITS
                 except (ValueError, KeyError, TypeError):
                     good = False
                 records, torn = records + [record] if good else records, torn + (not good and bool(line.strip()))
@@ -190,7 +191,7 @@ def _predictions(folder):
         try:
             with np.load(path) as file:
                 arrays = {key: file[key] for key in ('index', 'label', 'top1', 'probability', 'label_probability')}
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
         found[os.path.basename(path)[len('predictions_'):-len('.npz')]] = arrays
     return found
