@@ -339,10 +339,10 @@ def save_checkpoint(training, progress, folder):
 
 def describe(config, device, folder):
     """Write the config into the run folder and say what runs where."""
+    kind = '_eval' if config.EVAL else ''
     if utils.rank() == 0:
-        name = 'config_eval.yaml' if config.EVAL else 'config.yaml'
-        utils.atomic_write(os.path.join(folder, name), lambda file: file.write(config.dump().encode()))
-    monitor.write_machine(folder, device)
+        utils.atomic_write(os.path.join(folder, f'config{kind}.yaml'), lambda file: file.write(config.dump().encode()))
+    monitor.write_machine(os.path.join(folder, f'machine{kind}.json'), device)
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,

@@ -261,12 +261,12 @@ def write_predictions(path, rows):
         file, index=index, label=label, top1=top1, probability=probability, label_probability=label_probability))
 
 
-def write_machine(folder, device):
-    """machine.json: where and with what the run was started last."""
+def write_machine(path, device):
+    """machine.json of a run folder: where and with what the run was started last."""
     if utils.rank() == 0:
-        with harmless('machine.json'):
+        with harmless(os.path.basename(path)):
             text = json.dumps(machine(device), indent=1)
-            utils.atomic_write(os.path.join(folder, 'machine.json'), lambda file: file.write(text.encode()))
+            utils.atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def machine(device):

@@ -79,8 +79,9 @@ def read_run(folder, classes=None):
     records, torn = _records(os.path.join(folder, 'metrics.jsonl'))
     base_name, base = nearest_config(config)
     run = Run(folder=folder, records=[r for r in records if r['step']], torn=torn, config=config, base=base,
-              base_name=base_name, machine=_json(folder, 'machine.json'), log=_log(os.path.join(folder, 'log.txt')),
-              predictions=_predictions(folder), finished=os.path.exists(os.path.join(folder, 'final.pdparams')))
+              base_name=base_name, machine=_json(folder, 'machine.json') or _json(folder, 'machine_eval.json'),
+              log=_log(os.path.join(folder, 'log.txt')), predictions=_predictions(folder),
+              finished=os.path.exists(os.path.join(folder, 'final.pdparams')))
     _, judged = run.judged
     if judged:
         run.samples = _samples(run, judged)
