@@ -16,6 +16,7 @@ from paddle import nn
 import augment
 import checkpoint
 import datasets
+import monitor
 import optim
 import weights
 from halonet import build_halonet
@@ -35,19 +36,23 @@ def run(config):
     describe(config, device, folder)
     evaluation = Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
                             to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-                            autocast=build_autocast(config, device))
+                            autocast=build_autocast(config, device),
+                            predictions=monitor.Predictions(folder) if config.EVAL else monitor.NoPredictions())
     paddle.seed(config.SEED)
     model = build_halonet(config)
     log.info('%s: %.2f M parameters', config.MODEL.NAME, sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6)
-    metrics = utils.Metrics(folder)
+    metrics = monitor.Metrics(folder)
     if config.EVAL:
         load_for_evaluation(model, config)
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
+        evaluation.predictions.save('eval')
+        monitor.write_report(folder)
         save_result(config.RESULTS or os.path.join(folder, 'results.csv'), config, model, result, device)
         return {'val': result}
     training = build_training(config, model, device)
     progress = restore(training, config, folder, metrics)
-    return train(training, evaluation, progress, folder, metrics)
+    with training.monitor.watch(folder):
+        return train(training, evaluation, progress, folder, metrics)
 
 
 @utils.plain_errors()
@@ -64,6 +69,7 @@ class Evaluation:
     loader: datasets.Loader
     to_input: Callable                              # uint8 images -> network input
     autocast: Callable                              # -> the context of a forward pass
+    predictions: Any                                # keeps what the model says about each image
 
 
 @dataclass
@@ -80,6 +86,7 @@ class Training:
     mix: Callable                                   # input, targets, rng, indices -> input, targets
     loss: Callable                                  # logits, targets -> losses
     autocast: Callable
+    monitor: monitor.Monitor
     lr_at: Callable                                 # optimizer step -> learning rate
     seed: int
     epochs: int
@@ -133,6 +140,7 @@ def build_training(config, model, device):
         optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
         scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
         loader=loader, to_input=to_input, autocast=build_autocast(config, device),
+        monitor=monitor.Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
         mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
                              train.MIXUP_MODE),
         to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
@@ -195,6 +203,8 @@ def train(training, evaluation, progress, folder, metrics):
         progress.epoch += 1
         utils.average_buffers(training.model)
         last = progress.epoch == training.epochs
+        if last:
+            evaluation.predictions = monitor.Predictions(folder)
         if last or progress.epoch % training.validate_freq == 0:
             results = evaluate_all(training, evaluation, progress, folder, metrics)
         if last or progress.epoch % training.save_freq == 0:
@@ -212,7 +222,7 @@ def train_one_epoch(training, progress, metrics):
     model, rank = training.parallel, utils.rank()
     model.train()
     totals, start = utils.Totals(), time.perf_counter()
-    for batches in grouped(training.loader.epoch(progress.epoch), training.accum):
+    for batches in grouped(training.monitor.batches(training.loader.epoch(progress.epoch), progress), training.accum):
         lr = training.lr_at(progress.step)
         training.optimizer.set_lr(lr)
         paddle.seed(int(augment.rng_for(training.seed, augment.DROPOUT, progress.step, rank).integers(2 ** 31)))
@@ -232,6 +242,7 @@ def train_one_epoch(training, progress, metrics):
         training.optimizer.clear_grad()
         training.ema.update(training.model, progress.step)
         progress.step += 1
+        training.monitor.step(lr)
         if progress.step % training.report_freq == 0 or progress.step % training.steps_per_epoch == 0:
             report_training(totals, training, progress, lr, time.perf_counter() - start, metrics)
             totals, start = utils.Totals(), time.perf_counter()
@@ -271,7 +282,8 @@ def report_training(totals, training, progress, lr, seconds, metrics):
     log.info('epoch %d/%d  step %d/%d  loss %.4f  acc@1 %.2f  lr %.3e  %.1f images/s', progress.epoch + 1, training.epochs,
              progress.step, training.epochs * training.steps_per_epoch, result['loss'], result['acc1'], lr, images_per_s)
     metrics.write(epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'], acc1=result['acc1'],
-                  acc5=result['acc5'], lr=lr, images_per_s=images_per_s)
+                  acc5=result['acc5'], lr=lr, images_per_s=images_per_s,
+                  data_wait=training.monitor.report(result['loss'], images_per_s, seconds))
 
 
 # ---- evaluation
@@ -281,11 +293,12 @@ def evaluate(model, evaluation):
     """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce()."""
     model.eval()
     totals, start = utils.Totals(), time.perf_counter()
-    for images, labels, _ in evaluation.loader.epoch(0):
+    for images, labels, indices in evaluation.loader.epoch(0):
         with evaluation.autocast():
             logits = model(evaluation.to_input(images))
         losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
         totals.add(losses, logits, labels)
+        evaluation.predictions.add(indices, labels, logits)
     if evaluation.loader.skipped:
         log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
     result = totals.reduce()
@@ -299,6 +312,7 @@ def evaluate_all(training, evaluation, progress, folder, metrics):
         with training.ema.applied(training.model, split):
             result = results[split] = evaluate(training.model, evaluation)
             report(result, metrics, split, progress.epoch, progress.step)
+            evaluation.predictions.save(split)
             if result['acc1'] > progress.best.get(split, [-1])[0]:
                 progress.best[split] = [result['acc1'], progress.epoch]
                 save_weights(training.model, folder, 'best', split)
@@ -328,9 +342,10 @@ def save_checkpoint(training, progress, folder):
 
 def describe(config, device, folder):
     """Write the config into the run folder and say what runs where."""
+    kind = '_eval' if config.EVAL else ''
     if utils.rank() == 0:
-        name = 'config_eval.yaml' if config.EVAL else 'config.yaml'
-        utils.atomic_write(os.path.join(folder, name), lambda file: file.write(config.dump().encode()))
+        utils.atomic_write(os.path.join(folder, f'config{kind}.yaml'), lambda file: file.write(config.dump().encode()))
+    monitor.write_machine(os.path.join(folder, f'machine{kind}.json'), device)
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,

@@ -314,7 +314,9 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'utils', 'weights'},
     'results': {'utils', 'tools'},          # the counter of multiply-adds
-    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results'},  # all but config
+    'monitor': {'utils', 'tools'},          # tools.report, when a training ends
+    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results',
+               'monitor'},                  # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }
