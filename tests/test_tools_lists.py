@@ -29,7 +29,7 @@ def picture(path, value=0):
 def entries(folder, part):
     classes = len(cli.read_names(folder / 'class_names.txt'))
     samples = datasets.read_list(str(folder / f'{part}_list.txt'), str(folder), classes)     # as training reads it
-    return list(zip(samples.names, samples.labels.tolist()))
+    return [(samples.name(i), int(samples.labels[i])) for i in range(len(samples))]
 
 
 @pytest.fixture

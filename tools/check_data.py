@@ -81,11 +81,11 @@ def compare(lists, results):
                 places[digest].append((part, i))
     in_both, other_label = [], []
     for same in places.values():
-        train, val = ([lists[part].names[i] for part, i in same if part == wanted] for wanted in ('train', 'val'))
+        train, val = ([lists[part].name(i) for part, i in same if part == wanted] for wanted in ('train', 'val'))
         if train and val:
             in_both += [{'train': train[0], 'val': name} for name in val]
         if len({int(lists[part].labels[i]) for part, i in same}) > 1:
-            other_label.append([lists[part].names[i] for part, i in same])
+            other_label.append([lists[part].name(i) for part, i in same])
     return in_both, other_label
 
 

@@ -263,8 +263,8 @@ def mistakes(run, judged, split):
 
 def card(run, of):
     index, said, label = int(of['index']), run.classes[int(of['top1'])], run.classes[int(of['label'])]
-    where = f'{os.path.basename(run.samples.list_file)}:{run.samples.lines[index]}' if run.samples else f'image {index}'
-    line = f'{run.samples.names[index]} {int(of["label"])}' if run.samples else ''
+    where = os.path.basename(run.samples.where(index)) if run.samples else f'image {index}'
+    line = f'{run.samples.name(index)} {int(of["label"])}' if run.samples else ''
     uri, pixelated = pictures.thumbnail(run.samples.path(index)) if run.samples else ('', False)
     image = (f'<img src="{uri}" alt="{escape(f"taken for {said}, labelled {label}")}"{" class=pixels" if pixelated else ""}>'
              if uri else '<span class="no-image">no picture</span>')
