@@ -22,6 +22,8 @@ _C.EVAL = False                         # only evaluate
 _C.OUTPUT = ''                          # the run folder; '': a new one below SAVE
 _C.SAVE = './output'                    # where run folders are made when OUTPUT is not given
 _C.SAVE_FREQ = 1                        # epochs between checkpoints
+_C.SAVE_STEPS = 0                       # optimizer steps between checkpoints within an epoch; 0: none
+_C.SAVE_MINUTES = 0.0                   # minutes between checkpoints within an epoch; 0: none
 _C.SAVE_KEEP = 3                        # newest checkpoints that are kept
 _C.REPORT_FREQ = 50                     # optimizer steps between log lines
 _C.VALIDATE_FREQ = 1                    # epochs between evaluations
@@ -57,6 +59,7 @@ _C.MODEL.DROPPATH = 0.0                 # stochastic depth of the last block; ri
 _C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running statistics in training too
 _C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate
 _C.MODEL.RESUME = ''                    # a checkpoint to go on from; auto: the newest good one of the run folder, if any
+_C.MODEL.RESUME_FORCE = False           # go on from a checkpoint of a run with other mathematics (docs/reliability.md)
 
 _C.TRAIN = CN()
 _C.TRAIN.NUM_EPOCHS = 300
@@ -75,6 +78,7 @@ _C.TRAIN.MOMENTUM = 0.9                 # sgd
 _C.TRAIN.GRAD_CLIP = 0.0                # largest global gradient norm; 0: off
 _C.TRAIN.SMOOTHING = 0.1                # label smoothing
 _C.TRAIN.EMA_DECAY = 0.0                # moving average of the weights, decay per optimizer step; 0: off
+_C.TRAIN.SYNC_BN = False                # batch norms see the images of all processes (GPU only)
 _C.TRAIN.CROP_SCALE = [0.08, 1.0]       # random resized crop: share of the area
 _C.TRAIN.CROP_RATIO = [0.75, 4.0 / 3.0]  # random resized crop: width over height
 _C.TRAIN.HFLIP = 0.5                    # probability of a mirrored image
@@ -98,7 +102,8 @@ CHOICES = {
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),
 }
 AT_LEAST = {
-    'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1,
+    'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_STEPS': 0, 'SAVE_MINUTES': 0, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1,
+    'VALIDATE_FREQ': 1,
     'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
     'MODEL.NUM_CLASSES': 1, 'MODEL.STEM_WIDTH': 8, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,

@@ -303,7 +303,7 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'weights': {'utils'},
     'halonet': {'weights', 'ops'},
     'datasets': {'augment', 'utils'},
-    'checkpoint': {'utils', 'weights'},
+    'checkpoint': {'optim', 'utils', 'weights'},
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint'},     # all but config
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
