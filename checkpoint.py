@@ -3,16 +3,68 @@ import hashlib
 import os
 import pickle
 import re
+from dataclasses import dataclass, field
+
+import utils  # isort: skip  (first: it prepares for Paddle's import)
 
 import numpy as np
 import paddle
 
-import utils
+import optim
 import weights
 
 FOLDER = 'checkpoints'
 NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
 FOOTER = b'sha256:'                                 # follows the pickle, with 64 hex digits; unpicklers stop before it
+CONTENT = {'model', 'ema', 'optimizer', 'scaler', 'progress', 'ranks', 'facts'}
+FREE = {                                            # options that may change on the way: they do not enter the mathematics
+    'where things are': ('DATA.DATA_PATH', 'OUTPUT', 'SAVE', 'RESULTS', 'MODEL.NAME'),
+    'what is asked for': ('EVAL', 'MODEL.RESUME', 'MODEL.RESUME_FORCE', 'MODEL.PRETRAINED', 'MODEL.PRETRAINED_EMA',
+                          'TRAIN.LAST_EPOCH'),
+    'what it runs on': ('DEVICE', 'NPROCS', 'DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.ATTENTION', 'TRAIN.RECOMPUTE'),
+    'what is told and kept': ('REPORT_FREQ', 'VALIDATE_FREQ', 'SAVE_FREQ', 'SAVE_KEEP', 'SAVE_STEPS', 'SAVE_MINUTES'),
+    'or a broken image could not be left out later': ('DATA.ON_ERROR',),
+    'as long as their product with the processes stays': ('DATA.BATCH_SIZE', 'TRAIN.ACCUM_ITER'),
+}
+
+
+@dataclass
+class Progress:
+    """How far a training run is."""
+
+    epoch: int = 0                                  # epochs done, evaluation and all
+    step: int = 0                                   # optimizer steps done
+    steps_of_epoch: int = 0                         # those in the epoch under way
+    best: dict = field(default_factory=dict)        # split -> [accuracy, epoch]
+    totals: utils.Totals = field(default_factory=utils.Totals)  # since the last report
+
+
+def capture(training, progress, facts):
+    """The state of a run, to be called on every process; the model itself gets the average of the buffers."""
+    model = training.model.state_dict()
+    own = to_numpy({key: value for key, value in model.items() if value.stop_gradient})
+    ranks = utils.gather({'buffers': own, 'totals': progress.totals.state()})
+    averages = {key: sum(rank['buffers'][key] for rank in ranks) / len(ranks) for key in own}
+    return {'model': {**model, **averages}, 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),
+            'optimizer': optim.optimizer_state(training.optimizer, training.model),
+            'progress': {key: value for key, value in vars(progress).items() if key != 'totals'}, 'ranks': ranks, 'facts': facts}
+
+
+def put_back(state, training):
+    """Inverse of capture, with any number of processes. Returns the Progress."""
+    training.model.set_state_dict(state['model'])
+    training.ema.load(state['ema'])
+    optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'])
+    if state['scaler'] and training.scaler.is_enable():
+        training.scaler.load_state_dict(state['scaler'])
+    progress, ranks = Progress(**state['progress']), state['ranks']
+    if len(ranks) == utils.world_size():
+        own = ranks[utils.rank()]
+        optim.set_values(training.model.state_dict(), own['buffers'])
+        progress.totals = utils.Totals.merged([own['totals']])
+    elif utils.rank() == 0:                         # the model has the average of the buffers, rank 0 takes all the sums
+        progress.totals = utils.Totals.merged([rank['totals'] for rank in ranks])
+    return progress
 
 
 def to_numpy(value):
@@ -42,12 +94,21 @@ class _Hashing:
 
 
 def save(folder, step, state, keep):
-    """Write `state` (nested dicts of tensors, arrays, numbers, text) as the checkpoint of `step`; keep the newest `keep`."""
+    """Write `state` (nested dicts of tensors, arrays, numbers, text) as the checkpoint of `step`; keep the newest `keep`.
+
+    Raises FloatingPointError for weights that are not finite, and OSError; then the checkpoints are as they were.
+    """
+    state = to_numpy(state)
+    bad = next((key for key, value in state['model'].items() if not np.isfinite(value).all()), None)
+    if bad:
+        raise FloatingPointError(f'after step {step} the weights {bad} are not finite, and nothing was saved; lower '
+                                 'TRAIN.BASE_LR or set TRAIN.GRAD_CLIP. The checkpoints before are intact')
     os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
+    utils.remove_temporary(os.path.join(folder, FOLDER))
 
     def write(file):
         hashing = _Hashing(file)
-        pickle.dump(to_numpy(state), hashing, protocol=4)
+        pickle.dump(state, hashing, protocol=4)
         file.write(FOOTER + hashing.sha256.hexdigest().encode())
 
     utils.atomic_write(os.path.join(folder, FOLDER, f'step_{step:08d}.pdckpt'), write)
@@ -75,14 +136,35 @@ def load(path):
         footer = file.read()
     if footer != FOOTER + digest.hexdigest().encode():
         raise ValueError(f'{path}: this is no checkpoint of this project, or it is damaged (its checksum does not match)')
-    return weights.read_pickle(path)
+    state = weights.read_pickle(path)
+    if not isinstance(state, dict) or set(state) != CONTENT:
+        raise ValueError(f'{path}: this checkpoint is of another version of this project, or of another project')
+    return state
 
 
 def newest(folder):
-    """(path, state) of the newest good checkpoint in a run folder, or (None, None); damaged ones are named in the log."""
+    """The path of the newest good checkpoint in a run folder, or ''; damaged ones are named in the log."""
     for path in steps(folder):
         try:
-            return path, load(path)
+            load(path)
+            return path
         except (ValueError, OSError) as error:
             utils.log.warning('%s; trying the one before it', error)
-    return None, None
+    return ''
+
+
+def facts(config, **derived):
+    """What decides the mathematics of a run: every option of a config that is not FREE, and the `derived` numbers."""
+    free = {key for keys in FREE.values() for key in keys} | {'BASE'}
+    return {**{key: value for key, value in _flat(config) if key not in free}, **derived}
+
+
+def _flat(tree, prefix=''):
+    for key, value in tree.items():
+        yield from _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def differences(before, now):
+    """One line for each of the facts that is not what it was."""
+    return [f'{key} was {before.get(key, "not there")}, is {now.get(key, "not there")}'
+            for key in {**before, **now} if before.get(key) != now.get(key)]

@@ -23,6 +23,8 @@ _C.RESULTS = ''                         # CSV file that an evaluation appends a 
 _C.OUTPUT = ''                          # the run folder; '': a new one below SAVE
 _C.SAVE = './output'                    # where run folders are made when OUTPUT is not given
 _C.SAVE_FREQ = 1                        # epochs between checkpoints
+_C.SAVE_STEPS = 0                       # optimizer steps between checkpoints within an epoch; 0: none
+_C.SAVE_MINUTES = 0.0                   # minutes between checkpoints within an epoch; 0: none
 _C.SAVE_KEEP = 3                        # newest checkpoints that are kept
 _C.REPORT_FREQ = 50                     # optimizer steps between log lines
 _C.VALIDATE_FREQ = 1                    # epochs between evaluations
@@ -74,6 +76,7 @@ _C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running
 _C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate: a file, or a hub's timm/halonet26t.a1h_in1k
 _C.MODEL.PRETRAINED_EMA = False         # of a training checkpoint take the moving average of the weights, not the weights
 _C.MODEL.RESUME = ''                    # a checkpoint to go on from; auto: the newest good one of the run folder, if any
+_C.MODEL.RESUME_FORCE = False           # go on from a checkpoint of a run with other mathematics (docs/reliability.md)
 
 _C.TRAIN = CN()
 _C.TRAIN.NUM_EPOCHS = 300
@@ -104,6 +107,7 @@ _C.TRAIN.SMOOTHING = 0.1                # label smoothing
 _C.TRAIN.EMA_DECAY = 0.0                # moving average of the weights, decay per optimizer step; 0: off
 _C.TRAIN.EMA_WARMUP = 0.0               # power of its warm-up, decay at most 1 - (1 + step) ** -power, such as 2/3; 0: none
 _C.TRAIN.AUG_REPEATS = 1                # copies of an image in an epoch of the same length, each augmented for itself
+_C.TRAIN.SYNC_BN = False                # batch norms see the images of all processes (GPU only)
 _C.TRAIN.CROP_SCALE = [0.08, 1.0]       # random resized crop: share of the area
 _C.TRAIN.CROP_RATIO = [0.75, 4.0 / 3.0]  # random resized crop: width over height
 _C.TRAIN.HFLIP = 0.5                    # probability of a mirrored image
@@ -135,7 +139,8 @@ CHOICES = {
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'const'),
 }
 AT_LEAST = {
-    'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1,
+    'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_STEPS': 0, 'SAVE_MINUTES': 0, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1,
+    'VALIDATE_FREQ': 1,
     'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
     'MODEL.NUM_CLASSES': 0, 'MODEL.STEM_WIDTH': 8, 'MODEL.GROUP_SIZE': 0, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
     'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,

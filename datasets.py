@@ -219,7 +219,7 @@ class Loader:
     def epoch(self, epoch, start=0):
         """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
-        Raises DataError, and RuntimeError where a data process died.
+        Raises DataError, and utils.Failure where a data process died.
         """
         self.skipped = 0
         batches = self.sampler.batches(epoch, start)
@@ -259,7 +259,7 @@ class Loader:
         try:
             yield from reader
         except SystemError as error:                # all that Paddle tells, whatever happened
-            raise RuntimeError(
+            raise utils.Failure(
                 'a data worker died; if nothing above says why, it probably ran out of memory: look at free memory and '
                 'at /dev/shm (df -h /dev/shm), lower DATA.NUM_WORKERS or DATA.BATCH_SIZE') from error
         finally:
@@ -271,6 +271,7 @@ def _init_worker(worker_id):
     # of it, and with them the batches that the trainer needs to reach its next step and save. And Paddle's worker waits
     # for work without a time limit: it would outlive a trainer that is killed.
     os.setpgrp()
+    utils.Stop.unlisten()
     utils.die_with_parent()
     warnings.filterwarnings('ignore', module='PIL')  # odd metadata, which every worker would tell anew in every epoch
 

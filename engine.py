@@ -1,10 +1,9 @@
 """Training and evaluation: `run(config)` builds everything, then goes through the epochs; both main programs call it."""
-import math
 import os
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
@@ -19,24 +18,27 @@ import datasets
 import monitor
 import optim
 import weights
-from halonet import build_halonet
+from checkpoint import Progress
+from halonet import BatchNormAct, build_halonet
 from results import save_result
 from utils import log
 
 
 @paddle.utils.unique_name.guard()                   # Paddle numbers optimizer state by what the process has built before
-def run(config):
+def run(config, stop=None):
     """Train, or with EVAL only evaluate, as the config says. Returns the last evaluation: {'val': {'acc1': ..., ...}, ...}.
 
-    Raises ValueError or OSError, saying what to mend, for input that does not fit.
+    Raises ValueError or OSError, saying what to mend, for input that does not fit, and utils.Stopped once `stop`, a
+    utils.Stop, is requested and what is done is saved.
     """
+    stop = stop or utils.Stop()
     device = utils.start(config.DEVICE)
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
     utils.setup_logger(folder)
     describe(config, device, folder)
     evaluation = Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
                             to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-                            autocast=build_autocast(config, device),
+                            autocast=build_autocast(config, device), stop=stop,
                             predictions=monitor.Predictions(folder) if config.EVAL else monitor.NoPredictions())
     paddle.seed(config.SEED)
     model = build_halonet(config)
@@ -44,21 +46,24 @@ def run(config):
     metrics = monitor.Metrics(folder)
     if config.EVAL:
         load_for_evaluation(model, config)
+        write_config(config, folder, 'config_eval.yaml')
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
         evaluation.predictions.save('eval')
         monitor.write_report(folder)
         save_result(config.RESULTS or os.path.join(folder, 'results.csv'), config, model, result, device)
         return {'val': result}
     training = build_training(config, model, device)
-    progress = restore(training, config, folder, metrics)
+    saver = build_saver(config, training, folder, stop)
+    progress = restore(training, saver, config, metrics)
+    write_config(config, folder, 'config.yaml')
     with training.monitor.watch(folder):
-        return train(training, evaluation, progress, folder, metrics)
+        return train(training, evaluation, progress, saver, metrics)
 
 
 @utils.plain_errors()
 def main(config):
-    """`run` for a command line: a mistake of the user ends it with one line and exit code 1."""
-    run(config)
+    """`run` for a command line: mistakes, failures and SIGTERM or SIGINT end it with one line and utils' exit codes."""
+    run(config, utils.Stop().listen())
 
 
 # ---- construction
@@ -70,6 +75,7 @@ class Evaluation:
     to_input: Callable                              # uint8 images -> network input
     autocast: Callable                              # -> the context of a forward pass
     predictions: Any                                # keeps what the model says about each image
+    stop: utils.Stop
 
 
 @dataclass
@@ -94,20 +100,33 @@ class Training:
     clip: Callable                                  # limits the gradients of a model
     report_freq: int
     validate_freq: int
-    save_freq: int
-    save_keep: int
 
     @property
     def steps_per_epoch(self):
         return -(-len(self.loader) // self.accum)   # the last step of an epoch may have fewer forward passes
 
+    def lr(self, progress, back=0):
+        """Learning rate of the next step, or of one `back` steps before it: it follows the epochs, however many steps they
+        had."""
+        return self.lr_at(progress.epoch * self.steps_per_epoch + progress.steps_of_epoch - back)
+
 
 @dataclass
-class Progress:
-    """How far a training run is."""
-    epoch: int = 0                                  # epochs done
-    step: int = 0                                   # optimizer steps done
-    best: dict = field(default_factory=dict)        # split -> [accuracy, epoch]
+class Saver:
+    """When and where checkpoints are written."""
+    folder: str
+    facts: dict                                     # what decides the mathematics
+    stop: utils.Stop
+    freq: int                                       # epochs
+    steps: int                                      # optimizer steps; 0: never within an epoch for their number
+    seconds: float                                  # 0: never for the time
+    keep: int
+    written: float                                  # when the last one was, or the start
+
+    def wishes(self, step):
+        """(this process wishes to stop, it wishes a checkpoint after `step`); the time is rank 0's."""
+        late = self.seconds and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
+        return self.stop.requested, late or self.steps and step % self.steps == 0
 
 
 def build_autocast(config, device):
@@ -135,6 +154,9 @@ def build_training(config, model, device):
         return augment.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
                                    mode=train.RANDOM_ERASE_MODE)
 
+    if train.SYNC_BN:
+        synchronise_norms(model, device)
+    utils.meet()                                    # some processes may take long to read the list
     return Training(
         model=model, parallel=paddle.DataParallel(model) if world > 1 else model,
         optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
@@ -147,8 +169,35 @@ def build_training(config, model, device):
         lr_at=optim.build_schedule(config, base_lr, steps_per_epoch), loss=optim.build_loss(config),
         clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
         seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
-        report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ,
-        save_freq=config.SAVE_FREQ, save_keep=config.SAVE_KEEP)
+        report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ)
+
+
+def build_saver(config, training, folder, stop):
+    facts = checkpoint.facts(
+        config, **{'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)':
+                   config.DATA.BATCH_SIZE * utils.world_size() * training.accum,
+                   'train_list.txt': training.loader.dataset.samples.digest()})
+    return Saver(folder, facts, stop, freq=config.SAVE_FREQ, steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES,
+                 keep=config.SAVE_KEEP, written=time.monotonic())
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """BatchNormAct with the statistics of the images of all processes."""
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def synchronise_norms(model, device):
+    """Give every batch norm of `model` the statistics of all processes, on a GPU; Paddle has no such kernel for CPU.
+
+    Paddle's convert_sync_batchnorm would put plain norms, without their activation, in the place of ours.
+    """
+    if device == 'cpu':
+        return log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
+    for layer in model.sublayers():
+        if isinstance(layer, BatchNormAct) and not layer._use_global_stats:
+            layer.__class__ = SyncBatchNormAct      # the same attributes, parameters and names
 
 
 # ---- restoring
@@ -164,20 +213,12 @@ def load_for_evaluation(model, config):
     log.info('evaluating %s', config.MODEL.RESUME or config.MODEL.PRETRAINED)
 
 
-def restore(training, config, folder, metrics):
+def restore(training, saver, config, metrics):
     """Go on from a checkpoint, else start from pretrained weights, else from scratch. Returns the Progress."""
-    resume = config.MODEL.RESUME
-    path, state, progress = resume, {}, Progress()
-    if resume:
-        path, state = checkpoint.newest(folder) if resume == 'auto' else (resume, checkpoint.load(resume))
-    if state:
-        training.model.set_state_dict(state['model'])
-        training.ema.load(state['ema'])
-        optim.load_optimizer_state(training.optimizer, training.model, state['optimizer'])
-        if state['scaler'] and training.scaler.is_enable():
-            training.scaler.load_state_dict(state['scaler'])
-        progress = Progress(**state['progress'])
-        log.info('resumed from %s: %d epochs, %d steps done', path, progress.epoch, progress.step)
+    resume, folder, progress = config.MODEL.RESUME, saver.folder, Progress()
+    path = utils.on_rank_0(checkpoint.newest, folder) if resume == 'auto' else resume
+    if path:
+        progress = load_checkpoint(training, saver, path, config.MODEL.RESUME_FORCE)
     elif not resume and os.path.isdir(os.path.join(folder, checkpoint.FOLDER)):
         raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, or choose another folder with -output')
     elif config.MODEL.PRETRAINED:
@@ -186,44 +227,69 @@ def restore(training, config, folder, metrics):
         log.info('starting from the weights of %s', config.MODEL.PRETRAINED)
     else:
         log.info('no checkpoint in %s: starting from scratch' if resume else '%s: starting from scratch', folder)
-    if config.TRAIN.LAST_EPOCH >= 0:
-        progress.epoch, progress.step = config.TRAIN.LAST_EPOCH, config.TRAIN.LAST_EPOCH * training.steps_per_epoch
-        log.info('going on after epoch %d (-last_epoch)', progress.epoch)
-    metrics.rewind(progress.step)
+    epoch = config.TRAIN.LAST_EPOCH
+    if epoch >= 0:                                  # steps count on, for the newest checkpoint is the one with most of them
+        progress = Progress(epoch, max(progress.step, epoch * training.steps_per_epoch), best=progress.best)
+        log.info('going on after epoch %d (-last_epoch)', epoch)
+    metrics.rewind(progress.step, progress.epoch)
+    return progress
+
+
+def load_checkpoint(training, saver, path, force):
+    """Put a checkpoint's state everywhere. Returns its Progress. Raises ValueError where other facts decide this run."""
+    state = checkpoint.load(path)
+    changes = checkpoint.differences(state['facts'], saver.facts)
+    if changes and not force:
+        raise ValueError(f'{path} is of a run with other mathematics:\n  ' + '\n  '.join(changes) + '\ngo back to what was '
+                         '(config.yaml beside it has the options), or go on all the same with -opts MODEL.RESUME_FORCE True')
+    for change in changes:
+        log.warning('MODEL.RESUME_FORCE: %s', change)
+    progress = checkpoint.put_back(state, training)
+    log.info('resumed from %s: %d epochs, %d steps done', path, progress.epoch, progress.step)
+    if progress.step != progress.epoch * training.steps_per_epoch + progress.steps_of_epoch:
+        log.warning('an epoch has %d steps now and had another number of them; the learning rate follows the epochs',
+                    training.steps_per_epoch)
     return progress
 
 
 # ---- training
 
-def train(training, evaluation, progress, folder, metrics):
+def train(training, evaluation, progress, saver, metrics):
     """The epochs that are left, each with its evaluation and checkpoint. Returns the last evaluation."""
     results = {}
     while progress.epoch < training.epochs:
-        train_one_epoch(training, progress, metrics)
-        progress.epoch += 1
+        train_one_epoch(training, progress, saver, metrics)
         utils.average_buffers(training.model)
-        last = progress.epoch == training.epochs
+        epoch = progress.epoch + 1
+        last = epoch == training.epochs
         if last:
-            evaluation.predictions = monitor.Predictions(folder)
-        if last or progress.epoch % training.validate_freq == 0:
-            results = evaluate_all(training, evaluation, progress, folder, metrics)
-        if last or progress.epoch % training.save_freq == 0:
-            save_checkpoint(training, progress, folder)
+            evaluation.predictions = monitor.Predictions(saver.folder)
+        if last or epoch % training.validate_freq == 0:
+            try:
+                results = evaluate_all(training, evaluation, progress, saver.folder, metrics)
+            except utils.Stopped:
+                save_checkpoint(training, progress, saver)                   # of an epoch that misses its evaluation
+                raise
+        progress.epoch, progress.steps_of_epoch = epoch, 0
+        if last or epoch % saver.freq == 0:
+            save_checkpoint(training, progress, saver)
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
-            save_weights(training.model, folder, 'final', split)
-    log.info('weights: %s', os.path.join(folder, 'final.pdparams'))
+            save_weights(training.model, saver.folder, 'final', split)
+    log.info('weights: %s', os.path.join(saver.folder, 'final.pdparams'))
     for split, (accuracy, epoch) in progress.best.items():
         log.info('best %s: acc@1 %.2f after epoch %d', split, accuracy, epoch)
     return results
 
 
-def train_one_epoch(training, progress, metrics):
+def train_one_epoch(training, progress, saver, metrics):
+    """The steps of an epoch that are left."""
     model, rank = training.parallel, utils.rank()
     model.train()
-    totals, start = utils.Totals(), time.perf_counter()
-    for batches in grouped(training.monitor.batches(training.loader.epoch(progress.epoch), progress), training.accum):
-        lr = training.lr_at(progress.step)
+    start = progress.steps_of_epoch * training.accum
+    batches_of_epoch = training.monitor.batches(training.loader.epoch(progress.epoch, start), progress)
+    for batches in grouped(batches_of_epoch, training.accum):
+        lr = training.lr(progress)
         training.optimizer.set_lr(lr)
         paddle.seed(int(augment.rng_for(training.seed, augment.DROPOUT, progress.step, rank).integers(2 ** 31)))
         for i, (images, labels, indices) in enumerate(batches):
@@ -234,7 +300,7 @@ def train_one_epoch(training, progress, metrics):
                     logits = model(images)
                 losses = training.loss(logits, targets)
                 training.scaler.scale(losses.mean() / len(batches)).backward()
-            totals.add(losses, logits, targets.argmax(-1), progress.step)
+            progress.totals.add(losses, logits, targets.argmax(-1), progress.step)
         training.scaler.unscale_(training.optimizer)
         training.clip(training.model)
         training.scaler.step(training.optimizer)
@@ -242,10 +308,15 @@ def train_one_epoch(training, progress, metrics):
         training.optimizer.clear_grad()
         training.ema.update(training.model, progress.step)
         progress.step += 1
+        progress.steps_of_epoch += 1
         training.monitor.step(lr)
-        if progress.step % training.report_freq == 0 or progress.step % training.steps_per_epoch == 0:
-            report_training(totals, training, progress, lr, time.perf_counter() - start, metrics)
-            totals, start = utils.Totals(), time.perf_counter()
+        if progress.step % training.report_freq == 0 or progress.steps_of_epoch == training.steps_per_epoch:
+            report_training(training, progress, lr, metrics)
+        stop, save = utils.any_rank(*saver.wishes(progress.step))
+        if stop or save:
+            save_checkpoint(training, progress, saver)
+        if stop:
+            raise utils.Stopped(f'stopped after step {progress.step}; go on with -resume auto -output {saver.folder}')
 
 
 def mix_rng(training, progress):
@@ -270,30 +341,43 @@ def reduced_last(model, i, count):
     return model.no_sync() if i + 1 < count and isinstance(model, paddle.DataParallel) else nullcontext()
 
 
-def report_training(totals, training, progress, lr, seconds, metrics):
-    """Log the stretch since the last report. A loss that is not finite stops every process here, together."""
-    result = totals.reduce()
-    if not math.isfinite(result['loss']):
-        step = totals.first_bad_step()
+def refuse_non_finite(training, progress):
+    """Stop every process, together, where the loss of one was not finite since the last report."""
+    bad = progress.totals.bad_place()
+    if bad:
+        step, rank = bad
+        lr = training.lr(progress, back=progress.step - step)
         raise FloatingPointError(
-            f'the loss is not finite: epoch {progress.epoch + 1}, step {step + 1}, learning rate {training.lr_at(step):.3e}; '
+            f'the loss is not finite: epoch {progress.epoch + 1}, step {step + 1}, rank {rank}, learning rate {lr:.3e}; '
             'lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP or look at the data. The checkpoints before it are intact')
+
+
+def report_training(training, progress, lr, metrics):
+    """Log the stretch since the last report, and begin another."""
+    refuse_non_finite(training, progress)
+    result, seconds = progress.totals.reduce(), progress.totals.seconds()
     images_per_s = result['images'] / seconds
     log.info('epoch %d/%d  step %d/%d  loss %.4f  acc@1 %.2f  lr %.3e  %.1f images/s', progress.epoch + 1, training.epochs,
              progress.step, training.epochs * training.steps_per_epoch, result['loss'], result['acc1'], lr, images_per_s)
     metrics.write(epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'], acc1=result['acc1'],
                   acc5=result['acc5'], lr=lr, images_per_s=images_per_s,
                   data_wait=training.monitor.report(result['loss'], images_per_s, seconds))
+    progress.totals = utils.Totals()
 
 
 # ---- evaluation
 
 @paddle.no_grad()
 def evaluate(model, evaluation):
-    """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce()."""
+    """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce().
+
+    Raises utils.Stopped on every process where one is asked to stop.
+    """
     model.eval()
-    totals, start = utils.Totals(), time.perf_counter()
+    totals = utils.Totals()
     for images, labels, indices in evaluation.loader.epoch(0):
+        if evaluation.stop.requested:
+            break
         with evaluation.autocast():
             logits = model(evaluation.to_input(images))
         losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
@@ -301,8 +385,11 @@ def evaluate(model, evaluation):
         evaluation.predictions.add(indices, labels, logits)
     if evaluation.loader.skipped:
         log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
+    utils.meet()                                    # some processes may have more to do than others
+    if any(utils.any_rank(evaluation.stop.requested)):
+        raise utils.Stopped('stopped during an evaluation; it will be done again')
     result = totals.reduce()
-    return {**result, 'images_per_s': result['images'] / (time.perf_counter() - start)}
+    return {**result, 'images_per_s': result['images'] / totals.seconds()}
 
 
 def evaluate_all(training, evaluation, progress, folder, metrics):
@@ -311,10 +398,10 @@ def evaluate_all(training, evaluation, progress, folder, metrics):
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
             result = results[split] = evaluate(training.model, evaluation)
-            report(result, metrics, split, progress.epoch, progress.step)
+            report(result, metrics, split, progress.epoch + 1, progress.step)
             evaluation.predictions.save(split)
             if result['acc1'] > progress.best.get(split, [-1])[0]:
-                progress.best[split] = [result['acc1'], progress.epoch]
+                progress.best[split] = [result['acc1'], progress.epoch + 1]
                 save_weights(training.model, folder, 'best', split)
     return results
 
@@ -334,18 +421,21 @@ def save_weights(model, folder, name, split):
     utils.on_rank_0(checkpoint.save_weights, path, model.state_dict())
 
 
-def save_checkpoint(training, progress, folder):
-    state = {'model': training.model.state_dict(), 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),
-             'optimizer': optim.optimizer_state(training.optimizer, training.model), 'progress': vars(progress)}
-    utils.on_rank_0(checkpoint.save, folder, progress.step, state, training.save_keep)
+def save_checkpoint(training, progress, saver):
+    """Write all that a run needs to go on as if nothing had happened."""
+    refuse_non_finite(training, progress)
+    state = checkpoint.capture(training, progress, saver.facts)
+    utils.on_rank_0(checkpoint.save, saver.folder, progress.step, state, saver.keep)
+    saver.written = time.monotonic()
+
+
+def write_config(config, folder, name):
+    utils.on_rank_0(utils.atomic_write, os.path.join(folder, name), lambda file: file.write(config.dump().encode()))
 
 
 def describe(config, device, folder):
-    """Write the config into the run folder and say what runs where."""
-    kind = '_eval' if config.EVAL else ''
-    if utils.rank() == 0:
-        utils.atomic_write(os.path.join(folder, f'config{kind}.yaml'), lambda file: file.write(config.dump().encode()))
-    monitor.write_machine(os.path.join(folder, f'machine{kind}.json'), device)
+    """Say what runs where."""
+    monitor.write_machine(os.path.join(folder, 'machine_eval.json' if config.EVAL else 'machine.json'), device)
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,

@@ -2,6 +2,7 @@
 
 14 million lines are read in seconds: lines of the usual form in bulk, by numpy; every other line one by one, by the rules.
 """
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class ImageList:
 
     def path(self, index):
         return os.path.join(self.data_path, self.name(index))
+
+    def digest(self):
+        """A fingerprint of the file."""
+        return hashlib.sha256(self.text).hexdigest()[:16]
 
     def where(self, index):
         return f'{self.list_file}:{index + 1 + np.searchsorted(self.gaps, index, "right")}'

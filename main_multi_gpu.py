@@ -4,11 +4,16 @@
 
 Starts one process per visible GPU (CUDA_VISIBLE_DEVICES chooses), or -nprocs processes; on CPU one, or -nprocs.
 """
+import multiprocessing.connection
 import os
 import signal
 import sys
+import time
+import traceback
 
 from config import parse_args
+
+GRACE = 10                                          # seconds that the others get to leave when a process has failed
 
 
 def worker(config):
@@ -18,9 +23,13 @@ def worker(config):
 
 def child(config):
     import utils
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # in place of Paddle's handler, which prints a C++ trace
     utils.die_with_parent()
-    worker(config)
+    multiprocessing.set_start_method('fork', force=True)    # spawned here, data workers would each import Paddle anew
+    try:
+        worker(config)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(utils.FAILURE)
 
 
 def start_processes(config):
@@ -33,26 +42,44 @@ def start_processes(config):
     count = config.NPROCS or (utils.gpu_count() if device == 'gpu' else 1)
     if count == 1:
         return worker(config)
-    backend = 'nccl' if device == 'gpu' else 'gloo'
-    context = dist.spawn(child, (config,), nprocs=count, join=False, backend=backend)
+    stop = utils.Stop().listen()
+    context = dist.spawn(child, (config,), nprocs=count, join=False, backend='nccl' if device == 'gpu' else 'gloo')
+    supervise(context.processes, stop)
+    codes = [process.exitcode for process in context.processes]
+    if any(codes):
+        killed = stop.requested and not max(codes)  # before they could listen
+        sys.exit(utils.STOPPED if killed else next((code for code in codes if code > 0), utils.FAILURE))
 
-    def pass_on(signum, frame):                     # or the children would outlive a parent that is told to stop
-        for process in context.processes:
-            os.kill(process.pid, signum)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, pass_on)
-    try:
-        while not context.join(timeout=1):
-            pass
-    except Exception as error:
-        codes = [process.exitcode for process in context.processes if process.exitcode]
-        sys.exit(next((code for code in codes if code > 0), str(error)))
+
+def supervise(processes, stop):
+    """Wait for all processes; pass a wish to stop on, and end the others when one has failed."""
+    told, deadline = False, float('inf')
+    while alive := [process for process in processes if process.is_alive()]:
+        multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.2)
+        failed = [process for process in processes if process.exitcode]
+        if stop.requested and not told or failed and deadline == float('inf'):
+            told = True
+            for process in alive:
+                process.terminate()                 # SIGTERM also for SIGINT, which a terminal sends to all by itself
+        if failed and deadline == float('inf'):
+            deadline = time.monotonic() + GRACE
+            for process in failed:
+                if process.exitcode < 0 and not stop.requested:
+                    print(f'error: process {processes.index(process)} was ended by '
+                          f'{signal.Signals(-process.exitcode).name}; if nobody did that, look at the free memory (dmesg)',
+                          file=sys.stderr)
+        if time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
 
 
 def main():
     config = parse_args()                           # before Paddle is imported: -h and mistakes answer at once
-    launched = 'PADDLE_TRAINER_ID' in os.environ
-    worker(config) if launched else start_processes(config)
+    if 'PADDLE_TRAINER_ID' not in os.environ:
+        return start_processes(config)
+    import utils
+    utils.die_with_parent()                         # the launcher leaves its processes behind when it is killed
+    worker(config)
 
 
 if __name__ == '__main__':

@@ -41,8 +41,8 @@ class Metrics(utils.Metrics):
         if utils.rank() == 0 and record['step']:    # an evaluation on its own, step 0, is no curve
             self._events(record['split']).add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
 
-    def rewind(self, step):
-        super().rewind(step)
+    def rewind(self, step, epochs):
+        super().rewind(step, epochs)
         self.purge_step = step + 1
 
     def _events(self, split):

@@ -8,11 +8,12 @@
 #   DATA=/dataset/imagenet               the folder with val_list.txt
 #   BATCH_SIZE=                          images per GPU; empty: as CFG says
 #   OUTPUT=                              the run folder; empty: a new one below ./output
+#   NPROCS=                              processes on this machine; empty: one per visible GPU
+#   NNODES=1 NODE_RANK= MASTER=          of several machines: how many, which one this is from 0 on, host:port of number 0
 #   PYTHON=                              empty: .venv's if there is one, else python
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
 [[ -n ${PRETRAINED:-} ]] || { echo 'run_eval_multi.sh: name the weights: PRETRAINED=FILE ./run_eval_multi.sh' >&2; exit 1; }
 
 options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
@@ -20,4 +21,6 @@ options+=(-eval -pretrained "$PRETRAINED")
 [[ -z ${BATCH_SIZE:-} ]] || options+=(-batch_size_eval "$BATCH_SIZE")
 [[ -z ${OUTPUT:-} ]] || options+=(-output "$OUTPUT")
 
-exec "$PYTHON" "$root/main_multi_gpu.py" "${options[@]}" "$@"
+again=()
+source "$root/tools/run_multi.sh"
+run_multi "$@"

@@ -8,15 +8,22 @@
 #   BATCH_SIZE=                          training images per GPU; empty: as CFG says
 #   PRETRAINED=                          weights to start from; empty: fresh ones
 #   OUTPUT=                              the run folder; empty: a new one below ./output
+#   NPROCS=                              processes on this machine; empty: one per visible GPU
+#   NNODES=1 NODE_RANK= MASTER=          of several machines: how many, which one this is from 0 on, host:port of number 0
+#   MAX_RESTARTS=0                       starts after a failure, from the newest good checkpoint of OUTPUT, which must be given
 #   PYTHON=                              empty: .venv's if there is one, else python
+#
+# Ends with 0 when done; 75 when SIGTERM or Ctrl-C stopped it, with a checkpoint written; 2 for a mistake that another start
+# would meet again; else with a failure (docs/reliability.md).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
 
 options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
 [[ -z ${BATCH_SIZE:-} ]] || options+=(-batch_size "$BATCH_SIZE")
 [[ -z ${PRETRAINED:-} ]] || options+=(-pretrained "$PRETRAINED")
 [[ -z ${OUTPUT:-} ]] || options+=(-output "$OUTPUT")
 
-exec "$PYTHON" "$root/main_multi_gpu.py" "${options[@]}" "$@"
+again=(-resume auto)
+source "$root/tools/run_multi.sh"
+run_multi "$@"

@@ -2,9 +2,12 @@
 import ctypes
 import json
 import logging
+import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ warnings.filterwarnings('ignore', message='No ccache found')                 # s
 warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
 _USER_THREADS = os.environ.get('OMP_NUM_THREADS')
 
+import numpy as np  # noqa: E402
 import paddle  # noqa: E402  (its import sets OMP_NUM_THREADS to 1 where the user did not)
 import paddle.distributed as dist  # noqa: E402
 
@@ -20,6 +24,19 @@ if _USER_THREADS is None:
     os.environ.pop('OMP_NUM_THREADS', None)  # child processes see the user's environment
 
 log = logging.getLogger('halonet')
+
+MISTAKE, FAILURE, STOPPED = 2, 1, 75        # exit codes: starting again meets the same error, may help, goes on (EX_TEMPFAIL)
+MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+            PermissionError)
+PATIENCE = 1800                             # seconds that one process may work while the others wait for it
+
+
+class Failure(RuntimeError):
+    """Something broke that a new start may mend, told in one line: a process that died, a disk that went away."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: what it did is saved."""
 
 
 def tune_cpu(processes=1):
@@ -41,6 +58,46 @@ def die_with_parent():
     """Let the kernel end this process when the one that started it ends, however that ends (Linux; elsewhere no-op)."""
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():            # it ended before the line above
+        os._exit(FAILURE)
+
+
+class Stop:
+    """Whether this process was asked to stop: `requested` is '' or, once `listen` was called, the name of a signal."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    requested, interrupts = '', 0
+
+    def listen(self):
+        """Take note of SIGTERM and SIGINT instead of ending; a second SIGINT ends the process at once.
+
+        A thread waits for them and all others block them, those started later too: a signal that interrupts a system call
+        breaks Paddle's TCP store. Call it before any such thread starts.
+        """
+        for signum in self.SIGNALS:
+            signal.signal(signum, self._note)       # for threads that are there already
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        threading.Thread(target=self._wait, daemon=True).start()
+        return self
+
+    def _wait(self):
+        while True:
+            self._note(signal.sigwait(self.SIGNALS))
+
+    def _note(self, signum, frame=None):
+        self.interrupts += signum == signal.SIGINT
+        if self.interrupts > 1:
+            os._exit(128 + signum)                  # the kernel ends the data workers (die_with_parent)
+        self.requested = self.requested or signal.Signals(signum).name
+
+    @classmethod
+    def unlisten(cls):
+        """In a forked process: be ended by these signals again, but not by those that came before."""
+        for signum in cls.SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)   # drops what is pending
+            signal.signal(signum, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, cls.SIGNALS)
 
 
 # ---- ranks and reductions
@@ -103,19 +160,64 @@ def average_buffers(model):
             value.scale_(1 / world_size())
 
 
-def on_rank_0(work, *args):
-    """Call `work` on rank 0 while the others wait, however long it takes: gloo gives up on a collective after 30 s."""
-    if rank() == 0:
-        work(*args)
+def any_rank(*flags):
+    """For each flag, whether it is true on any process: one all-reduce."""
+    if world_size() == 1:
+        return [bool(flag) for flag in flags]
+    return [bool(flag) for flag in all_reduce(paddle.to_tensor([bool(f) for f in flags], 'int32'), dist.ReduceOp.MAX).tolist()]
+
+
+def gather(value):
+    """Every rank's `value`, in the order of the ranks, on every rank."""
+    values = []
     if world_size() > 1:
-        store = paddle.base.core.create_or_get_global_tcp_store()            # no public way to wait without a time limit
-        on_rank_0.calls += 1
-        key = f'halonet/on_rank_0/{on_rank_0.calls}'
-        store.set(key, b'done') if rank() == 0 else store.wait(key)
-        dist.barrier()
+        dist.all_gather_object(values, value)
+    return values or [value]
 
 
-on_rank_0.calls = 0
+def on_rank_0(work, *args):
+    """What `work(*args)` returns on rank 0, on every rank; the others wait up to PATIENCE, as in `meet`.
+
+    What it raises is raised on rank 0, and Failure on the others.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work(*args)
+        except Exception as raised:
+            error = raised
+    meet(failed=error is not None)
+    if error:
+        raise error
+    return broadcast(result)
+
+
+def meet(failed=False):
+    """Wait until every process is here, up to PATIENCE: gloo gives up on a collective after 30 s, this does not.
+
+    Raises Failure where one of them has `failed`, or does not come. The waiting lets signals through.
+    """
+    if world_size() == 1:
+        return
+    store = paddle.base.core.create_or_get_global_tcp_store()                # no public way to wait without a time limit
+    meet.calls += 1
+    here, broken = f'halonet/meet/{meet.calls}', f'halonet/meet/{meet.calls}/failed'
+    if failed:
+        store.add(broken, 1)
+    store.add(here, 1)
+    start, pause = time.monotonic(), 0.001
+    while store.add(here, 0) < world_size():
+        if time.monotonic() - start > PATIENCE:
+            raise Failure(f'{world_size() - store.add(here, 0)} of {world_size()} processes did not come within {PATIENCE} s')
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    others_failed = store.add(broken, 0) > failed
+    dist.barrier()                                  # rank 0 holds the store: it stays until everybody has read
+    if others_failed:
+        raise Failure('another process failed; its message says why')
+
+
+meet.calls = 0
 
 
 # ---- logging
@@ -123,6 +225,7 @@ on_rank_0.calls = 0
 def setup_logger(folder):
     """Rank 0 speaks on the console; every rank writes its own file in the run folder, with times and tracebacks."""
     log.handlers.clear()
+    os.makedirs(folder, exist_ok=True)              # rank 0 has made it, maybe on another machine
     log.propagate = False
     log.setLevel(logging.DEBUG)
     file = logging.FileHandler(os.path.join(folder, 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'), encoding='utf-8')
@@ -137,14 +240,25 @@ def setup_logger(folder):
 
 @contextmanager
 def plain_errors():
-    """Turn an error of the user's input into one clear line and exit code 1; the traceback goes to the log file."""
+    """End the program for an error of the user's input, a failure or a stop with one clear line and its exit code.
+
+    The traceback goes to the log file. A loss that is not finite stops all processes, and rank 0 says so for them.
+    """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Stopped as stopped:
+        log.info('%s', stopped)
+        sys.exit(STOPPED)
+    except (ValueError, OSError, FloatingPointError, Failure) as error:
         log.debug('traceback', exc_info=True)
-        text = f'error: {error}'
-        log.error(text) if log.handlers and rank() == 0 else print(text, file=sys.stderr)
-        sys.exit(1)
+        if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
+            log.error('error: %s', error)           # on the console of rank 0 only
+        else:
+            print(f'rank {rank()}: error: {error}' if rank() else f'error: {error}', file=sys.stderr)
+        sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
+    except Exception:
+        log.debug('traceback', exc_info=True)
+        raise
 
 
 class Metrics:
@@ -158,29 +272,62 @@ class Metrics:
             with open(self.path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}) + '\n')
 
-    def rewind(self, step):
-        """Forget the records after `step`: a resumed run writes them again."""
-        if rank() == 0 and os.path.exists(self.path):
-            with open(self.path, encoding='utf-8') as file:
-                kept = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]
-            atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
+    def rewind(self, step, epochs):
+        """Forget what comes after `step`, and the evaluations after `epochs` whole epochs: a resumed run writes them again.
+
+        Raises ValueError for a line that is no record; the last one may be torn.
+        """
+        if rank() or not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path, encoding='utf-8', errors='replace') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line) if line.endswith('\n') else {'step': step + 1}
+                    if record['step'] <= step and (record['split'] == 'train' or record['epoch'] <= epochs):
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
+        atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
 
 # ---- files
 
+TEMPORARY = '.tmp'                                  # with the number of the process: the ending of a file in the making
+
+
 def atomic_write(path, write):
     """Make the file `path` by `write(binary file)`: after a crash it is the old one or the new one, never a part."""
-    temporary = f'{path}.tmp{os.getpid()}'
+    temporary = f'{path}{TEMPORARY}{os.getpid()}'
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)                        # the new name is on the disk as well
+        finally:
+            os.close(folder)
+    except OSError as error:
+        _remove(temporary)
+        raise OSError(error.errno, f'cannot write: {error.strerror}; what was there before is intact', str(path)) from None
     except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        _remove(temporary)
         raise
+
+
+def _remove(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def remove_temporary(folder):
+    """Remove what writers that were killed have left behind in a folder."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if re.fullmatch(rf'.*{re.escape(TEMPORARY)}\d+', name):
+            _remove(os.path.join(folder, name))
 
 
 def make_run_folder(output, save, name):
@@ -209,9 +356,10 @@ def make_run_folder(output, save, name):
 class Totals:
     """Loss and accuracy of a stretch of batches as sums and a count on the device: divided once, reduced once."""
 
-    def __init__(self):
-        self.sums = paddle.zeros([4], 'float64')                             # loss, right at 1, right at 5, images
-        self.first_bad = paddle.full([1], float('inf'))                      # step of the first loss that was not finite
+    def __init__(self, sums=(0, 0, 0, 0), seconds=0.0):
+        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))            # loss, right at 1, right at 5, images
+        self.first_bad = paddle.full([1], float('inf'), 'float64')           # the first loss that was not finite
+        self.start = time.perf_counter() - seconds
 
     @paddle.no_grad()
     def add(self, losses, logits, labels, step=0):
@@ -219,7 +367,8 @@ class Totals:
         top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)   # (B, 5 or K)
         batch = [losses.sum(), top[:, 0].sum(), top.any(axis=1).sum(), paddle.full([], losses.shape[0])]
         self.sums += paddle.stack([value.astype('float64') for value in batch])
-        bad = paddle.where(paddle.isfinite(losses).all(), paddle.full([1], float('inf')), paddle.full([1], float(step)))
+        place = paddle.full([1], float(step * world_size() + rank()), 'float64')  # in the order of steps, then ranks
+        bad = paddle.where(paddle.isfinite(losses).all(), paddle.full([1], float('inf'), 'float64'), place)
         self.first_bad = paddle.minimum(self.first_bad, bad)
 
     def reduce(self):
@@ -229,6 +378,19 @@ class Totals:
             raise ValueError('no readable image was evaluated')
         return {'loss': loss / images, 'acc1': 100 * right1 / images, 'acc5': 100 * right5 / images, 'images': int(images)}
 
-    def first_bad_step(self):
-        """The first step, on any process, whose loss was not finite."""
-        return int(all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN).item())
+    def bad_place(self):
+        """(step, rank) of the first loss that was not finite, on any process; None while all are."""
+        place = all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN).item()
+        return divmod(int(place), world_size()) if place < float('inf') else None
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def state(self):
+        """This process's part, for `merged`."""
+        return {'sums': self.sums.tolist(), 'seconds': self.seconds()}
+
+    @classmethod
+    def merged(cls, states):
+        """The Totals of several processes together."""
+        return cls(np.sum([state['sums'] for state in states], axis=0), max(state['seconds'] for state in states))

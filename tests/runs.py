@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -47,3 +48,47 @@ def records(folder, split=None):
     with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
         lines = [json.loads(line) for line in file]
     return [line for line in lines if split in (None, line['split'])]
+
+
+def start(name, *words, log, prefix=(), **environment):
+    """Start a main program, or a script, in a session of its own; its output goes to the file `log`."""
+    command = [f'./{name}'] if name.endswith('.sh') else [sys.executable, name]
+    return subprocess.Popen([*prefix, *command, *map(str, words)], cwd=ROOT, stdout=log.open('w'), stderr=subprocess.STDOUT,
+                            start_new_session=True, env={**os.environ, 'PYTHON': sys.executable, 'RUN_OF_TEST': str(log),
+                                                         **environment})
+
+
+def processes(log):
+    """{pid: command line} of the living processes of the run with this `log`."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{pid}/environ', 'rb') as environ, open(f'/proc/{pid}/cmdline', 'rb') as command:
+                if f'RUN_OF_TEST={log}\0'.encode() in environ.read():
+                    found[int(pid)] = command.read().replace(b'\0', b' ').decode()
+        except OSError:
+            continue                                # it has ended, or is a zombie
+    return found
+
+
+def wait_until(condition, seconds, what):
+    """Poll until `condition()` is true; returns what it gave."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f'{what}: not within {seconds} s')
+
+
+def wait_for_step(folder, step, process, seconds=90):
+    """Wait until the run in `folder` has written the record of `step`."""
+    def there():
+        assert process.poll() is None, 'it ended before'
+        path = os.path.join(folder, 'metrics.jsonl')
+        if not os.path.exists(path):
+            return False
+        with open(path, encoding='utf-8') as file:
+            return any(json.loads(line)['step'] >= step for line in file if line.endswith('\n'))
+    wait_until(there, seconds, f'step {step} in {folder}')

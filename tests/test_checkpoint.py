@@ -11,13 +11,15 @@ import utils
 
 
 def state(value):
-    return {'model': {'w': paddle.full([3], value)}, 'progress': {'epoch': 1, 'best': {'val': [97.5, 1]}}, 'scaler': {}}
+    return {'model': {'w': paddle.full([3], value)}, 'progress': {'epoch': 1, 'best': {'val': [97.5, 1]}}, 'scaler': {},
+            'ema': {}, 'optimizer': {'w|moment1_0': paddle.ones([3])}, 'ranks': [{'buffers': {}}], 'facts': {'SEED': 0}}
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     checkpoint.save(str(tmp_path), 12, state(0.5), keep=1)
-    path, loaded = checkpoint.newest(tmp_path)
+    path = checkpoint.newest(tmp_path)
     assert path.endswith('checkpoints/step_00000012.pdckpt')
+    loaded = checkpoint.load(path)
     assert loaded['progress'] == state(0)['progress'] and loaded['scaler'] == {}
     np.testing.assert_array_equal(loaded['model']['w'], np.full(3, 0.5, 'float32'))
 
@@ -41,11 +43,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
         file.write(damage(data))
     with pytest.raises(ValueError, match='step_00000002.pdckpt: .* damaged'):
         checkpoint.load(path)
-    assert checkpoint.newest(tmp_path)[0].endswith('step_00000001.pdckpt')
+    assert checkpoint.newest(tmp_path).endswith('step_00000001.pdckpt')
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert checkpoint.newest(tmp_path) == (None, None)
+    assert checkpoint.newest(tmp_path) == ''
     with pytest.raises(FileNotFoundError, match='nowhere: no such checkpoint'):
         checkpoint.load('nowhere')
 
@@ -57,8 +59,7 @@ class Bomb:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, 'to_numpy', lambda value: value)
-    checkpoint.save(str(tmp_path), 1, {'model': Bomb()}, keep=1)             # with a valid checksum
+    checkpoint.save(str(tmp_path), 1, {**state(0), 'scaler': Bomb()}, keep=1)             # with a valid checksum
     with pytest.raises(ValueError, match='system'):
         checkpoint.load(checkpoint.steps(tmp_path)[0])
     assert not os.path.exists('bomb_went_off')
@@ -96,14 +97,25 @@ def test_run_folders_of_the_same_second_differ(tmp_path):
         utils.make_run_folder(str(tmp_path / 'file'), 'unused', 'name')
 
 
-def test_metrics_rewind_to_a_step(tmp_path):
+def test_metrics_rewind_to_a_step_and_its_evaluations(tmp_path):
     metrics = utils.Metrics(tmp_path)
-    for step in (1, 2, 3):
-        metrics.write(step=step, loss=1 / 3)
+    for epoch in (1, 2):
+        for step in (2 * epoch - 1, 2 * epoch):
+            metrics.write(epoch=epoch, step=step, split='train', loss=1 / 3)
+        metrics.write(epoch=epoch, step=2 * epoch, split='val', loss=0.5)
+    lines = open(metrics.path, encoding='utf-8').read().splitlines(keepends=True)
+    assert lines[0] == '{"epoch": 1, "step": 1, "split": "train", "loss": 0.33333333}\n'
     with open(metrics.path, 'a', encoding='utf-8') as file:
         file.write('{"step": 4, "lo')                # a kill in the middle of a line
-    metrics.rewind(2)
-    assert open(metrics.path, encoding='utf-8').read() == '{"step": 1, "loss": 0.33333333}\n{"step": 2, "loss": 0.33333333}\n'
+    for step, epochs, kept in ((9, 9, 6), (4, 2, 6), (4, 1, 5), (3, 1, 4), (2, 1, 3), (2, 0, 2), (0, 0, 0)):
+        metrics.rewind(step, epochs)
+        assert open(metrics.path, encoding='utf-8').read() == ''.join(lines[:kept])
+
+
+def test_a_damaged_metrics_file_is_named(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_bytes(b'{"epoch": 1, "step": 1, "split": "train"}\n\xff\x00\n')
+    with pytest.raises(ValueError, match='metrics.jsonl:2: not a record'):
+        utils.Metrics(tmp_path).rewind(5, 5)
 
 
 def test_totals_sum_what_is_added():
@@ -112,6 +124,9 @@ def test_totals_sum_what_is_added():
     totals.add(paddle.to_tensor([1., 2., 3.]), logits, paddle.to_tensor([0, 1, 0]))
     totals.add(paddle.to_tensor([6.]), logits[:1], paddle.to_tensor([5]))
     assert totals.reduce() == {'loss': 3.0, 'acc1': 25.0, 'acc5': 50.0, 'images': 4}
+    assert totals.bad_place() is None
+    again = utils.Totals.merged([totals.state(), {'sums': [1, 1, 1, 1], 'seconds': 100.0}])
+    assert again.sums.tolist() == [13, 2, 3, 5] and 100 <= again.seconds() < 101
     totals.add(paddle.to_tensor([float('nan')]), logits[:1], paddle.to_tensor([5]), step=7)
     totals.add(paddle.to_tensor([float('inf')]), logits[:1], paddle.to_tensor([5]), step=8)
-    assert totals.first_bad_step() == 7
+    assert totals.bad_place() == (7, 0)

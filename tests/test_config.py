@@ -312,7 +312,7 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'pixels_cv2': {'augment'},
     'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
-    'checkpoint': {'utils', 'weights'},
+    'checkpoint': {'optim', 'utils', 'weights'},
     'results': {'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'utils', 'tools'},          # tools.report, when a training ends
     'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results',
