@@ -31,7 +31,7 @@ class Photo:
     """An image whose pixels are decoded when it is known which of them are needed."""
 
     size: tuple                                     # width, height
-    decode: Callable                                # reduction -> uint8 (H, W, 3), both sides over it, rounded up
+    decode: Callable                                # reduction -> uint8 (H, W, 3), BGR, both sides over it, rounded up
     reductions: tuple = (1,)
 
 
@@ -69,7 +69,7 @@ def _decode_jpeg(data, reduction):
     except cv2.error:
         pixels = None
     if pixels is not None:
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+        return pixels
     try:                                            # Pillow's reason, or its pixels
         return _decode_by_pillow(data)[::reduction, ::reduction]
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
@@ -78,7 +78,7 @@ def _decode_jpeg(data, reduction):
 
 def _decode_by_pillow(data):
     with Image.open(io.BytesIO(data)) as file:
-        return np.asarray(file.convert('RGB'))
+        return cv2.cvtColor(np.asarray(file.convert('RGB')), cv2.COLOR_RGB2BGR)
 
 
 @augment.resized_crop.register
@@ -90,10 +90,11 @@ def _(photo: Photo, box, size):
     part = photo.decode(reduction)[y:bottom, x:right]
     part = _blurred(part, width / size, height / size)
     if reduction == 1:
-        return cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
-    # the box need not begin and end at whole pixels
-    matrix = (width / size, 0, left - x, 0, height / size, top - y)
-    return _warp(part, matrix, (size, size), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        pixels = cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+    else:                                           # the box need not begin and end at whole pixels
+        matrix = (width / size, 0, left - x, 0, height / size, top - y)
+        pixels = _warp(part, matrix, (size, size), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
 def _blurred(pixels, x_scale, y_scale):

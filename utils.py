@@ -312,6 +312,8 @@ def atomic_write(path, write):
             os.close(folder)
     except OSError as error:
         _remove(temporary)
+        if error.errno is None:
+            raise                                   # `write` says by itself what is wrong
         raise OSError(error.errno, f'cannot write: {error.strerror}; what was there before is intact', str(path)) from None
     except BaseException:
         _remove(temporary)
