@@ -195,6 +195,7 @@ def parse_args(argv=None):
     add('results', 'RESULTS', 'CSV file that an evaluation appends a line to', metavar='FILE')
     add('device', 'DEVICE', 'auto, gpu or cpu')
     add('nprocs', 'NPROCS', 'processes that main_multi_gpu.py starts', metavar='N')
+    parser.add_argument('-ngpus', '--ngpus', dest='NPROCS', help=argparse.SUPPRESS)  # its name in PaddleViT's first version
     add('eval', 'EVAL', 'only evaluate', action='store_const', const=True)
     add('amp', 'AMP', 'mixed precision (GPU)', action='store_const', const=True)
     parser.add_argument('-opts', '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE',

@@ -3,9 +3,6 @@ import os
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable
 
 import utils  # isort: skip  (first: it prepares for Paddle's import)
 
@@ -14,12 +11,12 @@ from paddle import nn
 
 import augment
 import checkpoint
-import datasets
 import monitor
 import optim
 import weights
+from builders import build_evaluation, build_saver, build_training
 from checkpoint import Progress
-from halonet import BatchNormAct, build_halonet
+from halonet import build_halonet
 from results import save_result
 from utils import log
 
@@ -31,15 +28,14 @@ def run(config, stop=None):
     Raises ValueError or OSError, saying what to mend, for input that does not fit, and utils.Stopped once `stop`, a
     utils.Stop, is requested and what is done is saved.
     """
+    if not config.MODEL.NUM_CLASSES:
+        raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train or to evaluate')
     stop = stop or utils.Stop()
     device = utils.start(config.DEVICE)
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
     utils.setup_logger(folder)
     describe(config, device, folder)
-    evaluation = Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
-                            to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-                            autocast=build_autocast(config, device), stop=stop,
-                            predictions=monitor.Predictions(folder) if config.EVAL else monitor.NoPredictions())
+    evaluation = build_evaluation(config, device, folder, stop)
     paddle.seed(config.SEED)
     model = build_halonet(config)
     log.info('%s: %.2f M parameters', config.MODEL.NAME, sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6)
@@ -64,140 +60,6 @@ def run(config, stop=None):
 def main(config):
     """`run` for a command line: mistakes, failures and SIGTERM or SIGINT end it with one line and utils' exit codes."""
     run(config, utils.Stop().listen())
-
-
-# ---- construction
-
-@dataclass
-class Evaluation:
-    """What an evaluation needs beside the model."""
-    loader: datasets.Loader
-    to_input: Callable                              # uint8 images -> network input
-    autocast: Callable                              # -> the context of a forward pass
-    predictions: Any                                # keeps what the model says about each image
-    stop: utils.Stop
-
-
-@dataclass
-class Training:
-    """What a training run consists of, and its derived numbers."""
-    model: nn.Layer
-    parallel: nn.Layer                              # the same network, reducing gradients over the processes
-    optimizer: paddle.optimizer.Optimizer
-    scaler: paddle.amp.GradScaler
-    ema: Any
-    loader: datasets.Loader
-    to_input: Callable                              # uint8 images, indices, epoch -> network input
-    to_targets: Callable                            # labels -> soft targets
-    mix: Callable                                   # input, targets, rng, indices -> input, targets
-    loss: Callable                                  # logits, targets -> losses
-    autocast: Callable
-    monitor: monitor.Monitor
-    lr_at: Callable                                 # optimizer step -> learning rate
-    seed: int
-    epochs: int
-    accum: int                                      # forward passes per optimizer step
-    clip: Callable                                  # limits the gradients of a model
-    report_freq: int
-    validate_freq: int
-
-    @property
-    def steps_per_epoch(self):
-        return -(-len(self.loader) // self.accum)   # the last step of an epoch may have fewer forward passes
-
-    def lr(self, progress, back=0):
-        """Learning rate of the next step, or of one `back` steps before it: it follows the epochs, however many steps they
-        had."""
-        return self.lr_at(progress.epoch * self.steps_per_epoch + progress.steps_of_epoch - back)
-
-
-@dataclass
-class Saver:
-    """When and where checkpoints are written."""
-    folder: str
-    facts: dict                                     # what decides the mathematics
-    stop: utils.Stop
-    freq: int                                       # epochs
-    steps: int                                      # optimizer steps; 0: never within an epoch for their number
-    seconds: float                                  # 0: never for the time
-    keep: int
-    written: float                                  # when the last one was, or the start
-
-    def wishes(self, step):
-        """(this process wishes to stop, it wishes a checkpoint after `step`); the time is rank 0's."""
-        late = self.seconds and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
-        return self.stop.requested, late or self.steps and step % self.steps == 0
-
-
-def build_autocast(config, device):
-    """A function that gives the context of a forward pass: mixed precision with AMP on a GPU, nothing otherwise."""
-    if config.AMP and device == 'cpu':
-        log.info('-amp: mixed precision needs a GPU; going on in float32')
-    if not config.AMP or device == 'cpu':
-        return nullcontext
-    return partial(paddle.amp.auto_cast, level='O1', dtype=config.AMP_DTYPE)
-
-
-def build_training(config, model, device):
-    world = utils.world_size()
-    loader = datasets.build_train(config, utils.rank(), world)
-    train, data = config.TRAIN, config.DATA
-    log.info('%s: %d images to train on in %s', data.DATASET, len(loader.dataset), data.DATA_PATH)
-    global_batch = data.BATCH_SIZE * world * train.ACCUM_ITER
-    base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
-    steps_per_epoch = -(-len(loader) // train.ACCUM_ITER)
-    log.info('training: %d steps per epoch of %d images (%d per forward pass x %d processes x %d passes), learning rate %.3e',
-             steps_per_epoch, global_batch, data.BATCH_SIZE, world, train.ACCUM_ITER, base_lr)
-
-    def to_input(images, indices, epoch):
-        images = datasets.normalise(images, data.MEAN, data.STD)
-        return augment.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
-                                   mode=train.RANDOM_ERASE_MODE)
-
-    if train.SYNC_BN:
-        synchronise_norms(model, device)
-    utils.meet()                                    # some processes may take long to read the list
-    return Training(
-        model=model, parallel=paddle.DataParallel(model) if world > 1 else model,
-        optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
-        scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
-        loader=loader, to_input=to_input, autocast=build_autocast(config, device),
-        monitor=monitor.Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
-        mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
-                             train.MIXUP_MODE),
-        to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
-        lr_at=optim.build_schedule(config, base_lr, steps_per_epoch), loss=optim.build_loss(config),
-        clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
-        seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
-        report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ)
-
-
-def build_saver(config, training, folder, stop):
-    facts = checkpoint.facts(
-        config, **{'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)':
-                   config.DATA.BATCH_SIZE * utils.world_size() * training.accum,
-                   'train_list.txt': training.loader.dataset.samples.digest()})
-    return Saver(folder, facts, stop, freq=config.SAVE_FREQ, steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES,
-                 keep=config.SAVE_KEEP, written=time.monotonic())
-
-
-class SyncBatchNormAct(nn.SyncBatchNorm):
-    """BatchNormAct with the statistics of the images of all processes."""
-
-    def forward(self, x):
-        return self.act(super().forward(x))
-
-
-def synchronise_norms(model, device):
-    """Give every batch norm of `model` the statistics of all processes, on a GPU; Paddle has no such kernel for CPU.
-
-    Paddle's convert_sync_batchnorm would put plain norms, without their activation, in the place of ours.
-    """
-    if device == 'cpu':
-        return log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
-    for layer in model.sublayers():
-        if isinstance(layer, BatchNormAct) and not layer._use_global_stats:
-            layer.__class__ = SyncBatchNormAct      # the same attributes, parameters and names
 
 
 # ---- restoring

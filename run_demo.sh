@@ -34,6 +34,7 @@ demo: done: $result
   weights   $PWD/$run/final.pdparams
   log       $PWD/$run/log.txt
   metrics   $PWD/$run/metrics.jsonl
+  page      $PWD/$run/report.html (curves, confusions, mistakes: open it in a browser)
 Next, your own images (a folder with train_list.txt and val_list.txt, lines 'relative/path label'), here with three classes:
   $python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES 3
 END

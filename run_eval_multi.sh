@@ -11,10 +11,11 @@
 #   NPROCS=                              processes on this machine; empty: one per visible GPU
 #   NNODES=1 NODE_RANK= MASTER=          of several machines: how many, which one this is from 0 on, host:port of number 0
 #   PYTHON=                              empty: .venv's if there is one, else python
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh run_..._multi.sh works too
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -n ${PRETRAINED:-} ]] || { echo 'run_eval_multi.sh: name the weights: PRETRAINED=FILE ./run_eval_multi.sh' >&2; exit 1; }
+[[ -n ${PRETRAINED:-} ]] || { echo 'run_eval_multi.sh: name the weights: PRETRAINED=FILE ./run_eval_multi.sh' >&2; exit 2; }
 
 options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
 options+=(-eval -pretrained "$PRETRAINED")

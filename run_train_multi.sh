@@ -15,6 +15,7 @@
 #
 # Ends with 0 when done; 75 when SIGTERM or Ctrl-C stopped it, with a checkpoint written; 2 for a mistake that another start
 # would meet again; else with a failure (docs/reliability.md).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh run_..._multi.sh works too
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

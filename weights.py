@@ -98,14 +98,16 @@ def load_pretrained(model, path, *, ema=False, fine_tune=False):
 
     path: a file of any format that weightfiles.read knows (its .pdparams ending may be left out), or a name such as
     timm/halonet26t.a1h_in1k. ema: a checkpoint's averaged weights instead of the raw ones. fine_tune: adapt(...) first.
-    Raises FileNotFoundError, and ValueError, naming the file, where it is damaged or does not fit.
+    A model without a classifier (num_classes 0) leaves the file's out. Raises FileNotFoundError, and ValueError, naming the
+    file, where it is damaged or does not fit.
     """
     try:
         found = find(path)
     except (ValueError, OSError) as error:
         raise type(error)(f'-pretrained {error}') from error
     try:
-        state = to_ours(read(found, ema))
+        state, wanted = to_ours(read(found, ema)), model.state_dict()
+        state = {key: value for key, value in state.items() if key not in HEAD or key in wanted}
         model.set_state_dict(adapt(state, model) if fine_tune else state)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(found) else f'{found}: {error}') from None

@@ -5,6 +5,7 @@ import pytest
 import reference as ref
 from paddle import nn
 
+import weights
 from attention import BottleneckAttention, LambdaLayer, halo_attention
 from config import get_config
 from halonet import Bottleneck, build_halonet
@@ -108,6 +109,13 @@ def test_without_classifier():
     assert set(whole.state_dict()) - set(model.state_dict()) == {'head.fc.weight', 'head.fc.bias'}
     images = ref.seeded_images((2, 3, 32, 32))
     np.testing.assert_array_equal(ref.run(model, images), whole.forward_features(paddle.to_tensor(images)).mean([2, 3]).numpy())
+
+
+def test_a_backbone_takes_the_weights_of_a_classifier(tmp_path):
+    whole, model = build_tiny(), build_tiny('MODEL.NUM_CLASSES', 0)
+    paddle.save(whole.state_dict(), str(tmp_path / 'whole.pdparams'))
+    weights.load_pretrained(model, str(tmp_path / 'whole.pdparams'))
+    assert all((value.numpy() == whole.state_dict()[key].numpy()).all() for key, value in model.state_dict().items())
 
 
 class Detector(nn.Layer):

@@ -315,8 +315,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'checkpoint': {'optim', 'utils', 'weights'},
     'results': {'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'utils', 'tools'},          # tools.report, when a training ends
-    'engine': {'halonet', 'ops', 'augment', 'datasets', 'optim', 'weights', 'utils', 'checkpoint', 'results',
-               'monitor'},                  # all but config
+    'builders': {'augment', 'checkpoint', 'datasets', 'halonet', 'monitor', 'optim', 'utils'},
+    'engine': {'augment', 'builders', 'checkpoint', 'halonet', 'monitor', 'optim', 'results', 'utils', 'weights'},
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }

@@ -180,6 +180,7 @@ def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):
     (['EVAL', True], '-eval needs weights'),
     (['EVAL', True, 'MODEL.PRETRAINED', 'nowhere'], '-pretrained nowhere: no such file'),
     (['DEVICE', 'gpu'], 'Paddle sees no GPU here'),
+    (['MODEL.NUM_CLASSES', 0], 'a backbone without a classifier'),
     (['MODEL.RESUME', 'nowhere'], 'nowhere: no such checkpoint'),
     (['DATA.BATCH_SIZE', 21], '20 training images do not fill one batch of 21'),
     (['TRAIN.BASE_LR', 1e30, 'TRAIN.WARMUP_EPOCHS', 0],

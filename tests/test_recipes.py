@@ -9,6 +9,7 @@ import pytest
 from runs import ROOT, TINY, make_images, options, program, records
 
 import augment
+import builders
 import engine
 import optim
 from config import flatten, get_config
@@ -140,7 +141,7 @@ def test_the_warm_up_of_the_average_begins_with_the_first_step(images, tmp_path)
 def test_training_is_built_from_the_options(images):
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
                                'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
-    training = engine.build_training(config, build_halonet(config), 'cpu')
+    training = builders.build_training(config, build_halonet(config), 'cpu')
     assert training.mix == augment.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
     assert (training.loader.sampler.repeats, training.loader.sampler.step_size) == (3, 24)
     logits, targets = paddle.randn([2, 4]), paddle.to_tensor([[0.1, 0.9, 0, 0], [0.3, 0.3, 0.4, 0]])

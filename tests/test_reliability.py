@@ -16,10 +16,12 @@ import paddle
 import pytest
 from runs import ROOT, TINY, make_images, options, processes, program, records, start, wait_for_step, wait_until
 
+import builders
 import checkpoint
 import engine
 import utils
 from config import flatten, get_config
+from halonet import build_halonet
 
 DRAW = random.Random(4)                             # the steps at which runs are killed
 CHANCE = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
@@ -119,7 +121,8 @@ def test_a_stop_in_an_evaluation_keeps_the_epoch(images, whole, tmp_path):
 
 
 def test_checkpoints_by_the_clock(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, 'time', SimpleNamespace(monotonic=lambda: clock.pop(0) if len(clock) > 1 else clock[0]))
+    for module in (builders, engine):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock.pop(0) if len(clock) > 1 else clock[0]))
     clock = [0, 30, 59, 60, 60, 119, 120, 120, 150]          # the start, then each question, and each checkpoint's time
     run(images, tmp_path, 'TRAIN.NUM_EPOCHS', 3, 'SAVE_MINUTES', 1.0, 'SAVE_FREQ', 3, 'SAVE_KEEP', 100)
     assert [os.path.basename(path)[5:13] for path in checkpoint.steps(tmp_path)] == ['00000006', '00000005', '00000003']
@@ -315,9 +318,9 @@ def test_synchronised_norms_keep_the_network(monkeypatch):
         return paddle.nn.functional.batch_norm(x, mean, variance, weight, bias, not is_test, momentum, epsilon), *[None] * 5
     monkeypatch.setattr(paddle.nn.layer.norm._C_ops, 'sync_batch_norm_', kernel)
     config = get_config(None, TINY)
-    plain, model = engine.build_halonet(config), engine.build_halonet(config)
+    plain, model = build_halonet(config), build_halonet(config)
     model.set_state_dict(plain.state_dict())
-    engine.synchronise_norms(model, 'gpu')
+    builders.synchronise_norms(model, 'gpu')
     assert sum(isinstance(layer, paddle.nn.SyncBatchNorm) for layer in model.sublayers()) == 9
     x = paddle.randn([2, 3, 16, 16])
     for mode in ('train', 'eval'):

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -207,10 +208,17 @@ def test_train_launcher(tmp_path):
 
 def test_eval_launcher(tmp_path):
     output, status = launch(tmp_path, 'run_eval_multi.sh')
-    assert status == 1 and 'PRETRAINED=' in output[0]
+    assert status == 2 and 'PRETRAINED=' in output[0]
     arguments, _ = launch(tmp_path, 'run_eval_multi.sh', '-amp', PRETRAINED='w.pdparams', BATCH_SIZE='8')
     assert arguments[5:] == ['-data_path', '/dataset/imagenet', '-eval', '-pretrained', 'w.pdparams', '-batch_size_eval', '8',
                              '-amp']
+
+
+@pytest.mark.parametrize('script', ['run_train_multi.sh', 'run_eval_multi.sh'])
+def test_launchers_run_under_sh_as_the_predecessors_did(script, tmp_path):
+    done = subprocess.run(['sh', os.path.join(ROOT, script), '-h'], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHON': sys.executable, 'PRETRAINED': 'w'})
+    assert done.returncode == 0 and '-data_path' in done.stdout, done.stderr
 
 
 def test_launchers_speak_the_config_command_line(tmp_path):
