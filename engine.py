@@ -41,7 +41,7 @@ def run(config, stop=None):
     log.info('%s: %.2f M parameters', config.MODEL.NAME, sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6)
     metrics = monitor.Metrics(folder)
     if config.EVAL:
-        load_for_evaluation(model, config)
+        load_for_evaluation(model, config, folder)
         write_config(config, folder, 'config_eval.yaml')
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
         evaluation.predictions.save('eval')
@@ -64,15 +64,20 @@ def main(config):
 
 # ---- restoring
 
-def load_for_evaluation(model, config):
+def load_for_evaluation(model, config, folder):
     """The weights that -pretrained or -resume names."""
-    if config.MODEL.RESUME:
-        model.set_state_dict(checkpoint.load(config.MODEL.RESUME)['model'])
-    elif config.MODEL.PRETRAINED:
-        weights.load_pretrained(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA)
-    else:
+    path = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if path == 'auto':
+        path = utils.on_rank_0(checkpoint.newest, folder)
+        if not path:
+            raise ValueError(f'-eval -resume auto: {folder} holds no good checkpoint')
+    if not path:
         raise ValueError('-eval needs weights: give -pretrained FILE')
-    log.info('evaluating %s', config.MODEL.RESUME or config.MODEL.PRETRAINED)
+    if config.MODEL.RESUME:
+        model.set_state_dict(checkpoint.load(path)['model'])
+    else:
+        weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA)
+    log.info('evaluating %s', path)
 
 
 def restore(training, saver, config, metrics):

@@ -71,6 +71,12 @@ def test_evaluation_of_saved_weights_repeats_that_of_the_run(images, full_run, t
     assert averaged['loss'] == pytest.approx(records(full_run, 'val_ema')[-1]['loss'], rel=1e-6)
 
 
+def test_evaluation_of_the_newest_checkpoint(images, full_run, tmp_path):
+    shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
+    result = run(images, tmp_path, 'EVAL', True, 'MODEL.RESUME', 'auto')['val']
+    assert result['loss'] == pytest.approx(records(full_run, 'val')[-1]['loss'], rel=1e-6)
+
+
 def test_evaluation_equals_a_plain_loop(images, full_run, tmp_path):
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', images])
     model = build_halonet(config)
@@ -182,6 +188,7 @@ def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):
     (['DEVICE', 'gpu'], 'Paddle sees no GPU here'),
     (['MODEL.NUM_CLASSES', 0], 'a backbone without a classifier'),
     (['MODEL.RESUME', 'nowhere'], 'nowhere: no such checkpoint'),
+    (['EVAL', True, 'MODEL.RESUME', 'auto'], 'holds no good checkpoint'),
     (['DATA.BATCH_SIZE', 21], '20 training images do not fill one batch of 21'),
     (['TRAIN.BASE_LR', 1e30, 'TRAIN.WARMUP_EPOCHS', 0],
      'the loss is not finite: epoch 1, step 2, rank 0, learning rate 7.500e+29'),
