@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), 
 
 # B, N, d, v, Y, X, block, halo, stride
 GRID = [
-    (2, 8, 32, 32, 2, 2, 8, 2, 1),    # the layers of halonet_26t and of peer_bench.py
+    (2, 8, 32, 32, 2, 2, 8, 2, 1),    # the layers of halonet_26t, halonet_50ts and others
     (2, 8, 64, 64, 2, 2, 8, 2, 2),
     (1, 4, 32, 32, 4, 4, 8, 3, 1),
     (1, 4, 16, 16, 3, 2, 8, 3, 1),
