@@ -97,7 +97,8 @@ def report(seconds, images, **facts):
                'images_per_s': images / cuts[49], 'best_images_per_s': images / min(values), 'ratio': first / cuts[49]}
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
         print(' '.join(f'{key} {value}' for key, value in facts.items()) + f'  {name:24} p50 {row["p50_ms"]:8.1f} ms  p90 '
-              f'{row["p90_ms"]:8.1f}  p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  x{row["ratio"]:.2f}', flush=True)
+              f'{row["p90_ms"]:8.1f}  p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  '
+              f'x{row["ratio"]:.2f}', flush=True)
     return rows
 
 
@@ -119,7 +120,7 @@ def measure_eval(args, threads):
             expected = y if expected is None else expected
             if not abs(y - expected).max() <= 1e-4 * abs(expected).max():
                 print(f'{name}: logits differ by {abs(y - expected).max() / abs(expected).max():.1e} of the largest', flush=True)
-            engines[name] = lambda engine=engine: engine(x)
+            engines[name] = lambda engine=engine, x=x: engine(x)
         rows += report(in_turn(engines, args.rounds, args.runs), batch, batch=batch, threads=threads)
     return rows
 

@@ -106,7 +106,9 @@ class WindowLookup(nn.Layer):
         Y, X, b, w = -(-H // self.block), -(-W // self.block), self.block // self.stride, self.block + 2 * self.halo
         h, width = -(-H // self.stride), -(-W // self.stride)
         x = x.transpose([0, 2, 3, 1])                                                            # (B, H, W, C)
-        q = self.rows(self.q(x[:, ::self.stride, ::self.stride]), lookup(Y, X, b, b, 0, h, width, N)).reshape([-1, Y * X * N, b, b, self.height_rel.shape[1]])
+        queries = lookup(Y, X, b, b, 0, h, width, N)
+        q = self.rows(self.q(x[:, ::self.stride, ::self.stride]), queries)
+        q = q.reshape([-1, Y * X * N, b, b, q.shape[-1]])                                        # (B, P*N, b, b, d)
         windows = lookup(Y, X, self.block, w, self.halo, H, W, N)
         k = self.rows(self.k(x), windows).reshape([-1, Y * X * N, w * w, q.shape[-1]])           # (B, P*N, w*w, d)
         value = self.rows(self.v(x), windows)
@@ -121,7 +123,7 @@ class WindowLookup(nn.Layer):
         out = nn.functional.softmax(q.matmul(k, transpose_y=True) + position).matmul(value)     # (B, P*N, b*b, v)
         out = out.reshape([-1, Y * X * N * b * b, out.shape[-1]])
         back = np.full(h * width * N + 1, -1)
-        back[lookup(Y, X, b, b, 0, h, width, N)] = np.arange(Y * X * N * b * b)                  # rows of padding share the last
+        back[queries] = np.arange(Y * X * N * b * b)                  # rows of padding share the last
         out = out.gather(paddle.to_tensor(back[:-1]), axis=1).reshape([-1, h, width, N * out.shape[-1]])
         return self.pool(out.transpose([0, 3, 1, 2]))
 
