@@ -1,0 +1,142 @@
+"""Write a model for inference runtimes: Paddle Inference and ONNX, checked against the model itself.
+
+  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams -output exported
+  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams -output exported -dynamic
+
+Batch norms are folded, and any batch size may be given. DIR gets model.json and model.pdiparams (Paddle), model.onnx and
+meta.json: how images are prepared, and the class names. The logits of each file are compared with the model's for 1, 3 and 8
+images; where they differ by more than 1e-4 of the largest, nothing is written. ONNX needs requirements-export.txt.
+Exit status: 0, 1 if the check fails, or 2 for a mistake in the command.
+"""
+import json
+import os
+import shutil
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools import cli, runtimes  # noqa: E402
+
+LIMIT = 1e-4
+BATCHES = (1, 3, 8)
+FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': lambda folder: runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))}
+
+
+def parser():
+    options = cli.Parser(__doc__)
+    options.add_model()
+    options.add('output', 'the folder to make', metavar='DIR', required=True)
+    options.add('size', 'the same as -image_size', dest='image_size', metavar='N')
+    options.add('dynamic', 'let images have any size too; slower in ONNX, and for networks of conv and halo blocks only',
+                action='store_true')
+    options.add('format', 'what to write', nargs='+', choices=FORMATS, default=list(FORMATS))
+    options.add('opset', 'of ONNX; 13 or more', type=int, default=17)
+    return options
+
+
+def main(args):
+    args.opts = [*args.opts, 'MODEL.ATTENTION', 'composed']                 # runtimes know no operators of ours
+    config = cli.config_of(args)
+    if args.dynamic and any(kind in stage for stage in config.MODEL.STAGES for kind in ('bot', 'lambda')):
+        raise ValueError('-dynamic: bot and lambda blocks are built for one size; give it by -size')
+    if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
+        raise ValueError(f'-output {args.output} exists and is not an empty folder; choose another')
+    if 'onnx' in args.format:
+        for name in ('paddle2onnx', 'onnx', 'onnxruntime'):
+            runtimes.need(name)
+    names = cli.class_names(config, args.classes)
+    parent = os.path.dirname(os.path.abspath(args.output))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
+        model, _ = cli.load_model(config)
+        expected = [(x, run(model, x)) for x in images(config.DATA.IMAGE_SIZE, args.dynamic)]
+        write(model, config.DATA.IMAGE_SIZE, args, folder)
+        differences = {name: difference(FORMATS[name](folder), expected) for name in args.format}
+        for name, value in differences.items():
+            print(f'{name}: differs from the model by {value:.1e} of the largest logit')
+        if not max(differences.values()) <= LIMIT:                          # not a number fails too
+            print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
+            return 1
+        cli.write_text(os.path.join(folder, 'meta.json'), json.dumps(metadata(config, args, names, differences), indent=1) + '\n')
+        ready = os.path.join(folder, 'ready')
+        os.mkdir(ready)
+        for name in os.listdir(folder):
+            if name != 'ready':
+                shutil.move(os.path.join(folder, name), ready)
+        os.replace(ready, args.output)
+    print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
+    return 0
+
+
+def images(size, dynamic):
+    """Standard normal images to compare on: of each batch size, and with `dynamic` of other sides as well."""
+    import numpy as np
+    random = np.random.default_rng(0)
+    sides = [(size, size), (size + 32, size), (size - 13, size + 5)] if dynamic else [(size, size)] * len(BATCHES)
+    return [random.standard_normal((batch, 3, *side), dtype='float32') for batch, side in zip(BATCHES, sides)]
+
+
+def run(model, x):
+    import paddle
+    with paddle.no_grad():
+        return model(paddle.to_tensor(x)).numpy()
+
+
+def difference(runtime, expected):
+    """The largest difference from the expected logits, over the largest of these."""
+    import numpy as np
+    return max(float(np.abs(runtime(x) - y).max() / np.abs(y).max()) for x, y in expected)
+
+
+def write(model, size, args, folder):
+    """Put the files of args.format into the folder; the model is folded by it."""
+    from tools.deployed import deployed, look_windows_up
+    deployed(model)
+    side = None if args.dynamic else size
+    if 'paddle' in args.format:
+        save(model, side, os.path.join(folder, 'model'))
+    if 'onnx' in args.format:
+        if not args.dynamic:
+            look_windows_up(model)                                          # Paddle Inference 3.3.1 crashes on these lookups
+        with tempfile.TemporaryDirectory() as temporary:
+            save(model, side, os.path.join(temporary, 'model'))
+            to_onnx(os.path.join(temporary, 'model'), os.path.join(folder, 'model.onnx'), args.opset)
+
+
+def save(model, side, path):
+    import paddle
+    spec = paddle.static.InputSpec([None, 3, side, side], 'float32', 'images')
+    paddle.jit.save(paddle.jit.to_static(model.forward, input_spec=[spec], full_graph=True), path)
+
+
+def to_onnx(path, target, opset):
+    """A saved program -> an ONNX file, whose padding is made zero: paddle2onnx 2.1.0 writes memory that it never set there."""
+    import numpy as np
+    import onnx
+    import paddle2onnx
+    paddle2onnx.export(f'{path}.json', f'{path}.pdiparams', target, opset_version=opset)
+    model = onnx.load(target)
+    zero = onnx.numpy_helper.from_array(np.zeros([], 'float32'), 'pad.zero')
+    model.graph.initializer.append(zero)
+    for node in model.graph.node:
+        if node.op_type == 'Pad':
+            node.input[2:3] = [zero.name]
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [value for value in model.graph.initializer if value.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    onnx.checker.check_model(model)
+    onnx.save(model, target)
+
+
+def metadata(config, args, names, differences):
+    data = config.DATA
+    return {'model': config.MODEL.NAME, 'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
+            'size': data.IMAGE_SIZE, 'dynamic_size': args.dynamic, 'crop_pct': data.CROP_PCT, 'interpolation': 'bicubic',
+            'resize': 'the shorter side to size / crop_pct, then the centre size x size', 'mean': list(data.MEAN),
+            'std': list(data.STD), 'difference_from_model': differences, 'classes': names}
+
+
+if __name__ == '__main__':
+    parser().run(main)
