@@ -1,4 +1,5 @@
-"""Weight files of Paddle, PyTorch and safetensors -> {key: numpy array}. Only numpy and safetensors are needed.
+"""Weight files of Paddle, PyTorch and safetensors -> {key: numpy array}; also back into PyTorch's. Only numpy and safetensors
+are needed.
 
 What a file is follows from its content, not from its ending, and nothing in it is ever run: of the globals that a pickle
 names, arrays and containers are allowed, PyTorch's tensors become stand-ins of ours, and anything else is refused by name.
@@ -258,3 +259,40 @@ def _open_torch_legacy(file, size):
             raise ValueError(f'it is incomplete: the storage {str(key)[:80]!r} is not there as a whole')
         found.numbers = _numbers(file.read(found.nbytes), found.kind)
     return content
+
+
+def encode_torch(state):
+    """{key: array} -> the bytes of the file that torch.save of such a dict of tensors writes, readable with weights_only too.
+
+    Raises ValueError for numbers that PyTorch does not have.
+    """
+    state = {key: np.asarray(value, value.dtype.newbyteorder('<'), order='C') for key, value in state.items()}
+    entries = {'data.pkl': _pickle_tensors(state), 'byteorder': b'little', 'version': b'3\n',
+               **{f'data/{number}': value.tobytes() for number, value in enumerate(state.values())}}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        for name, content in entries.items():       # ZipInfo, as a mere name would be given the time of day
+            archive.writestr(zipfile.ZipInfo(f'archive/{name}'), content)
+    return file.getvalue()
+
+
+def _pickle_tensors(state):
+    """The pickle of {key: tensor}, the Nth in storage N, opcode by opcode: a Pickler would import torch to name its globals."""
+    def plain(value):
+        return pickle.dumps(value, 2)[2:-1]         # without the marks of beginning and end
+
+    def name(module, what):
+        return pickle.GLOBAL + f'{module}\n{what}\n'.encode()
+
+    storages = {kind: what for what, kind in TORCH_STORAGES.items()}
+    parts = [pickle.PROTO, b'\2', pickle.EMPTY_DICT, pickle.MARK]
+    for number, (key, value) in enumerate(state.items()):
+        if value.dtype.name not in storages:
+            raise ValueError(f'{key}: PyTorch has no {value.dtype.name}; known are {", ".join(storages)}')
+        strides = tuple(math.prod(value.shape[axis + 1:]) for axis in range(value.ndim))
+        storage = [pickle.MARK, plain('storage'), name('torch', storages[value.dtype.name]), plain(str(number)), plain('cpu'),
+                   plain(value.size), pickle.TUPLE, pickle.BINPERSID]
+        parts += [plain(key), name('torch._utils', '_rebuild_tensor_v2'), pickle.MARK, *storage, plain(0), plain(value.shape),
+                  plain(strides), plain(False), name('collections', 'OrderedDict'), pickle.EMPTY_TUPLE, pickle.REDUCE,
+                  pickle.TUPLE, pickle.REDUCE]
+    return b''.join([*parts, pickle.SETITEMS, pickle.STOP])

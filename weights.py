@@ -11,18 +11,27 @@ import numpy as np
 from utils import log
 from weightfiles import PADDLE_NAME_TABLE, read, read_pickle  # noqa: F401  (checkpoints are read by the latter too)
 
-PADDLEVIT = (                                       # its names, in its order from the outside in -> ours (timm's)
-    (re.compile(r'^stage(\d+)\.blocks\.'), lambda m: f'stages.{int(m[1]) - 1}.'),
-    (re.compile(r'\.creat_shortcut\.'), '.shortcut.'),
-    (re.compile(r'\.pos_embed\.rel_(height|width)$'), r'.pos_embed.\1_rel'),
-    (re.compile(r'\.post_attn\.bn\.'), '.post_attn.'),
-    (re.compile(r'^classifier\.1\.'), 'head.fc.'),
+
+def _table(pairs):
+    """Pairs of whole parts of keys, old and new -> what rename takes."""
+    return tuple((re.compile(rf'(?<![^.]){re.escape(old)}(?![^.])'), new) for old, new in pairs)
+
+
+PADDLEVIT_NAMES = (                                 # its names and ours, which are timm's
+    *((f'stage{n + 1}.blocks', f'stages.{n}') for n in range(4)),
+    ('creat_shortcut', 'shortcut'),
+    ('pos_embed.rel_height', 'pos_embed.height_rel'),
+    ('pos_embed.rel_width', 'pos_embed.width_rel'),
+    ('post_attn.bn', 'post_attn'),
+    ('classifier.1', 'head.fc'),
 )
-TIMM = (                                            # PyTorch's names of batch-norm statistics -> Paddle's
-    (re.compile(r'\.running_mean$'), '._mean'),
-    (re.compile(r'\.running_var$'), '._variance'),
-)
-TO_TIMM = ((re.compile(r'\._mean$'), '.running_mean'), (re.compile(r'\._variance$'), '.running_var'))
+TIMM_NAMES = (('running_mean', '_mean'), ('running_var', '_variance'))     # PyTorch's and Paddle's of batch-norm statistics
+PADDLEVIT, TIMM = _table(PADDLEVIT_NAMES), _table(TIMM_NAMES)
+TO_PADDLEVIT, TO_TIMM = (_table((ours, theirs) for theirs, ours in names) for names in (PADDLEVIT_NAMES, TIMM_NAMES))
+PADDLEVIT_KEY = re.compile(                         # what its models, halonet_26t and halonet_50ts, consist of
+    r'(stem\.conv[123]|stage[1-4]\.blocks\.\d+\.(conv1_1x1|conv2_kxk|conv3_1x1|creat_shortcut))\.(conv\.weight|bn\.\w+)|'
+    r'stage[1-4]\.blocks\.\d+\.(self_attn\.((q|kv)\.weight|pos_embed\.rel_(height|width))|post_attn\.bn\.\w+)|'
+    r'classifier\.1\.(weight|bias)')
 COUNTER = '.num_batches_tracked'                    # of PyTorch's batch norms, of no use here
 HEAD = ('head.fc.weight', 'head.fc.bias')
 HUB_PREFIX = re.compile(r'^hf[-_]hub:')
@@ -66,6 +75,16 @@ def to_ours(state):
 def to_timm(state):
     """Inverse of to_ours for timm: a state dict of ours -> timm's names and layout, without counters of batches."""
     return {rename(key, TO_TIMM): _transposed(key, value) for key, value in state.items()}
+
+
+def to_paddlevit(state):
+    """Inverse of to_ours for PaddleViT: a state dict of ours -> its names. Raises ValueError where it has none."""
+    renamed = {rename(key, TO_PADDLEVIT): value for key, value in state.items()}
+    foreign = [key for key, name in zip(state, renamed) if not PADDLEVIT_KEY.fullmatch(name)]
+    if foreign:
+        raise ValueError(f'PaddleViT has no names for {len(foreign)} entries of this model ({", ".join(foreign[:3])}'
+                         + (', ...' if len(foreign) > 3 else '') + '): its models are halonet_26t and halonet_50ts')
+    return renamed
 
 
 def _transposed(key, value):

@@ -1,4 +1,4 @@
-"""tools/port_weights.py: every format into ours and timm's, verified, or nothing at all."""
+"""tools/port_weights.py: every format into ours, PaddleViT's and timm's, verified, or nothing at all."""
 import pickle
 
 import numpy as np
@@ -75,6 +75,46 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, state):
     assert timm.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.parametrize('name', ['halonet_26t_256', 'halonet_50ts_256'])
+def test_paddlevit_s_names_are_those_of_its_files(tmp_path, name):
+    """A file as PaddleViT published it, into ours and back, is the same: its keys, shapes and numbers."""
+    published = {key: np.full(shape, n, 'float32') for n, (key, shape) in enumerate(ref.paddlevit_keys(name).items())}
+    source, ours, back = (str(tmp_path / file) for file in ('a.pdparams', 'b.pdparams', 'c.pdparams'))
+    with open(source, 'wb') as file:
+        pickle.dump(published, file)
+    port_weights.port(source, ours)
+    port_weights.port(ours, back, to='paddlevit')
+    assert not weights.read(ours).keys() & {'classifier.1.weight'}
+    assert_equal({key: tensor.numpy() for key, tensor in paddle.load(back).items()}, published)
+
+
+FOREIGN = {                                         # timm's model -> an entry that PaddleViT's cannot have
+    'eca_halonext26ts': 'stages.0.0.attn.conv.weight', 'sehalonet33ts': 'stages.0.0.attn.fc1.weight',
+    'haloregnetz_b': 'stem.conv.weight', 'halo2botnet50ts_256': 'stages.3.1.self_attn.qkv.weight',
+    'lamhalobotnet50ts_256': 'stages.1.1.self_attn.qkv.weight',
+}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_models_that_paddlevit_lacks_are_refused(name):
+    ours = weights.to_ours({key: np.zeros(shape, 'float32') for key, shape in ref.timm_keys(name).items()})
+    with pytest.raises(ValueError, match=r'PaddleViT has no names for \d+ entries of this model \('
+                       + FOREIGN[name].replace('.', r'\.')):
+        weights.to_paddlevit(ours)
+
+
+def test_timm_s_pth(tmp_path, state):
+    """Read by weightfiles, whose reader is checked on PyTorch's own files; the same bytes at any time; timm's layout."""
+    source, first, second, back = (str(tmp_path / file) for file in ('a.pdparams', 'b.pth', 'c.pth', 'd.pdparams'))
+    checkpoint.save_weights(source, state)
+    for start, end in ((source, first), (first, back), (back, second)):
+        port_weights.port(start, end)
+    assert_equal(weights.read(first), timm_seeded(state))
+    assert_equal(weights.read(back), state)
+    with open(first, 'rb') as one, open(second, 'rb') as other:
+        assert one.read() == other.read()
+
+
 def test_paddle_s_names_in_safetensors(tmp_path, state):
     paddle.save(state, str(tmp_path / 'a.pdparams'))
     port_weights.port(str(tmp_path / 'a.pdparams'), str(tmp_path / 'b.safetensors'), to='paddle')
@@ -103,8 +143,10 @@ def test_mistakes_write_nothing(tmp_path, state, cfg, capsys):
     other = tmp_path / 'other.yaml'
     other.write_text(f'BASE: {cfg}\nMODEL: {{NUM_CLASSES: 3}}')
     assert 'nowhere: no such file' in fails(['nowhere', target], capsys)
-    assert 'the ending must be one of .pdparams, .safetensors' in fails([source, tmp_path / 'b.pth'], capsys)
-    assert 'timm reads .safetensors, not .pdparams' in fails([source, tmp_path / 'b.pdparams', '--to', 'timm'], capsys)
+    assert 'the ending must be one of .pdparams, .safetensors, .pth' in fails([source, tmp_path / 'b.bin'], capsys)
+    for to, endings, ending in (('timm', '.safetensors or .pth', '.pdparams'), ('paddlevit', '.pdparams', '.safetensors'),
+                                ('paddle', '.pdparams or .safetensors', '.pth')):
+        assert f'--to {to} writes {endings}, not {ending}' in fails([source, f'{tmp_path}/b{ending}', '--to', to], capsys)
     assert 'holds no moving average' in fails([source, target, '--ema'], capsys)
     assert f'--cfg {other}: the weights do not fit' in fails([source, target, '--cfg', other], capsys)
     assert 'no such config file' in fails([source, target, '--cfg', 'none.yaml'], capsys)
@@ -117,7 +159,7 @@ def test_a_file_is_overwritten_by_force_only_and_as_a_whole(tmp_path, state, cap
     paddle.save(state, str(source))
     target.write_bytes(b'precious')
     assert 'exists; --force overwrites it' in fails([source, target], capsys)
-    monkeypatch.setattr(weights, 'to_timm', lambda state: {**state, 'head.fc.bias': state['head.fc.bias'] + 1})
+    monkeypatch.setitem(port_weights.NAMES, 'timm', lambda state: {**state, 'head.fc.bias': state['head.fc.bias'] + 1})
     assert 'differs from the source in 1 entries: head.fc.bias' in fails([source, target, '--force'], capsys)
     assert target.read_bytes() == b'precious' and len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()

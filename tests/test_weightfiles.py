@@ -1,4 +1,4 @@
-"""Reading weight files: real ones by PyTorch, crafted ones, damaged ones.
+"""Weight files, read: real ones by PyTorch, crafted ones, damaged ones; and written: PyTorch's.
 
 fixtures/torch holds one state dict of odd tensors (views, transposed, empty, every type), written by PyTorch 2.13 with
 torch.save (zip.pth, and legacy.pth with _use_new_zipfile_serialization=False) and safetensors.torch.save_file; expected.npz
@@ -8,6 +8,7 @@ import argparse
 import io
 import os
 import pickle
+import pickletools
 import shutil
 import struct
 import subprocess
@@ -136,6 +137,46 @@ def test_reads_what_this_file_s_writer_wrote(tmp_path, kind):
     np.testing.assert_array_equal(state['a'], [[0, 1, 2], [3, 4, 5]])
     np.testing.assert_array_equal(state['b'], [[1, 4], [2, 5]])
     assert state['c'] == 0 and state['c'].shape == ()
+
+
+# ---- PyTorch's files, written
+
+def test_writes_what_pytorch_writes(tmp_path):
+    """The state dict of fixtures/torch, every type and shape: read back equal, and the same calls as in PyTorch's own pickle."""
+    with np.load(TORCH / 'expected.npz') as expected:
+        state = {key: expected[key] for key in expected.files}
+    path = tmp_path / 'written'
+    path.write_bytes(weightfiles.encode_torch(state))
+    copy = weightfiles.read(str(path))
+    assert copy.keys() == state.keys()
+    for key in state:
+        assert copy[key].dtype == state[key].dtype and copy[key].shape == state[key].shape
+        np.testing.assert_array_equal(copy[key], state[key], err_msg=key)
+    (entries, named), (_, named_by_torch) = (describe_zip(file) for file in (path, TORCH / 'module.pth'))
+    assert entries == {'data.pkl', 'byteorder', 'version', *(f'data/{number}' for number in range(len(state)))}
+    kinds = {f'torch {name}' for name in weightfiles.TORCH_STORAGES}
+    assert named - kinds == named_by_torch - kinds == {'torch._utils _rebuild_tensor_v2', 'collections OrderedDict'}
+
+
+def describe_zip(path):
+    """The names of the entries of a file by torch.save, and the globals that its pickle names."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name.split('/', 1)[1]: archive.read(name) for name in archive.namelist()}
+    assert (names['version'], names['byteorder']) == (b'3\n', b'little')
+    operations = pickletools.genops(names['data.pkl'])
+    return set(names), {argument for operation, argument, _ in operations if operation.name == 'GLOBAL'}
+
+
+def test_writes_no_numbers_that_pytorch_lacks():
+    with pytest.raises(ValueError, match='^a: PyTorch has no complex64; known are float32, '):
+        weightfiles.encode_torch({'a': np.zeros(2, 'complex64')})
+
+
+def test_writes_big_endian_and_transposed_arrays_as_pytorch_does(tmp_path):
+    path, array = tmp_path / 'written', np.arange(6, dtype='>f4').reshape(2, 3).T
+    path.write_bytes(weightfiles.encode_torch({'a': array, 'b': array[:1]}))
+    state = weightfiles.read(str(path))
+    assert state['a'].tolist() == [[0, 3], [1, 4], [2, 5]] and state['b'].tolist() == [[0, 3]]
 
 
 # ---- weights or their moving average

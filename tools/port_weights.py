@@ -1,4 +1,4 @@
-"""Convert weights between the formats that weights.py reads and those that Paddle (.pdparams) and timm (.safetensors) use.
+"""Convert weights between the formats that weights.py reads: Paddle's and PaddleViT's (.pdparams), timm's (.safetensors, .pth).
 
 SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
 The copy is read back and compared with the source, number by number, before it gets its name; with --cfg a model loads it too.
@@ -14,18 +14,21 @@ from safetensors.numpy import save
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import utils  # noqa: E402
+import weightfiles  # noqa: E402
 import weights  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
 
-FORMATS = {'.pdparams': 'paddle', '.safetensors': 'timm'}
+FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle'), '.pth': ('timm',)}   # the default first
+NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
 
 
 def encode(state, ending, to):
-    """A state dict of ours -> the bytes of a file with that ending, in Paddle's or timm's names and layout."""
-    state = weights.to_timm(state) if to == 'timm' else state
-    state = {key: np.ascontiguousarray(value) for key, value in state.items()}
-    return pickle.dumps(state, protocol=4) if ending == '.pdparams' else save(state, {'format': 'pt' if to == 'timm' else 'np'})
+    """A state dict of ours -> the bytes of a file with that ending, in the names and layout of NAMES[to]."""
+    state = {key: np.asarray(value, order='C') for key, value in NAMES[to](state).items()}
+    if ending == '.safetensors':
+        return save(state, {'format': 'pt' if to == 'timm' else 'np'})
+    return weightfiles.encode_torch(state) if ending == '.pth' else pickle.dumps(state, protocol=4)
 
 
 def compare(state, copy):
@@ -51,10 +54,11 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
     """Convert `source` to the file `target`; returns how many arrays and numbers. Raises ValueError, FileNotFoundError."""
     ending = os.path.splitext(target)[1]
     if ending not in FORMATS:
-        raise ValueError(f'{target}: the ending must be one of {", ".join(FORMATS)}; both are read by Paddle, the latter by timm')
-    to = to or FORMATS[ending]
-    if (to, ending) == ('timm', '.pdparams'):
-        raise ValueError(f'{target}: timm reads .safetensors, not .pdparams')
+        raise ValueError(f'{target}: the ending must be one of {", ".join(FORMATS)}; timm reads the last two')
+    to = to or FORMATS[ending][0]
+    if to not in FORMATS[ending]:
+        endings = ' or '.join(ending for ending, names in FORMATS.items() if to in names)
+        raise ValueError(f'{target}: --to {to} writes {endings}, not {ending}')
     if os.path.exists(target) and not force:
         raise ValueError(f'{target} exists; --force overwrites it')
     state = weights.to_ours(weights.read(weights.find(source), ema))
@@ -74,9 +78,10 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', metavar='SRC', help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
-    parser.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams or NAME.safetensors')
+    parser.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams, NAME.safetensors or NAME.pth')
     parser.add_argument('--cfg', metavar='FILE', default='', help='config of the model; checks that it loads the copy')
-    parser.add_argument('--to', choices=('paddle', 'timm'), default='', help='whose names (default: timm in .safetensors)')
+    parser.add_argument('--to', choices=NAMES, default='', help='whose names: paddle (ours; default in .pdparams), paddlevit (in '
+                        '.pdparams, models like its two only), timm (default in .safetensors and .pth)')
     parser.add_argument('--ema', action='store_true', help='of a training checkpoint take the moving average of the weights')
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     args = parser.parse_args(argv)
