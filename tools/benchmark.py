@@ -214,6 +214,7 @@ def model_of(args, attention, threads):
     import weights
     from halonet import build_halonet
     paddle.base.core.set_num_threads(threads)
+    paddle.seed(0)                                  # fresh weights are the same for all
     model = build_halonet(config_of(args, 'MODEL.ATTENTION', attention))
     if args.pretrained:
         weights.load_pretrained(model, args.pretrained)
