@@ -202,7 +202,10 @@ class BottleneckAttention(nn.Layer):
 
     def forward(self, x):
         H, W = x.shape[2], x.shape[3]
-        if isinstance(H, int) and isinstance(W, int) and max(H, W) > self.map_size:
+        if not all(isinstance(side, int) and side > 0 for side in (H, W)):
+            raise ValueError('a model with bottleneck attention is traced and exported for one image size: give its height and '
+                             'width in the InputSpec (only the batch may be None)')
+        if max(H, W) > self.map_size:
             raise ValueError(f'a feature map of {H}x{W} exceeds the {self.map_size}x{self.map_size} that bottleneck attention '
                              'was built for; build the model with the DATA.IMAGE_SIZE that it is to take')
         q, k, value = self.qkv(x).split([self.qk_width, self.qk_width, self.out_width], axis=1)

@@ -123,6 +123,16 @@ def steps(folder):
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(NAME.match(name)[1]), reverse=True)]
 
 
+def tidy(folder, step):
+    """Make a run folder ready to go on after `step`: later checkpoints, damaged ones or those of a way that was left, are set
+    aside, and what killed writers left behind is removed."""
+    for path in steps(folder):
+        if int(NAME.match(os.path.basename(path))[1]) > step:
+            os.replace(path, f'{path}.aside')
+            utils.log.warning('%s is later than where this run goes on: set aside as %s.aside', path, os.path.basename(path))
+    utils.remove_temporary(folder)
+
+
 def load(path):
     """The state in a checkpoint, tensors as numpy arrays. Raises ValueError for a damaged file, FileNotFoundError."""
     if not os.path.isfile(path):

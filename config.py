@@ -209,6 +209,17 @@ def parse_args(argv=None):
         parser.exit(2, f'{parser.prog}: error: {error}\n')
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f'{twice} stands twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(config, path, above):
     path = os.path.abspath(path)
     if path in above:
@@ -217,7 +228,7 @@ def _merge_file(config, path, above):
         raise FileNotFoundError(f'{path}: no such config file' + (f' (a BASE of {above[-1]})' if above else ''))
     with open(path, encoding='utf-8') as file:
         try:
-            content = yaml.safe_load(file) or {}
+            content = yaml.load(file, _Loader) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f'{path}: not valid YAML: ' + ' '.join(str(error).split())) from None
     if not isinstance(content, dict):
@@ -320,6 +331,12 @@ def _validate(config):
         raise ValueError(f'TRAIN.BETAS is {config.TRAIN.BETAS}; it must be two numbers from 0 up to and without 1')
     if config.TRAIN.EMA_DECAY == 1:
         raise ValueError('TRAIN.EMA_DECAY is 1; the average would never move (0.9999 is usual, 0 is off)')
+    for key in ('MODEL.DROPOUT', 'MODEL.DROPPATH'):
+        if flat[key] == 1:
+            raise ValueError(f'{key} is 1; nothing would be left to learn from')
+    for key in ('MODEL.WIDTHS', 'MODEL.STRIDES'):
+        if min(flat[key], default=0) < 1:
+            raise ValueError(f'{key} is {flat[key]}; each stage, at least one, needs a number of 1 or more')
     stages = len(config.MODEL.STAGES)
     for key in ('WIDTHS', 'STRIDES', 'HEADS'):
         if len(config.MODEL[key]) != stages:

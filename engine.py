@@ -1,4 +1,5 @@
 """Training and evaluation: `run(config)` builds everything, then goes through the epochs; both main programs call it."""
+import math
 import os
 import platform
 import time
@@ -16,7 +17,7 @@ import optim
 import weights
 from builders import build_evaluation, build_saver, build_training
 from checkpoint import Progress
-from halonet import build_halonet
+from halonet import build_halonet, count_parameters
 from results import save_result
 from utils import log
 
@@ -30,6 +31,8 @@ def run(config, stop=None):
     """
     if not config.MODEL.NUM_CLASSES:
         raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train or to evaluate')
+    if config.MODEL.RESUME == 'auto' and not config.OUTPUT:
+        raise ValueError('-resume auto needs -output, the run folder to go on in')
     stop = stop or utils.Stop()
     device = utils.start(config.DEVICE)
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
@@ -38,7 +41,7 @@ def run(config, stop=None):
     evaluation = build_evaluation(config, device, folder, stop)
     paddle.seed(config.SEED)
     model = build_halonet(config)
-    log.info('%s: %.2f M parameters', config.MODEL.NAME, sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6)
+    log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
     metrics = monitor.Metrics(folder)
     if config.EVAL:
         load_for_evaluation(model, config, folder)
@@ -99,6 +102,7 @@ def restore(training, saver, config, metrics):
         progress = Progress(epoch, max(progress.step, epoch * training.steps_per_epoch), best=progress.best)
         log.info('going on after epoch %d (-last_epoch)', epoch)
     metrics.rewind(progress.step, progress.epoch)
+    utils.on_rank_0(checkpoint.tidy, folder, progress.step)
     return progress
 
 
@@ -131,14 +135,17 @@ def train(training, evaluation, progress, saver, metrics):
         last = epoch == training.epochs
         if last:
             evaluation.predictions = monitor.Predictions(saver.folder)
-        if last or epoch % training.validate_freq == 0:
+        due, evaluated = last or epoch % saver.freq == 0, last or epoch % training.validate_freq == 0
+        if due and evaluated:
+            save_checkpoint(training, progress, saver)                       # an evaluation may fail
+        if evaluated:
             try:
                 results = evaluate_all(training, evaluation, progress, saver.folder, metrics)
             except utils.Stopped:
                 save_checkpoint(training, progress, saver)                   # of an epoch that misses its evaluation
                 raise
         progress.epoch, progress.steps_of_epoch = epoch, 0
-        if last or epoch % saver.freq == 0:
+        if due:
             save_checkpoint(training, progress, saver)
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
@@ -256,6 +263,8 @@ def evaluate(model, evaluation):
     if any(utils.any_rank(evaluation.stop.requested)):
         raise utils.Stopped('stopped during an evaluation; it will be done again')
     result = totals.reduce()
+    if not math.isfinite(result['loss']):
+        raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on these images')
     return {**result, 'images_per_s': result['images'] / totals.seconds()}
 
 

@@ -299,6 +299,11 @@ class HaloNet(nn.Layer):
     set_dict = load_dict = set_state_dict
 
 
+def count_parameters(model):
+    """The numbers that training may change, frozen ones too; Paddle counts the running statistics of norms as well."""
+    return sum(p.size for name, p in model.named_parameters() if not name.endswith(('._mean', '._variance')))
+
+
 def parse_stage(text):
     """'conv*2 halo' -> ['conv', 'conv', 'halo']"""
     kinds = []

@@ -7,15 +7,24 @@
 """
 import functools  # modules as wholes: paddle.hub.list takes every function here for a model
 import pathlib
+import sys
 
-import config
-import halonet
-import weights
+for _path in pathlib.Path(__file__).parent.glob('*.py'):
+    _other = getattr(sys.modules.get(_path.stem), '__file__', None)
+    if _path.stem != 'hubconf' and _other and pathlib.Path(_other).resolve() != _path.resolve():
+        raise ImportError(f"the module {_path.stem} of {_other} stands in the way of this project's own: load the model from the "
+                          'hub before that is imported, or in a process of its own')
+
+import config  # noqa: E402
+import halonet  # noqa: E402
+import weights  # noqa: E402
 
 dependencies = ['paddle', 'numpy', 'yaml', 'yacs']
 
 
 def _load(path, pretrained='', opts=()):
+    if not isinstance(pretrained, (str, pathlib.Path)):
+        raise ValueError(f'pretrained is {pretrained!r}; give a weight file or a name such as timm/halonet26t.a1h_in1k')
     model = halonet.build_halonet(config.get_config(path, opts))
     if pretrained:
         weights.load_pretrained(model, pretrained)

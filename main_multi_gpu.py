@@ -75,6 +75,7 @@ def supervise(processes, stop):
 
 def main():
     config = parse_args()                           # before Paddle is imported: -h and mistakes answer at once
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))    # for utils.Stop; Paddle's handler may hang
     if 'PADDLE_TRAINER_ID' not in os.environ:
         return start_processes(config)
     import utils

@@ -4,6 +4,7 @@ import fcntl
 import os
 
 import utils
+from halonet import count_parameters
 
 COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5', 'loss', 'images', 'images_per_s',
            'parameters_m', 'multiply_adds_g', 'device', 'amp')
@@ -16,7 +17,7 @@ def row(config, model, result, device):
             'image_size': data.IMAGE_SIZE, 'crop_pct': data.CROP_PCT, 'top1': round(result['acc1'], 3),
             'top5': round(result['acc5'], 3), 'loss': round(result['loss'], 5), 'images': result['images'],
             'images_per_s': round(result['images_per_s'], 1),
-            'parameters_m': round(sum(p.size for p in model.parameters() if not p.stop_gradient) / 1e6, 3),
+            'parameters_m': round(count_parameters(model) / 1e6, 3),
             'multiply_adds_g': multiply_adds(model, data.IMAGE_SIZE), 'device': device,
             'amp': config.AMP_DTYPE if config.AMP and device == 'gpu' else ''}
 

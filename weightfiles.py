@@ -196,6 +196,8 @@ class _Unpickler(pickle.Unpickler):
             # Python makes room for as many entries as the number of one says, were it 4 billion
             if operation.name.endswith('PUT') and argument > position - start:
                 raise pickle.UnpicklingError(f'it has an entry {argument} in its first {position - start} bytes')
+            if operation.name == 'DUP':             # no pickler writes it; nested tuples of it take for ever to hash
+                raise pickle.UnpicklingError('it has an instruction (DUP) that no program writes')
         self.file.seek(start)
         return super().load()
 
@@ -207,8 +209,9 @@ class _Unpickler(pickle.Unpickler):
         return self.stand_ins[module, name]
 
     def persistent_load(self, pid):
-        if not self.storage or pid[0] != 'storage' or pid[1] not in TORCH_STORAGES.values() or any(pid[5:]):
-            raise pickle.UnpicklingError(f'it refers to {str(pid)[:80]}, and a weight file may hold arrays only')
+        known = type(pid) is tuple and pid[:1] == ('storage',) and pid[1] in TORCH_STORAGES.values() and not any(pid[5:])
+        if not self.storage or not known:
+            raise pickle.UnpicklingError('it refers to something outside, and a weight file may hold arrays only')
         return self.storage(pid[1], pid[2], pid[4])
 
 

@@ -98,7 +98,8 @@ def load_state_dict(model, state_dict, load, partial=False):
 
     Returns (missing keys, unexpected keys), both empty unless `partial`. Raises ValueError as HaloNet.set_state_dict.
     """
-    state, wanted = to_ours(state_dict), model.state_dict()
+    state = to_ours({key: value if hasattr(value, 'astype') else np.asarray(value) for key, value in state_dict.items()})
+    wanted = model.state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     misshapen = [f'{key}: {list(state[key].shape)} in the file, {list(wanted[key].shape)} in the model'
@@ -108,8 +109,20 @@ def load_state_dict(model, state_dict, load, partial=False):
             f'\n  {title} ({len(keys)}): ' + ', '.join(keys[:20]) + (', ...' if len(keys) > 20 else '')
             for title, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', misshapen)) if keys))
     fitting = {key: state[key] for key in wanted if key in state and list(state[key].shape) == list(wanted[key].shape)}
-    load({key: value.astype(str(wanted[key].numpy().dtype)) for key, value in fitting.items()})
+    fitting = {key: _cast(key, value, wanted[key].numpy().dtype) for key, value in fitting.items()}
+    load({**wanted, **fitting})                     # with what stays as it is: Paddle warns of each key that is not there
     return [key for key in wanted if key not in fitting], unexpected
+
+
+def _cast(key, value, dtype):
+    """A tensor or array in the model's dtype. Raises ValueError for what it cannot hold, and for what is no number."""
+    if 'complex' in str(value.dtype):
+        raise ValueError(f'{key} holds complex numbers; nothing was loaded')
+    with np.errstate(over='ignore'):
+        value = value.astype(str(dtype))
+    if not np.isfinite(np.asarray(value)).all():
+        raise ValueError(f'{key} holds numbers that are not finite, or too large for {dtype}; nothing was loaded')
+    return value
 
 
 def load_pretrained(model, path, *, ema=False, fine_tune=False):

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,20 +34,27 @@ def library():
     """The path of the compiled operator, compiled now if the cache does not have it. Raises BuildError or OSError."""
     compiler = find_compiler()
     path = cache_folder() / key(compiler) / 'operators.so'
-    if not path.exists():
+    if not whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / 'lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)             # released when the file is closed, or its process dies
-            if not path.exists():
+            if not whole(path):
                 compile_library(compiler, path)
     return str(path)
 
 
+def whole(path):
+    """Whether the library is there as it was built: to load one that was cut would end the process."""
+    size = path.with_suffix('.size')
+    return path.exists() and size.exists() and size.read_text() == str(path.stat().st_size)
+
+
 def find_compiler():
+    """The command of the compiler, a list: $CXX may hold arguments, or ccache before the compiler."""
     candidates = [os.environ['CXX']] if os.environ.get('CXX') else ['g++', 'c++', 'clang++']
-    for name in candidates:
-        if shutil.which(name):
-            return shutil.which(name)
+    for command in map(shlex.split, candidates):
+        if command and shutil.which(command[0]):
+            return [shutil.which(command[0]), *command[1:]]
     raise BuildError(f'no C++ compiler on the PATH (looked for {", ".join(candidates)})')
 
 
@@ -58,8 +66,8 @@ def cache_folder():
 
 def key(compiler):
     """A hash of the sources, the compiler, the flags, Paddle, and the CPU that -march=native means."""
-    version = subprocess.run([compiler, '--version'], capture_output=True, text=True).stdout
-    parts = [compiler, version, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__), cpu()]
+    version = subprocess.run([*compiler, '--version'], capture_output=True, text=True).stdout
+    parts = [*compiler, version, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__), cpu()]
     parts += [path.read_text() for path in (SOURCE, *HEADERS)]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
@@ -77,10 +85,13 @@ def compile_library(compiler, path):
     start = time.time()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = os.path.join(folder, path.name)
-        command = [compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *include_flags(), *link_flags()]
+        command = [*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *include_flags(), *link_flags()]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
         if result.returncode:
             raise BuildError(f'{" ".join(command)} failed:\n{result.stdout[-4000:]}')
+        with open(output, 'rb') as file:
+            os.fsync(file.fileno())
+        path.with_suffix('.size').write_text(str(os.path.getsize(output)))
         os.replace(output, path)                      # whole or not at all
     logger.info('compiled in %.0f s', time.time() - start)
 

@@ -46,6 +46,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
     assert checkpoint.newest(tmp_path).endswith('step_00000001.pdckpt')
 
 
+def test_what_is_later_than_the_start_is_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(str(tmp_path), step, state(step), keep=3)
+    (tmp_path / 'best.pdparams.tmp12').write_text('')
+    checkpoint.tidy(str(tmp_path), 1)
+    assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == ['step_00000001.pdckpt']
+    assert sorted(os.listdir(tmp_path / 'checkpoints'))[1:] == ['step_00000002.pdckpt.aside', 'step_00000003.pdckpt.aside']
+    assert os.listdir(tmp_path) == ['checkpoints']
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path) == ''
     with pytest.raises(FileNotFoundError, match='nowhere: no such checkpoint'):

@@ -197,7 +197,8 @@ def test_out_of_range(key, value):
 
 @pytest.mark.parametrize('key, value', [
     *((key, choice) for key, choices in module.CHOICES.items() for choice in choices), *module.AT_LEAST.items(),
-    *((key, value) for key in module.PROBABILITIES for value in (0, 1) if (key, value) != ('TRAIN.EMA_DECAY', 1)),
+    *((key, value) for key in module.PROBABILITIES for value in (0, 1) if (key, value) not in (
+        ('TRAIN.EMA_DECAY', 1), ('MODEL.DROPOUT', 1), ('MODEL.DROPPATH', 1))),
     ('DATA.CROP_PCT', 1)])
 def test_limits_are_in_range(key, value):
     opts = [key, value, 'TRAIN.WARMUP_EPOCHS', 0]
@@ -293,6 +294,12 @@ def test_use_as_in_the_readme(monkeypatch, request):
     assert (config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT, config.MODEL.NAME) == (256, 0.94, 'halonet_50ts')
 
 
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    (tmp_path / 'twice.yaml').write_text('TRAIN: {BASE_LR: 0.5}\nTRAIN: {NUM_EPOCHS: 7}\n')
+    with pytest.raises(ValueError, match='twice.yaml: .*TRAIN stands twice'):
+        get_config(tmp_path / 'twice.yaml')
+
+
 def test_every_config_file_is_valid(request):
     paths = sorted((request.config.rootpath / 'configs').glob('*.yaml'))
     assert len(paths) >= 2
@@ -313,7 +320,7 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'listfile': set(), 'pixels_cv2': {'augment'},
     'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'optim', 'utils', 'weights'},
-    'results': {'utils', 'tools'},          # the counter of multiply-adds
+    'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'utils', 'tools'},          # tools.report, when a training ends
     'builders': {'augment', 'checkpoint', 'datasets', 'halonet', 'monitor', 'optim', 'utils'},
     'engine': {'augment', 'builders', 'checkpoint', 'halonet', 'monitor', 'optim', 'results', 'utils', 'weights'},

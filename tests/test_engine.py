@@ -181,7 +181,33 @@ def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):
     assert 'cpu x 2' in done.stdout and '(11 images)' in done.stdout
 
 
+def test_damaged_checkpoints_do_not_push_out_new_ones(images, full_run, tmp_path):
+    shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
+    for path in checkpoint.steps(tmp_path):
+        os.truncate(path, 1000)
+    run(images, tmp_path, *EVERYTHING, 'TRAIN.NUM_EPOCHS', 2, 'TRAIN.WARMUP_EPOCHS', 1, 'SAVE_KEEP', 1, 'MODEL.RESUME', 'auto')
+    assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == ['step_00000006.pdckpt']
+
+
+def test_an_evaluation_that_fails_loses_no_training(images, tmp_path):
+    shutil.copytree(images, tmp_path / 'data')
+    (tmp_path / 'data' / 'val' / '3.png').write_bytes(b'')
+    with pytest.raises(ValueError, match='3.png'):
+        run(str(tmp_path / 'data'), tmp_path / 'run')
+    shutil.copy(os.path.join(images, 'val', '3.png'), tmp_path / 'data' / 'val' / '3.png')
+    run(str(tmp_path / 'data'), tmp_path / 'run', 'MODEL.RESUME', 'auto')
+    run(images, tmp_path / 'whole')
+    assert (tmp_path / 'run' / 'final.pdparams').read_bytes() == (tmp_path / 'whole' / 'final.pdparams').read_bytes()
+
+
+def test_an_evaluation_without_numbers_is_no_result(images, tmp_path):
+    with pytest.raises(FloatingPointError, match='loss of the evaluation is not finite'):
+        run(images, tmp_path, 'DATA.BATCH_SIZE', 20, 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 1e38)
+    assert not (tmp_path / 'best.pdparams').exists()
+
+
 @pytest.mark.parametrize('opts, message', [
+    (['OUTPUT', '', 'MODEL.RESUME', 'auto'], '-resume auto needs -output'),
     (['DATA.DATA_PATH', 'nowhere'], 'val_list.txt: no such list file'),
     (['EVAL', True], '-eval needs weights'),
     (['EVAL', True, 'MODEL.PRETRAINED', 'nowhere'], '-pretrained nowhere: no such file'),

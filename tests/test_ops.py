@@ -239,6 +239,6 @@ def test_two_builds_at_once_make_one_library(tmp_path):
 @pytest.mark.slow
 def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
     program, sources = tmp_path / 'emulation', [f'-I{ROOT}/tests', f'-I{ROOT}/ops', str(ROOT / 'tests/cuda_emulation.cc')]
-    subprocess.run([find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
+    subprocess.run([*find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
     result = subprocess.run([program], stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stdout

@@ -1,6 +1,7 @@
 """Weight files: PaddleViT's names, strict loading, safe reading."""
 import os
 import pickle
+import warnings
 
 import numpy as np
 import paddle
@@ -395,3 +396,21 @@ def test_load_pretrained_names_the_file(tmp_path):
     other = build_tiny()
     weights.load_pretrained(other, str(path.with_suffix('')))         # the ending may be left out
     assert_holds(other, ref.arrays(model))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e300, 1j])
+def test_numbers_that_a_model_cannot_hold_are_refused_by_name(value):
+    layer = build_tiny()
+    before = {key: tensor.numpy() for key, tensor in layer.state_dict().items()}
+    state = {**before, 'head.fc.bias': np.full(before['head.fc.bias'].shape, value)}
+    with pytest.raises(ValueError, match='head.fc.bias holds .*nothing was loaded'):
+        layer.set_state_dict(state)
+    assert all((tensor.numpy() == before[key]).all() for key, tensor in layer.state_dict().items())
+
+
+def test_a_partial_load_takes_lists_and_warns_of_nothing():
+    layer = build_tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        missing, unexpected = layer.set_state_dict({'head.fc.bias': [0.5] * len(layer.head.fc.bias), 'x': [1.0]}, partial=True)
+    assert unexpected == ['x'] and 'head.fc.bias' not in missing and (layer.head.fc.bias.numpy() == 0.5).all()

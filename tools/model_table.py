@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of every model in configs/, beside what is published about it: docs/models.md.
 
-    python tools/model_table.py             # writes docs/models.md; tests/test_models_doc.py compares
+    python tools/model_table.py             # writes docs/models.md; tests/test_family.py compares
     python tools/model_table.py --check     # only says whether it is up to date
 
 What was published stands in tools/published.yaml and nowhere else.

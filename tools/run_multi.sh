@@ -9,6 +9,7 @@ usage_error() {
 
 [[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
 NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
+[[ $NNODES =~ ^[1-9][0-9]*$ && $MAX_RESTARTS =~ ^[0-9]+$ ]] || usage_error 'NNODES and MAX_RESTARTS take whole numbers'
 [[ $MAX_RESTARTS == 0 || -n ${OUTPUT:-} ]] || usage_error 'MAX_RESTARTS needs OUTPUT, the run folder to go on in'
 if (( NNODES > 1 )); then
     [[ -n ${MASTER:-} && -n ${NODE_RANK:-} ]] || usage_error 'NNODES needs MASTER=host:port, the same on all, and NODE_RANK=0..'
@@ -21,7 +22,7 @@ fi
 
 run_multi() {
     local child='' code='' restarts=0 stopped='' resume=()
-    trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM INT
+    trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
     while :; do
         "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
         child=$!
@@ -37,6 +38,7 @@ run_multi() {
         restarts=$((restarts + 1))
         echo "${0##*/}: ended with code $code; starting again ($restarts of $MAX_RESTARTS)" >&2
         sleep 2
+        [[ -z $stopped ]] || exit 75
         resume=("${again[@]}")
     done
 }
