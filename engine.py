@@ -261,7 +261,7 @@ def evaluate(model, evaluation):
         log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
     utils.meet()                                    # some processes may have more to do than others
     if any(utils.any_rank(evaluation.stop.requested)):
-        raise utils.Stopped('stopped during an evaluation; it will be done again')
+        raise utils.Stopped('stopped during an evaluation; after -resume auto it is done again')
     result = totals.reduce()
     if not math.isfinite(result['loss']):
         raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on these images')

@@ -47,7 +47,7 @@ def start_processes(config):
     supervise(context.processes, stop)
     codes = [process.exitcode for process in context.processes]
     if any(codes):
-        killed = stop.requested and not max(codes)  # before they could listen
+        killed = stop.requested and max(codes) <= 0    # before they could listen
         sys.exit(utils.STOPPED if killed else next((code for code in codes if code > 0), utils.FAILURE))
 
 
