@@ -163,8 +163,8 @@ class HaloAttention(nn.Layer):
     composed: see attention_operator.
     """
 
-    def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, head_dim=0, qk_ratio=1.0, value_ratio=1.0,
-                 attention='auto'):
+    def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, *, head_dim=0, qk_ratio=1.0,
+                 value_ratio=1.0, attention='auto'):
         super().__init__()
         self.attention = attention
         d = query_width(width, num_heads, head_dim, qk_ratio)
@@ -192,7 +192,7 @@ class BottleneckAttention(nn.Layer):
     block and no halo. A stride pools the result. Raises ValueError for a larger map.
     """
 
-    def __init__(self, in_width, width, num_heads, map_size, stride=1, head_dim=0, qk_ratio=1.0, attention='auto'):
+    def __init__(self, in_width, width, num_heads, map_size, stride=1, *, head_dim=0, qk_ratio=1.0, attention='auto'):
         super().__init__()
         self.num_heads, self.map_size, self.out_width, self.attention = num_heads, map_size, width, attention
         self.qk_width = num_heads * query_width(width, num_heads, head_dim, qk_ratio)
@@ -225,7 +225,7 @@ class LambdaLayer(nn.Layer):
     H' = ceil(H/stride), by pooling. All heads share keys of width d and values of width v = width / N.
     """
 
-    def __init__(self, in_width, width, num_heads, side, stride=1, head_dim=0, attention='auto'):
+    def __init__(self, in_width, width, num_heads, side, stride=1, *, head_dim=0, attention='auto'):
         super().__init__()
         d = query_width(width, num_heads, head_dim or 16, 1.0)              # 16 is timm's
         self.num_heads, self.d, self.v, self.out_width = num_heads, d, width // num_heads, width

@@ -104,7 +104,7 @@ class Bottleneck(nn.Layer):
     `spatial` maps timm's names to the layers between the two convolutions, in order; `spatial_width` is what they give.
     """
 
-    def __init__(self, in_width, inner_width, width, spatial, spatial_width, stride=1, act=nn.ReLU, drop_path=0.0,
+    def __init__(self, in_width, inner_width, width, spatial, spatial_width, *, stride=1, act=nn.ReLU, drop_path=0.0,
                  projection=True, linear_out=False):
         super().__init__()
         changes = stride != 1 or in_width != width
@@ -150,12 +150,14 @@ class Operators:
         if kind == 'conv':
             return self.convolution(width, stride), width
         if kind == 'halo':
-            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride,
-                                  self.head_dim, self.qk_ratio, self.value_ratio, self.attention)
+            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride, head_dim=self.head_dim,
+                                  qk_ratio=self.qk_ratio, value_ratio=self.value_ratio, attention=self.attention)
         elif kind == 'bot':
-            layer = BottleneckAttention(width, width, num_heads, map_size, stride, self.head_dim, self.qk_ratio, self.attention)
+            layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
+                                        qk_ratio=self.qk_ratio, attention=self.attention)
         elif kind == 'lambda':
-            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, self.head_dim, self.attention)
+            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim,
+                                attention=self.attention)
         else:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
         return {'self_attn': layer, 'post_attn': BatchNormAct(layer.out_width, ACTIVATIONS[self.act])}, layer.out_width
@@ -265,8 +267,8 @@ class HaloNet(nn.Layer):
             for kind in kinds:
                 inner = inner_widths[i] if inner_widths else int((in_width if bottleneck_in else width) * bottleneck_ratio)
                 spatial, spatial_width = operators.build(kind, inner, heads, stride, map_size=-(-image_size // total_stride))
-                blocks.append(Bottleneck(in_width, inner, width, spatial, spatial_width, stride, act, next(drop_rates),
-                                         projection, linear_out))
+                blocks.append(Bottleneck(in_width, inner, width, spatial, spatial_width, stride=stride, act=act,
+                                         drop_path=next(drop_rates), projection=projection, linear_out=linear_out))
                 in_width, total_stride, stride = width, total_stride * stride, 1
             self.stages.append(Stage(*blocks))
             self.feature_info.append({'stride': total_stride, 'width': width})
