@@ -245,7 +245,7 @@ def report_training(training, progress, lr, metrics):
 def evaluate(model, evaluation):
     """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce().
 
-    Raises utils.Stopped on every process where one is asked to stop.
+    Raises utils.Stopped on every process where one is asked to stop, and FloatingPointError where the loss is no number.
     """
     model.eval()
     totals = utils.Totals()
@@ -261,7 +261,7 @@ def evaluate(model, evaluation):
         log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
     utils.meet()                                    # some processes may have more to do than others
     if any(utils.any_rank(evaluation.stop.requested)):
-        raise utils.Stopped('stopped during an evaluation; after -resume auto it is done again')
+        raise utils.Stopped('stopped during an evaluation, which has no result: start it again, or the training with -resume auto')
     result = totals.reduce()
     if not math.isfinite(result['loss']):
         raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on these images')
