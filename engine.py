@@ -261,7 +261,7 @@ def evaluate(model, evaluation):
         log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
     utils.meet()                                    # some processes may have more to do than others
     if any(utils.any_rank(evaluation.stop.requested)):
-        raise utils.Stopped('stopped during an evaluation, which has no result: start it again, or the training with -resume auto')
+        raise utils.Stopped('stopped during an evaluation, which has no result: start again, a training by -resume auto')
     result = totals.reduce()
     if not math.isfinite(result['loss']):
         raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on these images')
