@@ -14,6 +14,7 @@ from paddle import nn
 from paddle.nn.initializer import Normal, Uniform
 
 import ops
+from layers import Convolution, compiled
 
 
 def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
@@ -108,35 +109,10 @@ def nearest_8(width):
     return max(int(width + 4) // 8 * 8, 8)
 
 
-def attention_operator(kind, training):
-    """What MODEL.ATTENTION names: halo_attention above (composed), the compiled operator of the same arguments (fused), or the
-    better of those that serve (auto): a program for inference is traced with the composed one, to run where ours is not.
-
-    Raises RuntimeError where fused cannot be had.
-    """
-    on_cpu = paddle.get_device() == 'cpu'
-    if kind == 'composed' or kind == 'auto' and not (on_cpu and (training or paddle.in_dynamic_mode())):
-        return halo_attention
-    if on_cpu and ops.load():
-        return ops.halo_attention
-    if kind == 'fused':
-        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; '
-                           'auto and composed need neither')
-    return halo_attention
-
-
-class Projection(nn.Conv2D):
-    """1x1 convolution, no bias, compiled where the attention is: (B, C, H, W) -> (B, width, ceil(H/stride), ceil(W/stride))."""
-
-    def __init__(self, in_width, width, stride=1, attention='auto'):
-        # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain one
-        super().__init__(in_width, width, 1, stride, weight_attr=Normal(std=in_width ** -0.5), bias_attr=False)
-        self.stride, self.attention = stride, attention
-
-    def forward(self, x):
-        if attention_operator(self.attention, self.training) is halo_attention:
-            return super().forward(x)
-        return ops.pointwise_convolution(x, self.weight, self.stride)
+def projection(in_width, width, stride=1):
+    """1x1 convolution to queries, keys or values: (B, C, H, W) -> (B, width, ceil(H/stride), ceil(W/stride))."""
+    # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain one
+    return Convolution(in_width, width, 1, stride, init=Normal(std=in_width ** -0.5))
 
 
 def mean_pool(stride):
@@ -159,14 +135,14 @@ class HaloAttention(nn.Layer):
     """Blocked local self-attention with a halo: (B, C, H, W) -> (B, value width, ceil(H/stride), ceil(W/stride)).
 
     The value width is value_ratio * width. A stride takes every `stride`-th pixel as a query. Where the stride does not
-    divide the block, all pixels are queries and the result is average-pooled, as in timm. `attention` is auto, fused or
-    composed: see attention_operator.
+    divide the block, all pixels are queries and the result is average-pooled, as in timm.
     """
 
+    operators = 'auto'
+
     def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, *, head_dim=0, qk_ratio=1.0,
-                 value_ratio=1.0, attention='auto'):
+                 value_ratio=1.0):
         super().__init__()
-        self.attention = attention
         d = query_width(width, num_heads, head_dim, qk_ratio)
         self.out_width = int(width * value_ratio)
         if self.out_width < 1 or self.out_width % num_heads:
@@ -174,13 +150,13 @@ class HaloAttention(nn.Layer):
                              f'{num_heads} heads; choose a ratio that gives a multiple of them')
         pooled = block_size % stride != 0
         self.num_heads, self.block_size, self.halo_size, self.stride = num_heads, block_size, halo_size, 1 if pooled else stride
-        self.q = Projection(in_width, num_heads * d, self.stride, attention)
-        self.kv = Projection(in_width, num_heads * d + self.out_width, attention=attention)
+        self.q = projection(in_width, num_heads * d, self.stride)
+        self.kv = projection(in_width, num_heads * d + self.out_width)
         self.pos_embed = RelativePosition(block_size + 2 * halo_size, d)
         self.pool = mean_pool(stride if pooled else 1)
 
     def forward(self, x):
-        attend = attention_operator(self.attention, self.training)
+        attend = ops.halo_attention if compiled(self) else halo_attention
         return self.pool(attend(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel, stride=self.stride,
                                 num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size))
 
@@ -192,11 +168,13 @@ class BottleneckAttention(nn.Layer):
     block and no halo. A stride pools the result. Raises ValueError for a larger map.
     """
 
-    def __init__(self, in_width, width, num_heads, map_size, stride=1, *, head_dim=0, qk_ratio=1.0, attention='auto'):
+    operators = 'auto'
+
+    def __init__(self, in_width, width, num_heads, map_size, stride=1, *, head_dim=0, qk_ratio=1.0):
         super().__init__()
-        self.num_heads, self.map_size, self.out_width, self.attention = num_heads, map_size, width, attention
+        self.num_heads, self.map_size, self.out_width = num_heads, map_size, width
         self.qk_width = num_heads * query_width(width, num_heads, head_dim, qk_ratio)
-        self.qkv = Projection(in_width, 2 * self.qk_width + width, attention=attention)
+        self.qkv = projection(in_width, 2 * self.qk_width + width)
         self.pos_embed = RelativePosition(map_size, self.qk_width // num_heads)
         self.pool = mean_pool(stride)
 
@@ -213,7 +191,7 @@ class BottleneckAttention(nn.Layer):
         value = value.reshape([-1, self.out_width // self.num_heads, H, W])  # (B*N, v, H, W)
         kv = paddle.concat([k, value], axis=1)                              # (B*N, d+v, H, W)
         kv = kv.reshape([-1, self.qk_width + self.out_width, H, W])         # (B, N*(d+v), H, W)
-        attend = attention_operator(self.attention, self.training)
+        attend = ops.halo_attention if compiled(self) else halo_attention
         return self.pool(attend(q, kv, self.pos_embed.height_rel, self.pos_embed.width_rel,
                                 num_heads=self.num_heads, block_size=self.map_size, halo_size=0))
 
@@ -225,11 +203,11 @@ class LambdaLayer(nn.Layer):
     H' = ceil(H/stride), by pooling. All heads share keys of width d and values of width v = width / N.
     """
 
-    def __init__(self, in_width, width, num_heads, side, stride=1, *, head_dim=0, attention='auto'):
+    def __init__(self, in_width, width, num_heads, side, stride=1, *, head_dim=0):
         super().__init__()
         d = query_width(width, num_heads, head_dim or 16, 1.0)              # 16 is timm's
         self.num_heads, self.d, self.v, self.out_width = num_heads, d, width // num_heads, width
-        self.qkv = Projection(in_width, num_heads * d + d + self.v, attention=attention)
+        self.qkv = projection(in_width, num_heads * d + d + self.v)
         self.norm_q = nn.BatchNorm2D(num_heads * d)
         self.norm_v = nn.BatchNorm2D(self.v)
         self.conv_lambda = nn.Conv3D(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5),

@@ -15,7 +15,7 @@ import checkpoint
 import datasets
 import monitor
 import optim
-from halonet import BatchNormAct
+from layers import BatchNormAct
 from utils import log
 
 

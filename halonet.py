@@ -19,33 +19,7 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-
-ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
-
-
-class BatchNormAct(nn.BatchNorm2D):
-    """Batch norm, then the activation."""
-
-    def __init__(self, width, act):
-        super().__init__(width)
-        self.act = act()
-
-    def forward(self, x):
-        return self.act(super().forward(x))
-
-
-class ConvNormAct(nn.Layer):
-    """Convolution with half padding and no bias, batch norm, activation: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
-
-    def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity, groups=1):
-        super().__init__()
-        normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width // groups)))
-        self.conv = nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=normal,
-                              bias_attr=False)
-        self.bn = BatchNormAct(width, act)
-
-    def forward(self, x):
-        return self.bn(self.conv(x))
+from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, use_operators
 
 
 class SqueezeExcite(nn.Layer):
@@ -140,7 +114,6 @@ class Operators:
     channel_attn: str = 'none'
     se_ratio: float = 1 / 16
     act: str = 'relu'
-    attention: str = 'auto'
 
     def build(self, kind, width, num_heads, stride, map_size):
         """What stands in a block of this kind where a ResNet has its 3x3 convolution: (layers by timm's names, width they give).
@@ -151,13 +124,12 @@ class Operators:
             return self.convolution(width, stride), width
         if kind == 'halo':
             layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride, head_dim=self.head_dim,
-                                  qk_ratio=self.qk_ratio, value_ratio=self.value_ratio, attention=self.attention)
+                                  qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
         elif kind == 'bot':
             layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
-                                        qk_ratio=self.qk_ratio, attention=self.attention)
+                                        qk_ratio=self.qk_ratio)
         elif kind == 'lambda':
-            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim,
-                                attention=self.attention)
+            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim)
         else:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
         return {'self_attn': layer, 'post_attn': BatchNormAct(layer.out_width, ACTIVATIONS[self.act])}, layer.out_width
@@ -346,13 +318,14 @@ def build_halonet(config):
     operators = Operators(
         block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM, qk_ratio=model.QK_RATIO,
         value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE, group_size=model.GROUP_SIZE,
-        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT, attention=model.ATTENTION)
+        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
     network = HaloNet(
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES, num_heads=model.HEADS,
         operators=operators, inner_widths=model.INNER_WIDTHS, bottleneck_ratio=model.BOTTLENECK_RATIO,
         bottleneck_in=model.BOTTLENECK_IN, projection=model.PROJECTION, linear_out=model.LINEAR_OUT, stem=model.STEM,
         stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL, head_width=model.HEAD_WIDTH, num_classes=model.NUM_CLASSES,
         dropout=model.DROPOUT, drop_path=model.DROPPATH, image_size=config.DATA.IMAGE_SIZE)
+    use_operators(network, model.ATTENTION)
     if model.FREEZE_NORM:
         freeze_norms(network)
     freeze(network, model.FREEZE)

@@ -10,6 +10,7 @@ import pytest
 
 import attention
 import ops
+from layers import use_operators
 from ops.build import find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +174,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_layer_trains_alike_under_to_static_with_any_batch():
     def run(kind, static):
         paddle.seed(0)
-        layer = attention.HaloAttention(32, 32, 4, 4, 1, stride=2, attention=kind)
+        layer = use_operators(attention.HaloAttention(32, 32, 4, 4, 1, stride=2), kind)
         call = layer
         if static:
             call = paddle.jit.to_static(layer, full_graph=True, input_spec=[paddle.static.InputSpec([None, 32, 8, 8])])
@@ -201,13 +202,14 @@ def python(code, **environment):
 def test_without_a_compiler_the_composed_path_serves_after_one_notice(tmp_path):
     text = python('''
 import paddle, attention
-auto, again, composed = (attention.HaloAttention(8, 8, 2, 4, 1, attention=kind) for kind in ('auto', 'auto', 'composed'))
+from layers import use_operators
+auto, again, composed = (use_operators(attention.HaloAttention(8, 8, 2, 4, 1), kind) for kind in ('auto', 'auto', 'composed'))
 x = paddle.randn([1, 8, 8, 8])
 composed.set_state_dict(auto.state_dict())
 assert (auto(x) == composed(x)).all()
 again(x)
 try:
-    attention.HaloAttention(8, 8, 2, 4, 1, attention='fused')(x)
+    use_operators(attention.HaloAttention(8, 8, 2, 4, 1), 'fused')(x)
 except RuntimeError as error:
     print('refused:', error)
 ''', PATH='', CXX=None, HALONET_OPS_CACHE=str(tmp_path))

@@ -152,6 +152,7 @@ def measure_layer(args, threads):
     import paddle
 
     from attention import HaloAttention
+    from layers import use_operators
     rows = []
     paddle.base.core.set_num_threads(threads)
     for batch, channels, side, heads, stride, block, halo in LAYERS:
@@ -159,7 +160,7 @@ def measure_layer(args, threads):
         x.stop_gradient = False
         forward, both = {}, {}
         for kind in args.attention:
-            layer = HaloAttention(channels, channels, heads, block, halo, stride, attention=kind)
+            layer = use_operators(HaloAttention(channels, channels, heads, block, halo, stride), kind)
             forward[kind] = lambda layer=layer, x=x: paddle.no_grad()(layer)(x)
             both[kind] = lambda layer=layer, x=x: layer(x).sum().backward()
         shape = f'B{batch} C{channels} {side}x{side} N{heads} stride {stride} block {block} halo {halo}'

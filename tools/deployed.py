@@ -7,7 +7,7 @@ import paddle
 from paddle import nn
 
 from attention import HaloAttention
-from halonet import BatchNormAct
+from layers import BatchNormAct
 
 
 def deployed(model):

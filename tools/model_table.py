@@ -17,17 +17,17 @@ import paddle  # noqa: E402
 import yaml  # noqa: E402
 from paddle import nn  # noqa: E402
 
-from attention import BottleneckAttention, HaloAttention, LambdaLayer, Projection  # noqa: E402
+from attention import BottleneckAttention, HaloAttention, LambdaLayer  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import (  # noqa: E402
     Bottleneck,
-    ConvNormAct,
     EfficientChannelAttention,
     SqueezeExcite,
     Stage,
     Stem,
     build_halonet,
 )
+from layers import ConvNormAct, Convolution  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models
@@ -95,7 +95,7 @@ def lambdas(layer, H, W):
 
 COUNTED = {                                         # class -> (layer, H, W) -> (multiply-adds, height, width)
     nn.Conv2D: convolution,
-    Projection: convolution,
+    Convolution: convolution,
     ConvNormAct: lambda layer, H, W: multiply_adds(layer.conv, H, W),
     Stem: lambda layer, H, W: chain(layer.children(), H, W),
     Stage: lambda layer, H, W: chain(layer.children(), H, W),

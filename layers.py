@@ -1,0 +1,76 @@
+"""The layers that every block is made of, and the choice between Paddle's operators and the compiled ones of ops/.
+
+In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a stride
+does not divide is rounded up: H/stride stands for ceil(H/stride).
+"""
+import math
+
+import paddle
+from paddle import nn
+from paddle.nn.initializer import Normal
+
+import ops
+
+ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
+
+
+def compiled(layer):
+    """Whether a layer is to use the compiled operators, by its attribute `operators`: fused, composed (of Paddle's operators)
+    or auto, the better of those that serve. A program for inference is traced with Paddle's, to run where ours are not.
+
+    Raises RuntimeError where fused cannot be had.
+    """
+    kind, on_cpu = layer.operators, paddle.get_device() == 'cpu'
+    if kind == 'composed' or kind == 'auto' and not (on_cpu and (layer.training or paddle.in_dynamic_mode())):
+        return False
+    if on_cpu and ops.load():
+        return True
+    if kind == 'fused':
+        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; '
+                           'auto and composed need neither')
+    return False
+
+
+def use_operators(network, kind):
+    """Set `operators` of a network and of all layers in it that have compiled ones."""
+    for layer in network.sublayers(include_self=True):
+        if hasattr(layer, 'operators'):
+            layer.operators = kind
+    return network
+
+
+class Convolution(nn.Conv2D):
+    """Convolution with half padding and no bias: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+
+    operators = 'auto'
+
+    def __init__(self, in_width, width, kernel_size, stride=1, groups=1, init=None):
+        super().__init__(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
+        self.stride, self.by_ours = stride, kernel_size == 1 and groups == 1
+
+    def forward(self, x):
+        return ops.pointwise_convolution(x, self.weight, self.stride) if self.by_ours and compiled(self) else super().forward(x)
+
+
+class BatchNormAct(nn.BatchNorm2D):
+    """Batch norm, then the activation."""
+
+    def __init__(self, width, act):
+        super().__init__(width)
+        self.act = act()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class ConvNormAct(nn.Layer):
+    """Convolution with half padding, batch norm, activation: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+
+    def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity, groups=1):
+        super().__init__()
+        normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width // groups)))
+        self.conv = Convolution(in_width, width, kernel_size, stride, groups, init=normal)
+        self.bn = BatchNormAct(width, act)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
