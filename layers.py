@@ -46,10 +46,12 @@ class Convolution(nn.Conv2D):
 
     def __init__(self, in_width, width, kernel_size, stride=1, groups=1, init=None):
         super().__init__(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
-        self.stride, self.by_ours = stride, kernel_size == 1 and groups == 1
+        self.stride = stride
 
     def forward(self, x):
-        return ops.pointwise_convolution(x, self.weight, self.stride) if self.by_ours and compiled(self) else super().forward(x)
+        if self._groups == 1 and compiled(self):
+            return ops.convolution(x, self.weight, self.stride)
+        return super().forward(x)
 
 
 class BatchNormAct(nn.BatchNorm2D):

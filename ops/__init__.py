@@ -1,4 +1,4 @@
-"""Fused operators for a CPU, compiled from the C++ source beside this file on first use or by `python -m ops`.
+"""Operators for a CPU, compiled from the C++ source beside this file on first use or by `python -m ops`.
 
 `load()` says whether they can be had; the others may be called where it is true. All work in float32 and float64, and
 give the same result and gradients bit for bit in every run and for any number of threads.
@@ -33,6 +33,6 @@ def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_
     return _C_ops._run_custom_op('halo_attention', q, kv, height_rel, width_rel, num_heads, block_size, halo_size)[0]
 
 
-def pointwise_convolution(x, weight, stride=1):
-    """A 1x1 convolution without bias: x (B, C, H, W), weight (O, C, 1, 1) -> (B, O, H/stride, W/stride), rounded up."""
-    return _C_ops._run_custom_op('pointwise_convolution', x, weight, stride)[0]
+def convolution(x, weight, stride=1):
+    """A convolution with half padding, no bias: x (B, C, H, W), weight (O, C, k, k) -> (B, O, H/stride, W/stride), rounded up."""
+    return _C_ops._run_custom_op('convolution', x, weight, stride, not x.stop_gradient)[0]

@@ -1,9 +1,9 @@
-// The Paddle operators `halo_attention` and `pointwise_convolution` and their gradients on a CPU: shapes are checked here, the
+// The Paddle operators `halo_attention` and `convolution` and their gradients on a CPU: shapes are checked here, the
 // headers do the work.
 #include "paddle/extension.h"
 
+#include "convolution.h"
 #include "halo_attention.h"
-#include "pointwise.h"
 
 namespace {
 
@@ -74,42 +74,45 @@ std::vector<paddle::DataType> infer_dtype(const paddle::DataType& q, const paddl
   return {q};
 }
 
-void check_pointwise(const Tensor& x, const Tensor& weight, int stride) {
-  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(), "pointwise_convolution: needs CPU tensors of one dtype");
-  PD_CHECK(x.shape().size() == 4 && weight.shape() == Dims({weight.shape()[0], x.shape()[1], 1, 1}) && stride > 0,
-           "pointwise_convolution: x must be (B, C, H, W) and weight (O, C, 1, 1)");
+void check_convolution(const Tensor& x, const Tensor& weight, int stride) {
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(), "convolution: needs CPU tensors of one dtype");
+  const Dims xs = x.shape(), ws = weight.shape();
+  PD_CHECK(xs.size() == 4 && ws.size() == 4 && ws[1] == xs[1] && ws[2] == ws[3] && ws[2] % 2 && stride > 0,
+           "convolution: x must be (B, C, H, W) and weight (O, C, k, k) with an odd k");
 }
 
 template <class T>
-halo::Map<T> map_of(T* data, const Dims& shape, int stride) {
-  return {data, static_cast<int>(shape[1]), static_cast<int>(shape[2]), static_cast<int>(shape[3]), stride};
+halo::Map<T> map_of(T* data, const Dims& shape) {
+  return {data, static_cast<int>(shape[0]), static_cast<int>(shape[1]), static_cast<int>(shape[2]), static_cast<int>(shape[3])};
 }
 
-std::vector<Dims> infer_pointwise_shape(const Dims& x, const Dims& weight, int stride) {
+std::vector<Dims> infer_convolution_shape(const Dims& x, const Dims& weight, int stride, bool) {
   const auto strided = [&](int64_t n) { return n < 0 ? n : (n + stride - 1) / stride; };
   return {{x[0], weight[0], strided(x[2]), strided(x[3])}};
 }
 
-std::vector<Dims> infer_pointwise_grad_shape(const Dims& x, const Dims& weight, const Dims&, int) { return {x, weight}; }
+std::vector<Dims> infer_convolution_grad_shape(const Dims& x, const Dims& weight, const Dims&, int, bool) { return {x, weight}; }
 
-std::vector<paddle::DataType> infer_pointwise_dtype(const paddle::DataType& x, const paddle::DataType&) { return {x}; }
+std::vector<paddle::DataType> infer_convolution_dtype(const paddle::DataType& x, const paddle::DataType&) { return {x}; }
 
-std::vector<Tensor> pointwise_forward(const Tensor& x, const Tensor& weight, int stride) {
-  check_pointwise(x, weight, stride);
-  Tensor out = paddle::empty(infer_pointwise_shape(x.shape(), weight.shape(), stride)[0], x.dtype(), x.place());
-  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution", [&] {
-    halo::project<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
-                          map_of(out.data<data_t>(), out.shape(), 1));
+std::vector<Tensor> convolution_forward(const Tensor& x, const Tensor& weight, int stride, bool input_gradient) {
+  check_convolution(x, weight, stride);
+  Tensor out = paddle::empty(infer_convolution_shape(x.shape(), weight.shape(), stride, input_gradient)[0], x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "convolution", [&] {
+    halo::convolution(map_of(x.data<data_t>(), x.shape()), weight.data<data_t>(), static_cast<int>(weight.shape()[2]), stride,
+                      map_of(out.data<data_t>(), out.shape()));
   });
   return {out};
 }
 
-std::vector<Tensor> pointwise_backward(const Tensor& x, const Tensor& weight, const Tensor& dout, int stride) {
+// Without `input_gradient` that of x is not computed, and stays whatever the memory held.
+std::vector<Tensor> convolution_backward(const Tensor& x, const Tensor& weight, const Tensor& dout, int stride, bool input_gradient) {
   Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place()), dweight = paddle::empty(weight.shape(), x.dtype(), x.place());
-  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "pointwise_convolution_grad", [&] {
-    halo::project_backward<data_t>(x.shape()[0], map_of(x.data<data_t>(), x.shape(), stride), weight.data<data_t>(),
-                                   map_of(dout.data<data_t>(), dout.shape(), 1), map_of(dx.data<data_t>(), x.shape(), stride),
-                                   dweight.data<data_t>());
+  const int k = weight.shape()[2];
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "convolution_grad", [&] {
+    const auto given = map_of(dout.data<data_t>(), dout.shape());
+    if (input_gradient) halo::input_gradient(weight.data<data_t>(), k, stride, given, map_of(dx.data<data_t>(), x.shape()));
+    halo::weight_gradient(map_of(x.data<data_t>(), x.shape()), k, stride, given, dweight.data<data_t>());
   });
   return {dx, dweight};
 }
@@ -131,17 +134,17 @@ PD_BUILD_GRAD_OP(halo_attention)
     .SetKernelFn(PD_KERNEL(backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_grad_shape));
 
-PD_BUILD_OP(pointwise_convolution)
+PD_BUILD_OP(convolution)
     .Inputs({"X", "Weight"})
     .Outputs({"Out"})
-    .Attrs({"stride: int"})
-    .SetKernelFn(PD_KERNEL(pointwise_forward))
-    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_shape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(infer_pointwise_dtype));
+    .Attrs({"stride: int", "input_gradient: bool"})
+    .SetKernelFn(PD_KERNEL(convolution_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_convolution_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_convolution_dtype));
 
-PD_BUILD_GRAD_OP(pointwise_convolution)
+PD_BUILD_GRAD_OP(convolution)
     .Inputs({"X", "Weight", paddle::Grad("Out")})
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight")})
-    .Attrs({"stride: int"})
-    .SetKernelFn(PD_KERNEL(pointwise_backward))
-    .SetInferShapeFn(PD_INFER_SHAPE(infer_pointwise_grad_shape));
+    .Attrs({"stride: int", "input_gradient: bool"})
+    .SetKernelFn(PD_KERNEL(convolution_backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_convolution_grad_shape));

@@ -128,16 +128,32 @@ def test_a_map_of_any_size_equals_the_reference(shape, H, W):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-6), ('float64', 1e-12)])
-@pytest.mark.parametrize('B, C, width, H, W, stride', [
-    (2, 64, 128, 16, 16, 1), (2, 64, 64, 16, 16, 2), (3, 5, 7, 3, 5, 1), (1, 300, 70, 9, 13, 2), (2, 130, 600, 7, 7, 3),
+@pytest.mark.parametrize('B, C, width, k, H, W, stride', [
+    (2, 64, 128, 1, 16, 16, 1), (2, 64, 64, 1, 16, 16, 2), (3, 5, 7, 1, 3, 5, 1), (1, 300, 70, 1, 9, 13, 2),
+    (2, 130, 600, 1, 7, 7, 3), (2, 3, 24, 3, 33, 32, 2), (2, 24, 32, 3, 12, 70, 1), (9, 64, 20, 3, 8, 8, 1),
+    (2, 130, 140, 3, 16, 9, 2), (1, 2, 3, 3, 5, 5, 3), (2, 3, 16, 7, 20, 21, 2),
+    (1, 4, 5, 7, 3, 2, 1), (2, 5, 2, 5, 1, 1, 2), (2, 5, 2, 3, 1, 9, 4),
 ])
-def test_pointwise_convolution_equals_paddle(B, C, width, H, W, stride, dtype, tolerance):
+def test_convolution_equals_paddle(B, C, width, k, H, W, stride, dtype, tolerance):
     random = np.random.default_rng(0)
-    shapes = [(B, C, H, W), (width, C, 1, 1), (B, width, -(-H // stride), -(-W // stride))]
+    shapes = [(B, C, H, W), (width, C, k, k), (B, width, -(-H // stride), -(-W // stride))]
     inputs = [random.standard_normal(shape).astype(dtype) for shape in shapes]
-    theirs = results(paddle.nn.functional.conv2d, [x.astype('float64') for x in inputs], stride=stride)
-    for a, b in zip(results(ops.pointwise_convolution, inputs, stride=stride), theirs):
+    theirs = results(paddle.nn.functional.conv2d, [x.astype('float64') for x in inputs], stride=stride, padding=k // 2)
+    for a, b in zip(results(ops.convolution, inputs, stride=stride), theirs):
         assert a.dtype == inputs[0].dtype and a.shape == b.shape and difference(a, b) < tolerance
+
+
+def test_convolution_of_an_input_without_gradient_gives_that_of_the_weights():
+    x, weight = paddle.randn([2, 3, 8, 8]), paddle.randn([4, 3, 3, 3])
+    weight.stop_gradient = False
+    gradients = []
+    for constant in (True, False):
+        x.stop_gradient = constant
+        ops.convolution(x, weight, 2).sum().backward()
+        gradients.append(weight.grad.numpy())
+        assert constant == (x.grad is None)
+        weight.clear_grad()
+    assert (gradients[0] == gradients[1]).all()
 
 
 def test_bits_do_not_depend_on_the_threads():
@@ -147,8 +163,10 @@ def test_bits_do_not_depend_on_the_threads():
     for threads in (1, 2, 3, 2):
         paddle.base.core.set_num_threads(threads)
         q, kv, *_ = inputs = arrays(shape, 'float32')
-        weight = np.random.default_rng(0).standard_normal((40, q.shape[1], 1, 1)).astype('float32')
-        runs.append(results(ops.halo_attention, inputs, **kwargs) + results(ops.pointwise_convolution, (q, weight, kv[:, :40])))
+        runs.append(results(ops.halo_attention, inputs, **kwargs))
+        for k in (1, 3):
+            weight = np.random.default_rng(0).standard_normal((40, q.shape[1], k, k)).astype('float32')
+            runs[-1] += results(ops.convolution, (q, weight, kv[:, :40]))
     paddle.base.core.set_num_threads(1)
     for run in runs[1:]:
         assert all((a == b).all() for a, b in zip(runs[0], run))
@@ -244,3 +262,17 @@ def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
     subprocess.run([*find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
     result = subprocess.run([program], stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_a_large_tensor_takes_the_memory_that_the_last_one_gave_back():
+    """Told by the pages that the kernel had to hand out: 16384 of them for these 64 MiB."""
+    faults = python('''
+import resource, utils, paddle
+utils.tune_cpu()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = paddle.ones([16, 2 ** 20])
+    del x
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+''').split()
+    assert int(faults[0]) > 16000 and int(faults[2]) < 1000
