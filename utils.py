@@ -47,11 +47,24 @@ def tune_cpu(processes=1):
     """
     if paddle.get_device() != 'cpu':
         return
+    keep_freed_memory()
     if _USER_THREADS is None:
         paddle.base.core.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
     with open('/proc/cpuinfo', encoding='utf-8') as cpuinfo:
         if 'AuthenticAMD' in cpuinfo.read():
             os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
+
+
+def keep_freed_memory():
+    """Let the C library keep what tensors gave back for the next ones (glibc; elsewhere no-op).
+
+    By itself it returns every large block to the kernel, which hands it out again page by page, cleared: a third of a
+    training step's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt:
+        mallopt(-4, 0)                              # M_MMAP_MAX: no blocks of their own for large tensors
+        mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: give back no end of the heap that is smaller than this
 
 
 def die_with_parent():
