@@ -48,31 +48,57 @@ void each_row(int columns, int first, int count, Visit visit) {
   }
 }
 
-// Pixels [first, first + count) of a line to contiguous memory, which has room for a vector more.
+// Copies lines of a view to contiguous memory. What a row of the grid sees is the same stretch of the plane for all channels.
 template <class T>
-void read(const View<const T>& view, int image, int line, int first, int count, T* to) {
-  constexpr int L = kLanes<T>;
-  const int offsets = static_cast<int>(view.offsets.size()), stride = view.stride, W = view.map.W;
-  const Offset offset = view.offsets[line % offsets];
-  const T* plane = view.map.plane(image, line / offsets);
-  each_row(view.columns, first, count, [&](int y, int begin, int end, int place) {
-    T* out = to + place - begin;
-    const int from_y = y * stride + offset.y;
-    const bool outside = from_y < 0 || from_y >= view.map.H;
-    const int left = outside ? end : std::clamp((stride - 1 - offset.x) / stride, begin, end);   // the first x that sees the map
-    const int right = outside ? end : std::clamp((W - 1 - offset.x + stride) / stride, left, end);   // and the first beyond it
-    std::fill(out + begin, out + left, T(0));
-    const T* row = plane + static_cast<ptrdiff_t>(from_y) * W + offset.x;
-    if (stride == 1) {
-      int x = left;
-      for (; right - x >= L; x += L) store(out + x, load(row + x));
-      if (x < right) store(out + x, load(row + x, part<T>(0, right - x)));
-    } else {
-      for (int x = left; x < right; ++x) out[x] = row[x * stride];
+class Lines {
+ public:
+  explicit Lines(const View<const T>& view) : view(view), runs(view.offsets.size()) {}
+
+  // From now on, pixels [first, first + count).
+  void select(int first, int count) {
+    for (size_t i = 0; i < runs.size(); ++i) {
+      const Offset offset = view.offsets[i];
+      const int H = view.map.H, W = view.map.W, stride = view.stride;
+      runs[i].clear();
+      each_row(view.columns, first, count, [&](int y, int begin, int end, int place) {
+        const int from_y = y * stride + offset.y;
+        const bool outside = from_y < 0 || from_y >= H;
+        const int left = outside ? end : std::clamp((stride - 1 - offset.x) / stride, begin, end);     // first x to see the map
+        const int right = outside ? end : std::clamp((W - 1 - offset.x + stride) / stride, left, end);  // first x beyond it
+        runs[i].push_back({place, place + left - begin, place + right - begin, place + end - begin,
+                           static_cast<ptrdiff_t>(from_y) * W + offset.x + left * stride});
+      });
     }
-    std::fill(out + right, out + end, T(0));
-  });
-}
+  }
+
+  // `to` has room for a vector more than the pixels selected.
+  void read(int image, int line, T* to) const {
+    constexpr int L = kLanes<T>;
+    const int offsets = static_cast<int>(runs.size()), stride = view.stride;
+    const T* plane = view.map.plane(image, line / offsets);
+    for (const Run& run : runs[line % offsets]) {
+      for (int i = run.begin; i < run.left; ++i) to[i] = 0;
+      const T* from = plane + run.from;
+      if (stride == 1) {
+        int i = run.left;
+        for (; run.right - i >= L; i += L, from += L) store(to + i, load(from));
+        if (i < run.right) store(to + i, load(from, part<T>(0, run.right - i)));
+      } else {
+        for (int i = 0; i < run.right - run.left; ++i) to[run.left + i] = from[i * stride];
+      }
+      for (int i = run.right; i < run.end; ++i) to[i] = 0;
+    }
+  }
+
+ private:
+  struct Run {
+    int begin, left, right, end;                       // places in the line: zeros, pixels from `left` on, zeros again
+    ptrdiff_t from;                                    // of the first of these in the plane
+  };
+
+  const View<const T>& view;
+  std::vector<std::vector<Run>> runs;                  // for each offset
+};
 
 // Contiguous memory to pixels [first, first + count) of a channel, for a view with one offset, within the map.
 template <class T>
@@ -91,7 +117,7 @@ template <class T>
 class Convolve {
  public:
   Convolve(const T* matrix, const View<const T>& in, const View<T>& out)
-      : matrix(matrix), in(in), out(out), panels((out.pixels() + kPanel - 1) / kPanel), M(out.map.channels), K(in.lines()),
+      : matrix(matrix), in(in), out(out), lines(in), panels((out.pixels() + kPanel - 1) / kPanel), M(out.map.channels), K(in.lines()),
         blocks(std::clamp(16 / (panels * out.map.images), 1, (M + 23) / 24)),          // more of them where pixels are few
         panel(memory.take((kDepth + 1) * kPanel)), result(memory.take((M + blocks - 1) / blocks * kPanel)) {}
 
@@ -101,9 +127,10 @@ class Convolve {
     const int block = task % blocks, first = task / blocks % panels * kPanel, image = task / blocks / panels;
     const int top = M * block / blocks, rows = M * (block + 1) / blocks - top;
     const int count = std::min(kPanel, out.pixels() - first), columns = round_up<T>(count);
+    lines.select(first, count);
     for (int l = 0; l < K; l += kDepth) {
       const int depth = std::min(kDepth, K - l);
-      for (int k = 0; k < depth; ++k) read(in, image, l + k, first, count, panel + k * kPanel);
+      for (int k = 0; k < depth; ++k) lines.read(image, l + k, panel + k * kPanel);
       multiply<T, Layout::kRows>(rows, columns, depth, matrix + static_cast<ptrdiff_t>(top) * K + l, K, panel, kPanel, result,
                                  kPanel, l > 0);
     }
@@ -115,6 +142,7 @@ class Convolve {
   const T* matrix;
   const View<const T>& in;
   const View<T>& out;
+  Lines<T> lines;
   const int panels, M, K, blocks;
   T *panel, *result;                                   // (kDepth, kPanel), (rows, kPanel)
 };
@@ -130,8 +158,8 @@ template <class T>
 class Products {
  public:
   Products(const View<const T>& tall, const View<const T>& wide, int parts, T* sums)
-      : tall(tall), wide(wide), M(tall.lines()), N(wide.lines()), panels((N + kColumns - 1) / kColumns), parts(parts), sums(sums),
-        lines(memory.take((kColumns + 1) * kDepth)), panel(memory.take(kDepth * kColumns)), left(memory.take((kRows + 1) * kDepth)),
+      : tall(tall), tall_lines(tall), wide_lines(wide), M(tall.lines()), N(wide.lines()), panels((N + kColumns - 1) / kColumns),
+        parts(parts), sums(sums), right(memory.take((kColumns + 1) * kDepth)), panel(memory.take(kDepth * kColumns)), left(memory.take((kRows + 1) * kDepth)),
         result(memory.take(static_cast<size_t>(M) * kColumns)) {}
 
   int tasks() const { return parts * panels; }
@@ -143,11 +171,13 @@ class Products {
     for (int image = images * p / parts; image < images * (p + 1) / parts; ++image)
       for (int first = 0; first < tall.pixels(); first += kDepth, add = true) {
         const int depth = std::min(kDepth, tall.pixels() - first);
-        for (int k = 0; k < count; ++k) read(wide, image, n + k, first, depth, lines + k * kDepth);
-        transpose(lines, kDepth, panel, kColumns, count, depth);
+        wide_lines.select(first, depth);
+        tall_lines.select(first, depth);
+        for (int k = 0; k < count; ++k) wide_lines.read(image, n + k, right + k * kDepth);
+        transpose(right, kDepth, panel, kColumns, count, depth);
         for (int m = 0; m < M; m += kRows) {
           const int rows = std::min(kRows, M - m);
-          for (int k = 0; k < rows; ++k) read(tall, image, m + k, first, depth, left + k * kDepth);
+          for (int k = 0; k < rows; ++k) tall_lines.read(image, m + k, left + k * kDepth);
           multiply<T, Layout::kRows>(rows, columns, depth, left, kDepth, panel, kColumns, result + m * kColumns, kColumns, add);
         }
       }
@@ -159,9 +189,10 @@ class Products {
   static constexpr int kColumns = 128, kRows = 48;     // of the result: in a task, and of a tall panel in the cache
 
   Arena<T> memory;
-  const View<const T>&tall, &wide;
+  const View<const T>& tall;
+  Lines<T> tall_lines, wide_lines;
   const int M, N, panels, parts;
-  T *sums, *lines, *panel, *left, *result;             // ., (kColumns, kDepth), (kDepth, kColumns), (kRows, kDepth), (M, kColumns)
+  T *sums, *right, *panel, *left, *result;             // ., (kColumns, kDepth), (kDepth, kColumns), (kRows, kDepth), (M, kColumns)
 };
 
 // -> (lines of tall, lines of wide), in memory of the arena
