@@ -12,6 +12,7 @@ from paddle.nn.initializer import Normal
 import ops
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
+COMPILED_ACTIVATIONS = {nn.Identity: 'identity', nn.ReLU: 'relu', nn.Silu: 'silu'}
 
 
 def compiled(layer):
@@ -57,12 +58,19 @@ class Convolution(nn.Conv2D):
 class BatchNormAct(nn.BatchNorm2D):
     """Batch norm, then the activation."""
 
+    operators = 'auto'
+
     def __init__(self, width, act):
         super().__init__(width)
         self.act = act()
 
     def forward(self, x):
-        return self.act(super().forward(x))
+        if not self.training or self._use_global_stats or not compiled(self):
+            return self.act(super().forward(x))
+        out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
+        for running, new in (self._mean, mean), (self._variance, variance):
+            paddle.assign(running * self._momentum + new * (1 - self._momentum), running)
+        return out
 
 
 class ConvNormAct(nn.Layer):

@@ -36,3 +36,13 @@ def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_
 def convolution(x, weight, stride=1):
     """A convolution with half padding, no bias: x (B, C, H, W), weight (O, C, k, k) -> (B, O, H/stride, W/stride), rounded up."""
     return _C_ops._run_custom_op('convolution', x, weight, stride, not x.stop_gradient)[0]
+
+
+def batch_norm_act(x, weight, bias, epsilon, act):
+    """act(batch norm of x by its own statistics), act being identity, relu or silu; x (B, C, H, W), weight and bias (C,).
+
+    -> (the same shape as x, mean (C,), biased variance (C,)); the last two carry no gradient.
+    """
+    kind = ('identity', 'relu', 'silu').index(act)
+    out, mean, variance = _C_ops._run_custom_op('batch_norm_act', x, weight, bias, epsilon, kind)
+    return out, mean.detach(), variance.detach()

@@ -21,7 +21,7 @@ from paddle.utils.cpp_extension import extension_utils
 logger = logging.getLogger('halonet.ops')
 
 HERE = Path(__file__).parent
-SOURCE, HEADERS = HERE / 'operators.cc', [HERE / f'{name}.h' for name in ('convolution', 'halo_attention', 'shape', 'simd')]
+SOURCE, HEADERS = HERE / 'operators.cc', sorted(HERE.glob('*.h'))
 FLAGS = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-fPIC', '-Wno-psabi',
          '-DPADDLE_WITH_CUSTOM_KERNEL']
 

@@ -1,7 +1,8 @@
-// The Paddle operators `halo_attention` and `convolution` and their gradients on a CPU: shapes are checked here, the
+// The Paddle operators `halo_attention`, `convolution` and `batch_norm_act` and their gradients on a CPU: shapes are checked here, the
 // headers do the work.
 #include "paddle/extension.h"
 
+#include "batch_norm.h"
 #include "convolution.h"
 #include "halo_attention.h"
 
@@ -117,6 +118,57 @@ std::vector<Tensor> convolution_backward(const Tensor& x, const Tensor& weight, 
   return {dx, dweight};
 }
 
+void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int act) {
+  PD_CHECK(x.is_cpu() && weight.is_cpu() && bias.is_cpu() && x.dtype() == weight.dtype() && x.dtype() == bias.dtype(),
+           "batch_norm_act: needs CPU tensors of one dtype");
+  PD_CHECK(x.shape().size() == 4 && weight.shape() == Dims({x.shape()[1]}) && bias.shape() == weight.shape() && act >= 0 && act <= 2,
+           "batch_norm_act: x must be (B, C, H, W), weight and bias (C,), act 0, 1 or 2");
+}
+
+halo::Channels channels_of(const Dims& x) {
+  return {static_cast<int>(x[0]), static_cast<int>(x[1]), static_cast<int>(x[2] * x[3])};
+}
+
+template <class T>
+halo::Norm<T> norm_of(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& variance, float epsilon, int act) {
+  return {weight.data<T>(), bias.data<T>(), mean.data<T>(), variance.data<T>(), static_cast<T>(epsilon),
+          static_cast<halo::Activation>(act)};
+}
+
+std::vector<Tensor> norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, float epsilon, int act) {
+  check_norm(x, weight, bias, act);
+  Tensor out = paddle::empty(x.shape(), x.dtype(), x.place()), mean = paddle::empty(weight.shape(), x.dtype(), x.place()),
+         variance = paddle::empty(weight.shape(), x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "batch_norm_act", [&] {
+    halo::statistics(channels_of(x.shape()), x.data<data_t>(), mean.data<data_t>(), variance.data<data_t>());
+    halo::batch_norm(channels_of(x.shape()), x.data<data_t>(), norm_of<data_t>(weight, bias, mean, variance, epsilon, act),
+                     out.data<data_t>());
+  });
+  return {out, mean, variance};
+}
+
+std::vector<Tensor> norm_backward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                  const Tensor& variance, const Tensor& dout, float epsilon, int act) {
+  Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place()), dweight = paddle::empty(weight.shape(), x.dtype(), x.place()),
+         dbias = paddle::empty(weight.shape(), x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "batch_norm_act_grad", [&] {
+    halo::batch_norm_backward(channels_of(x.shape()), x.data<data_t>(), norm_of<data_t>(weight, bias, mean, variance, epsilon, act),
+                              dout.data<data_t>(), dx.data<data_t>(), dweight.data<data_t>(), dbias.data<data_t>());
+  });
+  return {dx, dweight, dbias};
+}
+
+std::vector<Dims> infer_norm_shape(const Dims& x, const Dims& weight, const Dims&, float, int) { return {x, weight, weight}; }
+
+std::vector<Dims> infer_norm_grad_shape(const Dims& x, const Dims& weight, const Dims&, const Dims&, const Dims&, const Dims&, float,
+                                        int) {
+  return {x, weight, weight};
+}
+
+std::vector<paddle::DataType> infer_norm_dtype(const paddle::DataType& x, const paddle::DataType&, const paddle::DataType&) {
+  return {x, x, x};
+}
+
 }  // namespace
 
 PD_BUILD_OP(halo_attention)
@@ -148,3 +200,18 @@ PD_BUILD_GRAD_OP(convolution)
     .Attrs({"stride: int", "input_gradient: bool"})
     .SetKernelFn(PD_KERNEL(convolution_backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_convolution_grad_shape));
+
+PD_BUILD_OP(batch_norm_act)
+    .Inputs({"X", "Weight", "Bias"})
+    .Outputs({"Out", "Mean", "Variance"})
+    .Attrs({"epsilon: float", "act: int"})
+    .SetKernelFn(PD_KERNEL(norm_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_norm_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_norm_dtype));
+
+PD_BUILD_GRAD_OP(batch_norm_act)
+    .Inputs({"X", "Weight", "Bias", "Mean", "Variance", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
+    .Attrs({"epsilon: float", "act: int"})
+    .SetKernelFn(PD_KERNEL(norm_backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_norm_grad_shape));

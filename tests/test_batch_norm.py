@@ -1,0 +1,81 @@
+"""The compiled batch norm with its activation against Paddle's, in float64, and finite differences."""
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+import ops
+from layers import BatchNormAct, use_operators
+
+pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
+ACTS = {'identity': nn.Identity, 'relu': nn.ReLU, 'silu': nn.Silu}
+
+
+def norm(width, act, dtype, kind):
+    """A BatchNormAct with seeded weights and running statistics, in training."""
+    layer = use_operators(BatchNormAct(width, ACTS[act]), kind)
+    layer.to(dtype=dtype)
+    random = np.random.default_rng(0)
+    for name, value in layer.state_dict().items():
+        value.set_value(random.uniform(0.5, 1.5, value.shape).astype(dtype) * (-1 if name == 'bias' else 1))
+    layer.train()
+    return layer
+
+
+def run(layer, x, gradient):
+    """Output, running statistics and gradients."""
+    x = paddle.to_tensor(x, stop_gradient=False)
+    out = layer(x)
+    out.backward(paddle.to_tensor(gradient))
+    values = [out, layer._mean, layer._variance, x.grad, layer.weight.grad, layer.bias.grad]
+    return [value.numpy().astype('float64') for value in values]
+
+
+@pytest.mark.parametrize('act', ACTS)
+@pytest.mark.parametrize('shape', [(4, 24, 16, 16), (3, 5, 7, 3), (1, 2, 1, 5), (16, 3, 33, 30)])
+def test_equals_paddle(shape, act):
+    random = np.random.default_rng(1)
+    x, gradient = (3 + 2 * random.standard_normal(shape), random.standard_normal(shape))
+    theirs = run(norm(shape[1], act, 'float64', 'composed'), x, gradient)
+    for dtype, tolerance in (('float64', 1e-12), ('float32', 3e-6)):
+        ours = run(norm(shape[1], act, dtype, 'fused'), x.astype(dtype), gradient.astype(dtype))
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            bound = max(tolerance, 1e-7) if i in (1, 2) else tolerance      # Paddle's momentum is a float32 in any case
+            assert np.linalg.norm(a - b) <= bound * max(np.linalg.norm(b), 1)
+
+
+@pytest.mark.parametrize('act', ACTS)
+def test_gradients_equal_finite_differences(act):
+    random = np.random.default_rng(2)
+    inputs = [random.standard_normal(shape) for shape in [(2, 2, 3, 3), (2,), (2,)]]
+    weight = random.standard_normal((2, 2, 3, 3))
+
+    def loss(arrays):
+        tensors = [paddle.to_tensor(x, stop_gradient=False) for x in arrays]
+        return (ops.batch_norm_act(*tensors, 1e-5, act)[0] * paddle.to_tensor(weight)).sum(), tensors
+    total, tensors = loss(inputs)
+    total.backward()
+    for which, tensor in enumerate(tensors):
+        for index in np.ndindex(*tensor.shape):
+            moved = [[x.copy() for x in inputs] for _ in range(2)]
+            moved[0][which][index] += 1e-6
+            moved[1][which][index] -= 1e-6
+            numeric = (loss(moved[0])[0] - loss(moved[1])[0]).item() / 2e-6
+            assert abs(tensor.grad[index].item() - numeric) < 1e-7
+
+
+def test_a_large_mean_does_not_spoil_the_variance():
+    x = (1000 + np.random.default_rng(0).standard_normal((4, 3, 9, 9))).astype('float32')
+    _, mean, variance = ops.batch_norm_act(paddle.to_tensor(x), paddle.ones([3]), paddle.zeros([3]), 1e-5, 'relu')
+    np.testing.assert_allclose(mean.numpy(), x.astype('float64').mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(variance.numpy(), x.astype('float64').var((0, 2, 3)), rtol=1e-4)
+
+
+def test_bits_do_not_depend_on_the_threads():
+    random = np.random.default_rng(0)
+    x, gradient = (random.standard_normal((4, 24, 16, 16)).astype('float32') for _ in range(2))
+    runs = []
+    for threads in (1, 2, 3, 2):
+        paddle.base.core.set_num_threads(threads)
+        runs.append(run(norm(24, 'silu', 'float32', 'fused'), x, gradient))
+    assert all((a == b).all() for other in runs[1:] for a, b in zip(runs[0], other))
