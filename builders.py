@@ -114,9 +114,10 @@ def build_training(config, model, device):
 
     if train.SYNC_BN:
         synchronise_norms(model, device)
+    trained = Traced(model) if train.TO_STATIC else model
     utils.meet()                                    # some processes may take long to read the list
     return Training(
-        model=model, parallel=paddle.DataParallel(model) if world > 1 else model,
+        model=model, parallel=paddle.DataParallel(trained) if world > 1 else trained,
         optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
         scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
         loader=loader, to_input=to_input, autocast=build_autocast(config, device),
@@ -137,6 +138,21 @@ def build_saver(config, training, folder, stop):
                    'train_list.txt': training.loader.dataset.samples.digest()})
     return Saver(folder, facts, stop, freq=config.SAVE_FREQ, steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES,
                  keep=config.SAVE_KEEP, written=time.monotonic())
+
+
+class Traced(nn.Layer):
+    """A network whose passes run as programs, which paddle.jit.to_static traces for each shape that comes.
+
+    It shares its parameters with the network, which stays as it was: evaluation goes on in eager mode.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.program = paddle.jit.to_static(network.forward, full_graph=True)
+
+    def forward(self, x):
+        return self.program(x)
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):

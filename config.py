@@ -83,6 +83,7 @@ _C.TRAIN.NUM_EPOCHS = 300
 _C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), whatever the checkpoint says; -1: as it says
 _C.TRAIN.ACCUM_ITER = 1                 # forward passes per optimizer step
 _C.TRAIN.RECOMPUTE = 0                  # first stages that save memory by computing their activations a second time
+_C.TRAIN.TO_STATIC = False              # run the forward and backward passes as programs traced by paddle.jit.to_static
 _C.TRAIN.OPTIMIZER = 'adamw'            # adamw, sgd (Nesterov momentum), lamb or rmsprop (TensorFlow's)
 _C.TRAIN.BASE_LR = 0.001                # learning rate after warm-up, for a global batch of LR_BATCH images
 _C.TRAIN.LR_BATCH = 0                   # reference batch of linear learning-rate scaling; 0: BASE_LR is used as it is
@@ -352,5 +353,7 @@ def _validate(config):
         raise ValueError(f'MODEL.LAMBDA_SIZE is {config.MODEL.LAMBDA_SIZE}; it must be an odd number, to have a middle')
     if config.TRAIN.RECOMPUTE > stages:
         raise ValueError(f'TRAIN.RECOMPUTE is {config.TRAIN.RECOMPUTE}, and there are {stages} stages')
+    if config.TRAIN.RECOMPUTE and config.TRAIN.TO_STATIC:
+        raise ValueError('TRAIN.RECOMPUTE works in eager mode only; leave it 0 or TRAIN.TO_STATIC False')
     if config.MODEL.FREEZE > stages + 1:
         raise ValueError(f'MODEL.FREEZE is {config.MODEL.FREEZE}; it can be at most {stages + 1}: the stem and {stages} stages')

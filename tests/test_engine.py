@@ -243,3 +243,23 @@ def test_an_unreadable_image_stops_every_process_with_its_name(images, tmp_path)
         assert 'train_list.txt:8' in done.stdout + done.stderr and '7.png' in done.stdout + done.stderr
     done = program('main_single_gpu.py', '-output', tmp_path / 'skipped', *words, 'DATA.ON_ERROR', 'skip')
     assert 'left out' in done.stdout and records(tmp_path / 'skipped', 'val')
+
+
+def test_traced_training_equals_eager_training(images, full_run, tmp_path):
+    """With every source of chance on, from the start and from the checkpoint of an eager run."""
+    eager = records(full_run, 'train')
+    opts = [*EVERYTHING, 'TRAIN.NUM_EPOCHS', 4, 'TRAIN.TO_STATIC', True]
+    run(images, tmp_path / 'run', *opts)
+    assert [r['loss'] for r in records(tmp_path / 'run', 'train')] == pytest.approx([r['loss'] for r in eager], rel=1e-4)
+    compare(tmp_path / 'run', full_run, 1e-3)
+    newest = sorted((full_run / 'checkpoints').iterdir())
+    run(images, tmp_path / 'more', *opts, 'MODEL.RESUME', str(newest[len(newest) // 2]))
+    compare(tmp_path / 'more', full_run, 1e-3)
+
+
+def test_traced_training_on_two_processes_equals_one(images, tmp_path):
+    common = options(drop_batch([*TINY, 'MODEL.FREEZE_NORM', True, 'TRAIN.TO_STATIC', True]))
+    flags = ['-data_path', images, '-output']
+    program('main_multi_gpu.py', *flags, tmp_path / 'two', '-nprocs', 2, '-batch_size', 4, *common)
+    program('main_single_gpu.py', *flags, tmp_path / 'one', '-batch_size', 8, *common)
+    compare(tmp_path / 'one', tmp_path / 'two', 1e-5)
