@@ -64,6 +64,7 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt:
         mallopt(-4, 0)                              # M_MMAP_MAX: no blocks of their own for large tensors
+        mallopt(-8, 1)                              # M_ARENA_MAX: nor other heaps for other threads
         mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: give back no end of the heap that is smaller than this
 
 
