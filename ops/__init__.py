@@ -20,7 +20,7 @@ def load():
     try:
         load_op_meta_info_and_register_op(library())
     except (BuildError, OSError, RuntimeError) as error:
-        logger.warning('no fused halo attention, so the slower one composed of Paddle operators serves: %s', error)
+        logger.warning("no compiled operators, so Paddle's slower ones serve: %s", error)
         return False
     return True
 
