@@ -55,8 +55,8 @@ SOURCES = {
 def test_everything_becomes_ours_and_timm_s(tmp_path, kind, state, cfg, capsys):
     source, ours, timm = (str(tmp_path / name) for name in ('source', 'ours.pdparams', 'timm.safetensors'))
     SOURCES[kind](source, state)
-    port_weights.main([source, ours, '--cfg', cfg])
-    port_weights.main([source, timm])
+    ported([source, ours, '-cfg', cfg])
+    ported([source, timm])
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f'{ours}: {len(state)} arrays, ') and out[0].endswith(f'the model of {cfg} loads them')
     assert_equal({key: tensor.numpy() for key, tensor in paddle.load(ours).items()}, state)
@@ -130,10 +130,20 @@ def test_the_average_is_taken_by_choice(tmp_path, state):
         assert_equal(weights.read(str(tmp_path / f'{flag}.pdparams')), expected)
 
 
+def port(argv):
+    port_weights.parser().run(port_weights.main, [str(word) for word in argv])
+
+
+def ported(argv):
+    with pytest.raises(SystemExit) as stop:
+        port(argv)
+    assert stop.value.code == 0
+
+
 def fails(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        port_weights.main([str(word) for word in argv])
-    assert stop.value.code == 1
+        port(argv)
+    assert stop.value.code == 2
     return capsys.readouterr().err
 
 
@@ -146,10 +156,10 @@ def test_mistakes_write_nothing(tmp_path, state, cfg, capsys):
     assert 'the ending must be one of .pdparams, .safetensors, .pth' in fails([source, tmp_path / 'b.bin'], capsys)
     for to, endings, ending in (('timm', '.safetensors or .pth', '.pdparams'), ('paddlevit', '.pdparams', '.safetensors'),
                                 ('paddle', '.pdparams or .safetensors', '.pth')):
-        assert f'--to {to} writes {endings}, not {ending}' in fails([source, f'{tmp_path}/b{ending}', '--to', to], capsys)
+        assert f'-to {to} writes {endings}, not {ending}' in fails([source, f'{tmp_path}/b{ending}', '--to', to], capsys)
     assert 'holds no moving average' in fails([source, target, '--ema'], capsys)
-    assert f'--cfg {other}: the weights do not fit' in fails([source, target, '--cfg', other], capsys)
-    assert 'no such config file' in fails([source, target, '--cfg', 'none.yaml'], capsys)
+    assert f'-cfg {other}: the weights do not fit' in fails([source, target, '--cfg', other], capsys)
+    assert 'no such config file' in fails([source, target, '-cfg', 'none.yaml'], capsys)
     assert 'No such file' in fails([source, tmp_path / 'none' / 'b.safetensors'], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.pdparams', 'other.yaml', 'tiny.yaml']
 
@@ -158,12 +168,12 @@ def test_a_file_is_overwritten_by_force_only_and_as_a_whole(tmp_path, state, cap
     source, target = tmp_path / 'a.pdparams', tmp_path / 'b.safetensors'
     paddle.save(state, str(source))
     target.write_bytes(b'precious')
-    assert 'exists; --force overwrites it' in fails([source, target], capsys)
+    assert 'exists; -force overwrites it' in fails([source, target], capsys)
     monkeypatch.setitem(port_weights.NAMES, 'timm', lambda state: {**state, 'head.fc.bias': state['head.fc.bias'] + 1})
     assert 'differs from the source in 1 entries: head.fc.bias' in fails([source, target, '--force'], capsys)
     assert target.read_bytes() == b'precious' and len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()
-    port_weights.main([str(source), str(target), '--force'])
+    ported([str(source), str(target), '--force'])
     assert_equal(weights.to_ours(weights.read(str(target))), state)
 
 

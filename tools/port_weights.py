@@ -1,9 +1,8 @@
 """Convert weights between the formats that weights.py reads: Paddle's and PaddleViT's (.pdparams), timm's (.safetensors, .pth).
 
 SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
-The copy is read back and compared with the source, number by number, before it gets its name; with --cfg a model loads it too.
+The copy is read back and compared with the source, number by number, before it gets its name; with -cfg a model loads it too.
 """
-import argparse
 import os
 import pickle
 import sys
@@ -18,6 +17,7 @@ import weightfiles  # noqa: E402
 import weights  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
+from tools import cli  # noqa: E402
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle'), '.pth': ('timm',)}   # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
@@ -45,7 +45,7 @@ def check_model(cfg, state):
     try:
         model.set_state_dict(state)
     except ValueError as error:
-        raise ValueError(f'--cfg {cfg}: {error}') from None
+        raise ValueError(f'-cfg {cfg}: {error}') from None
     compare({key: value.astype('float32') for key, value in state.items()},
             {key: value.numpy() for key, value in model.state_dict().items()})
 
@@ -58,9 +58,9 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
     to = to or FORMATS[ending][0]
     if to not in FORMATS[ending]:
         endings = ' or '.join(ending for ending, names in FORMATS.items() if to in names)
-        raise ValueError(f'{target}: --to {to} writes {endings}, not {ending}')
+        raise ValueError(f'{target}: -to {to} writes {endings}, not {ending}')
     if os.path.exists(target) and not force:
-        raise ValueError(f'{target} exists; --force overwrites it')
+        raise ValueError(f'{target} exists; -force overwrites it')
     state = weights.to_ours(weights.read(weights.find(source), ema))
 
     def write(file):
@@ -75,23 +75,24 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
     return len(state), sum(value.size for value in state.values())
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', metavar='SRC', help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
-    parser.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams, NAME.safetensors or NAME.pth')
-    parser.add_argument('--cfg', metavar='FILE', default='', help='config of the model; checks that it loads the copy')
-    parser.add_argument('--to', choices=NAMES, default='', help='whose names: paddle (ours; default in .pdparams), paddlevit (in '
-                        '.pdparams, models like its two only), timm (default in .safetensors and .pth)')
-    parser.add_argument('--ema', action='store_true', help='of a training checkpoint take the moving average of the weights')
-    parser.add_argument('--force', action='store_true', help='overwrite DST')
-    args = parser.parse_args(argv)
-    try:
-        arrays, numbers = port(args.source, args.target, cfg=args.cfg, to=args.to, ema=args.ema, force=args.force)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f'{parser.prog}: error: {error}\n')
+def parser():
+    options = cli.Parser(__doc__)
+    options.add_argument('source', metavar='SRC', help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
+    options.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams, NAME.safetensors or NAME.pth')
+    options.add('cfg', 'config of the model; checks that it loads the copy', metavar='FILE', default='')
+    options.add('to', 'whose names: paddle (ours; default in .pdparams), paddlevit (in .pdparams, models like its two only) or '
+                'timm (default in .safetensors and .pth)', choices=NAMES, default='')
+    options.add('ema', 'of a training checkpoint take the moving average of the weights', action='store_true')
+    options.add('force', 'overwrite DST', action='store_true')
+    return options
+
+
+def main(args):
+    arrays, numbers = port(args.source, args.target, cfg=args.cfg, to=args.to, ema=args.ema, force=args.force)
     print(f'{args.target}: {arrays} arrays, {numbers / 1e6:.2f} M numbers, equal to those of {args.source}'
           + (f'; the model of {args.cfg} loads them' if args.cfg else ''))
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    parser().run(main)
