@@ -1,7 +1,4 @@
-"""Every command in the pages about the tools is one that the programs take; those of 'Tried' are run, to the letter.
-
-Of the README, the commands of the tools.
-"""
+"""Every command in the README and the docs is one that the programs take; those of 'Tried' are run, to the letter."""
 import os
 import re
 import shlex
@@ -13,36 +10,53 @@ import pytest
 from runs import records
 
 import config
-from tools import check_data, cli, eval_all, make_lists, predict, visualize
+from tools import benchmark, check_data, cli, eval_all, export, make_lists, port_weights, predict, report, visualize
 
-PAGES = ['docs/data.md', 'docs/evaluation.md', 'docs/finetune.md', 'docs/predict.md', 'README.md']
-TOOLS = {'check_data': check_data, 'eval_all': eval_all, 'make_lists': make_lists, 'predict': predict, 'visualize': visualize}
-OTHER = {'mkdir', 'cp', 'tools/make_digits.py'}     # nothing to be parsed
+PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(f'docs/{name}' for name in os.listdir(os.path.join(cli.ROOT, 'docs'))
+                                                  if name.endswith('.md'))]
+TOOLS = {module.__name__.split('.')[-1]: module for module in
+         (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, report, visualize)}
+OTHER = {                                           # whose arguments are not ours, or are none
+    'mkdir', 'cp', 'cd', 'git', 'python3', 'tools/make_digits.py', 'tools/bench_pipeline.py', 'tools/model_table.py',
+    './run_demo.sh', './run_tests.sh', '.ci/run'}
+MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
 
 
 def commands(page):
-    """The commands of a page's bash blocks, each as a list of words."""
+    """The commands of a page's bash blocks, then those in its text, each as a list of words."""
     with open(os.path.join(cli.ROOT, page), encoding='utf-8') as file:
-        blocks = re.findall(r'```bash\n(.*?)```', file.read(), re.S)
+        text = file.read()
+    blocks = re.findall(r'```bash\n(.*?)```', text, re.S)
     lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines() if line.strip()]
-    return [shlex.split(line, comments=True) for line in lines]
+    lines += [' '.join(code.split()) for code in re.findall(r'`(python (?:-m \w|tools/|main_)[^`]+)`', text)]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 @pytest.mark.parametrize('page', PAGES)
 def test_commands_are_such_as_the_programs_take(page, monkeypatch):
     monkeypatch.chdir(cli.ROOT)
-    found = [words for words in commands(page) if page != 'README.md' or words[1:2] and words[1].startswith('tools/')]
-    assert len(found) > 1
-    for words in found:
-        program, *rest = words[1:] if words[0] == 'python' else words
+    for words in commands(page):
+        while re.fullmatch(r'\w+=\S*', words[0]):
+            words = words[1:]                        # variables of the environment
+        words = words[1:] if words[0] in ('python', '.venv/bin/python') else words
+        if words[:3] == ['-m', 'paddle.distributed.launch', 'main_multi_gpu.py']:
+            words = words[2:]
+        program, *rest = words
         name = os.path.splitext(os.path.basename(program))[0]
         if name in TOOLS:
             TOOLS[name].parser().parse_args(rest)
-        elif name.startswith('main_'):
-            made = [f'-cfg={cli.ROOT}/configs/halonet_digits.yaml' if word.endswith('/config.yaml') else word for word in rest]
-            config.parse_args(['-cfg', made.pop(1).removeprefix('-cfg='), *made[1:]])    # a run's own file exists after the run
+        elif name.startswith(('main_', 'run_train', 'run_eval')):
+            config.parse_args(with_a_config_that_exists(rest))
         else:
-            assert program in OTHER, words
+            assert program in OTHER or program == '-m' and rest[0] in MODULES, words
+
+
+def with_a_config_that_exists(words):
+    """Arguments of a main program in which the user's own config is one of ours: his exists when he has written it."""
+    words = ' '.join(words).replace('-cfg ', '-cfg=').split()
+    ours = f'-cfg={cli.ROOT}/configs/halonet_digits.yaml'
+    return [ours if word.startswith('-cfg=') and not os.path.isfile(word[5:]) and not word.startswith('-cfg=configs/') else word
+            for word in words]
 
 
 @pytest.mark.parametrize('page', PAGES)

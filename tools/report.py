@@ -29,12 +29,16 @@ def write(folders, path, classes=None):
     return path
 
 
+def parser():
+    options = argparse.ArgumentParser(description='Write the page of a run, or a page that compares several.')
+    options.add_argument('run', nargs='+', metavar='RUN', help='run folder')
+    options.add_argument('-output', '--output', metavar='FILE', help='default: RUN/report.html, or compare.html for several')
+    options.add_argument('-classes', '--classes', metavar='FILE', help='class names, one per line in the order of the labels')
+    return options
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Write the page of a run, or a page that compares several.')
-    parser.add_argument('run', nargs='+', metavar='RUN', help='run folder')
-    parser.add_argument('-output', '--output', metavar='FILE', help='default: RUN/report.html, or compare.html for several')
-    parser.add_argument('-classes', '--classes', metavar='FILE', help='class names, one per line in the order of the labels')
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     default = os.path.join(args.run[0], 'report.html') if len(args.run) == 1 else 'compare.html'
     with utils.plain_errors():
         print(write(args.run, args.output or default, args.classes))
