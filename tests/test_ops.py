@@ -264,15 +264,16 @@ def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-def test_a_large_tensor_takes_the_memory_that_the_last_one_gave_back():
-    """Told by the pages that the kernel had to hand out: 16384 of them for these 64 MiB."""
-    faults = python('''
+def test_large_tensors_take_the_memory_that_earlier_ones_gave_back():
+    """Told by the pages that the kernel had to hand out for 20 tensors of 64 MiB, 16384 each. Where small blocks lie in the
+    way a tensor may miss the place of the last one; that it does a few times, no more."""
+    program = '''
 import resource, utils, paddle
-utils.tune_cpu()
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+{}
+for _ in range(20):
     x = paddle.ones([16, 2 ** 20])
     del x
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-''').split()
-    assert int(faults[0]) > 16000 and int(faults[2]) < 1000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+'''
+    kept, returned = (int(python(program.format(line))) for line in ('utils.tune_cpu()', ''))
+    assert returned - kept > 10 * 16384
