@@ -19,7 +19,7 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, use_operators
+from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, pixel_mean, use_operators
 
 
 class SqueezeExcite(nn.Layer):
@@ -32,7 +32,7 @@ class SqueezeExcite(nn.Layer):
         self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
 
     def forward(self, x):
-        return x * F.sigmoid(self.fc2(F.relu(self.fc1(x.mean([2, 3], keepdim=True)))))
+        return x * F.sigmoid(self.fc2(F.relu(self.fc1(pixel_mean(x).reshape([-1, x.shape[1], 1, 1])))))
 
 
 class EfficientChannelAttention(nn.Layer):
@@ -47,7 +47,7 @@ class EfficientChannelAttention(nn.Layer):
                               weight_attr=KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu'))
 
     def forward(self, x):
-        share = self.conv(x.mean([2, 3]).unsqueeze(1))                      # (B, 1, C)
+        share = self.conv(pixel_mean(x).unsqueeze(1))                       # (B, 1, C)
         return x * F.sigmoid(share).transpose([0, 2, 1]).unsqueeze(-1)      # (B, C, H, W) times (B, C, 1, 1)
 
 
@@ -69,7 +69,7 @@ class NoShortcut(nn.Layer):
     """In a shortcut's place where a block has none."""
 
     def forward(self, x):
-        return 0.0
+        return None
 
 
 class Bottleneck(nn.Layer):
@@ -97,8 +97,11 @@ class Bottleneck(nn.Layer):
         out = self.conv1_1x1(x)
         for name in self.spatial:
             out = getattr(self, name)(out)
+        shortcut = self.shortcut(x)
+        if not self.training and self.conv3_1x1.is_one_operator(self.drop_path, self.act):
+            return self.conv3_1x1.at_once(out, self.act, residual=shortcut)
         out = self.drop_path(self.conv3_1x1(out))
-        return self.act(out + self.shortcut(x))
+        return self.act(out if shortcut is None else out + shortcut)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Head(nn.Layer):
         self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01)) if num_classes else nn.Identity()
 
     def forward(self, x):
-        return self.fc(self.dropout(x.mean([2, 3])))
+        return self.fc(self.dropout(pixel_mean(x)))
 
 
 class HaloNet(nn.Layer):

@@ -13,6 +13,8 @@ from ops.build import BuildError, library
 
 logger = logging.getLogger('halonet.ops')
 
+ACTIVATIONS = 'identity', 'relu', 'silu'            # in the order of their numbers in activation.h
+
 
 @functools.lru_cache(None)
 def load():
@@ -38,11 +40,16 @@ def convolution(x, weight, stride=1):
     return _C_ops._run_custom_op('convolution', x, weight, stride, not x.stop_gradient)[0]
 
 
+def convolution_norm_act(x, weight, norm, *, stride, act, residual=None):
+    """act(norm(convolution of x) + residual), norm being a BatchNorm2D with its running statistics. It has no gradient."""
+    return _C_ops._run_custom_op('convolution_norm_act', x, weight, norm.weight, norm.bias, norm._mean, norm._variance, residual,
+                                 stride, norm._epsilon, ACTIVATIONS.index(act))[0]
+
+
 def batch_norm_act(x, weight, bias, epsilon, act):
     """act(batch norm of x by its own statistics), act being identity, relu or silu; x (B, C, H, W), weight and bias (C,).
 
     -> (the same shape as x, mean (C,), biased variance (C,)); the last two carry no gradient.
     """
-    kind = ('identity', 'relu', 'silu').index(act)
-    out, mean, variance = _C_ops._run_custom_op('batch_norm_act', x, weight, bias, epsilon, kind)
+    out, mean, variance = _C_ops._run_custom_op('batch_norm_act', x, weight, bias, epsilon, ACTIVATIONS.index(act))
     return out, mean.detach(), variance.detach()

@@ -1,16 +1,22 @@
 // A convolution with half padding and without bias on a CPU, forward and backward, for odd kernels of any size and any stride.
 //
 // Each is a matrix product over panels of pixels, copied to contiguous memory as they are needed: that brings in the zeros of
-// the padding, does away with strides and with rows of odd length, and never holds more than one panel. Sums are added up
-// in an order that the shapes alone decide, whatever the number of threads.
+// the padding, does away with strides and with rows of odd length, and never holds more than one panel. A panel is wide, so that
+// channels are read and written in long stretches: they lie whole pages apart. Sums are added up in an order that the shapes
+// alone decide, whatever the number of threads.
 #pragma once
 
-#include "simd.h"
+#include "activation.h"
 
 namespace halo {
 
-constexpr int kPanel = 64;                             // pixels that are multiplied at a time
-constexpr int kDepth = 128;                            // and terms: such a panel stays in the first-level cache
+constexpr int kPanel = 512;                            // pixels that are multiplied at a time
+constexpr int kDepth = 64;                             // and terms: such a panel stays in the second-level cache
+constexpr int kChannels = 128;                         // of the result, which stays there too
+constexpr int kHeight = 6;                             // channels and vectors of pixels of a tile, which the registers hold
+constexpr int kVectors = kAccumulators / kHeight;
+template <class T>
+constexpr int kStrip = kVectors * kLanes<T>;           // its pixels
 
 // (images, channels, H, W)
 template <class T>
@@ -48,108 +54,227 @@ void each_row(int columns, int first, int count, Visit visit) {
   }
 }
 
-// Copies lines of a view to contiguous memory. What a row of the grid sees is the same stretch of the plane for all channels.
+// Copies lines of a view to contiguous memory, or to strips of `width` pixels that lie `distance` apart. What a row of the grid sees
+// is the same stretch of the plane for all channels.
 template <class T>
 class Lines {
  public:
-  explicit Lines(const View<const T>& view) : view(view), runs(view.offsets.size()) {}
+  explicit Lines(const View<const T>& view) : Lines(view, view.pixels(), 0) {}
+  Lines(const View<const T>& view, int width, ptrdiff_t distance)
+      : view(view), width(width), distance(distance), runs(view.offsets.size()) {}
 
   // From now on, pixels [first, first + count).
   void select(int first, int count) {
     for (size_t i = 0; i < runs.size(); ++i) {
-      const Offset offset = view.offsets[i];
-      const int H = view.map.H, W = view.map.W, stride = view.stride;
       runs[i].clear();
-      each_row(view.columns, first, count, [&](int y, int begin, int end, int place) {
-        const int from_y = y * stride + offset.y;
-        const bool outside = from_y < 0 || from_y >= H;
-        const int left = outside ? end : std::clamp((stride - 1 - offset.x) / stride, begin, end);     // first x to see the map
-        const int right = outside ? end : std::clamp((W - 1 - offset.x + stride) / stride, left, end);  // first x beyond it
-        runs[i].push_back({place, place + left - begin, place + right - begin, place + end - begin,
-                           static_cast<ptrdiff_t>(from_y) * W + offset.x + left * stride});
-      });
+      for (int start = 0; start < count; start += width)
+        each_row(view.columns, first + start, std::min(width, count - start), [&](int y, int begin, int end, int place) {
+          runs[i].push_back(run(view.offsets[i], y, begin, end, start / width * distance + place));
+        });
     }
   }
 
   // `to` has room for a vector more than the pixels selected.
   void read(int image, int line, T* to) const {
     constexpr int L = kLanes<T>;
-    const int offsets = static_cast<int>(runs.size()), stride = view.stride;
+    const int stride = view.stride, offsets = static_cast<int>(runs.size()), offset = line % offsets;
     const T* plane = view.map.plane(image, line / offsets);
-    for (const Run& run : runs[line % offsets]) {
-      for (int i = run.begin; i < run.left; ++i) to[i] = 0;
+    for (const Run& run : runs[offset]) {
+      T* at = to + run.to;
       const T* from = plane + run.from;
+      if (offset == 0) prefetch(from, (run.right - run.left) * stride);
+      for (int i = 0; i < run.left; ++i) at[i] = 0;
       if (stride == 1) {
         int i = run.left;
-        for (; run.right - i >= L; i += L, from += L) store(to + i, load(from));
-        if (i < run.right) store(to + i, load(from, part<T>(0, run.right - i)));
+        for (; run.right - i >= L; i += L, from += L) store(at + i, load(from));
+        if (i < run.right) store(at + i, load(from, part<T>(0, run.right - i)));
+      } else if (stride == 2) {                        // a number that the compiler knows makes it use vectors
+        for (int i = 0; i < run.right - run.left; ++i) at[run.left + i] = from[i * 2];
       } else {
-        for (int i = 0; i < run.right - run.left; ++i) to[run.left + i] = from[i * stride];
+        for (int i = 0; i < run.right - run.left; ++i) at[run.left + i] = from[i * stride];
       }
-      for (int i = run.right; i < run.end; ++i) to[i] = 0;
+      for (int i = run.right; i < run.end; ++i) at[i] = 0;
     }
   }
 
  private:
   struct Run {
-    int begin, left, right, end;                       // places in the line: zeros, pixels from `left` on, zeros again
-    ptrdiff_t from;                                    // of the first of these in the plane
+    ptrdiff_t to, from;                                // where it starts, and the first pixel seen in the plane
+    int left, right, end;                              // zeros, pixels from `left` on, zeros from `right` on
   };
 
+  Run run(Offset offset, int y, int begin, int end, ptrdiff_t to) const {
+    const int from_y = y * view.stride + offset.y, W = view.map.W;
+    const bool outside = from_y < 0 || from_y >= view.map.H;
+    const int left = outside ? end : std::clamp((view.stride - 1 - offset.x) / view.stride, begin, end);      // first x to see the map
+    const int right = outside ? end : std::clamp((W - 1 - offset.x + view.stride) / view.stride, left, end);  // first x beyond it
+    return {to, static_cast<ptrdiff_t>(from_y) * W + offset.x + left * view.stride, left - begin, right - begin, end - begin};
+  }
+
+  // The same of a later channel, planes apart, which no hardware foresees. It may lie beyond the map: this reads nothing.
+  void prefetch(const T* from, int count) const {
+    from += static_cast<ptrdiff_t>(runs.size() == 1 ? 4 : 1) * view.map.H * view.map.W;
+    for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + i);
+  }
+
   const View<const T>& view;
+  const int width;
+  const ptrdiff_t distance;
   std::vector<std::vector<Run>> runs;                  // for each offset
 };
 
-// Contiguous memory to pixels [first, first + count) of a channel, for a view with one offset, within the map.
+// out[m, p] = sum_l matrix[m, l] in[l, p]
 template <class T>
-void write(const View<T>& view, int image, int channel, int first, int count, const T* from) {
-  T* plane = view.map.plane(image, channel) + static_cast<ptrdiff_t>(view.offsets[0].y) * view.map.W + view.offsets[0].x;
-  each_row(view.columns, first, count, [&](int y, int begin, int end, int place) {
-    T* row = plane + static_cast<ptrdiff_t>(y) * view.stride * view.map.W;
-    if (view.stride == 1) std::copy(from + place, from + place + end - begin, row + begin);
-    else for (int x = begin; x < end; ++x) row[x * view.stride] = from[place + x - begin];
-  });
+struct Product {
+  const T* matrix;                                     // (channels of out, lines of in)
+  View<const T> in;
+};
+
+// Where `stride` products over one grid go: pixel (y, x) of product i is pixel (y * stride + top, x * stride + i) of the map, if it
+// has that.
+template <class T>
+struct Target {
+  Map<T> map;
+  int stride, top;
+
+  // Contiguous memory of each product to pixels [first, first + count) of the grid, `columns` wide.
+  void write(int image, int channel, int columns, int first, int count, const std::vector<const T*>& from) const {
+    each_row(columns, first, count, [&](int y, int begin, int end, int place) {
+      T* row = map.plane(image, channel) + static_cast<ptrdiff_t>(y * stride + top) * map.W;
+      int x = begin;
+      if (stride == 1) {
+        std::copy_n(from[0] + place, end - begin, row + begin);
+        x = end;
+      } else if (stride == 2 && from.size() == 2) {    // so that the compiler uses vectors
+        const T *even = from[0] + place - begin, *odd = from[1] + place - begin;
+        for (; x < std::min(end, map.W / 2); ++x) row[2 * x] = even[x], row[2 * x + 1] = odd[x];
+      }
+      for (; x < end; ++x)
+        for (size_t i = 0; i < from.size() && x * stride + static_cast<int>(i) < map.W; ++i)
+          row[x * stride + i] = from[i][place + x - begin];
+    });
+  }
+};
+
+// What follows a convolution in a network whose statistics are settled: act(x * scale + shift + residual).
+template <class T>
+struct Finish {
+  const T *scale, *shift, *residual;                   // (channels), (channels), shaped as the result or null
+  Activation act;
+
+  // `count` pixels of a channel, the first of them being number `place` of the result.
+  void operator()(int channel, ptrdiff_t place, int count, T* x) const {
+    for (int i = 0; i < count; i += kLanes<T>) {
+      const Part lanes = part<T>(0, count - i);
+      const Vec<T> sum = load(x + i, lanes) * scale[channel] + shift[channel];
+      store(x + i, activate<T>(residual ? sum + load(residual + place + i, lanes) : sum, act), lanes);
+    }
+  }
+};
+
+template <class T, int NV, int... I>
+constexpr std::array<Tile<T>, sizeof...(I)> tiles_of(std::integer_sequence<int, I...>) {
+  return {tile<T, Layout::kRows, I + 1, NV>...};
+}
+template <class T, int... I>
+constexpr std::array<std::array<Tile<T>, kHeight>, sizeof...(I)> all_tiles(std::integer_sequence<int, I...>) {
+  return {tiles_of<T, I + 1>(std::make_integer_sequence<int, kHeight>())...};
 }
 
-// One thread of out[m, p] = sum_l matrix[m, l] in[l, p], matrix (channels of out, lines of in); a task is a panel of pixels of
-// one image and some rows m.
+// One thread of some products; a task is a panel of pixels of one image and some of its channels. The panel lies in strips as wide
+// as a tile, each line of a strip beside the next.
 template <class T>
 class Convolve {
  public:
-  Convolve(const T* matrix, const View<const T>& in, const View<T>& out)
-      : matrix(matrix), in(in), out(out), lines(in), panels((out.pixels() + kPanel - 1) / kPanel), M(out.map.channels), K(in.lines()),
-        blocks(std::clamp(16 / (panels * out.map.images), 1, (M + 23) / 24)),          // more of them where pixels are few
-        panel(memory.take((kDepth + 1) * kPanel)), result(memory.take((M + blocks - 1) / blocks * kPanel)) {}
+  Convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish)
+      : products(products), to(to), finish(finish), pixels(products[0].in.pixels()), panels((pixels + kPanel - 1) / kPanel),
+        M(to.map.channels), blocks(std::max((M + kChannels - 1) / kChannels,
+                                            std::clamp(16 / (panels * to.map.images), 1, (M + 23) / 24))) {}  // more for few pixels
 
-  int tasks() const { return out.map.images * panels * blocks; }
+  int tasks() const { return to.map.images * panels * blocks; }
 
   void operator()(int task) {
-    const int block = task % blocks, first = task / blocks % panels * kPanel, image = task / blocks / panels;
-    const int top = M * block / blocks, rows = M * (block + 1) / blocks - top;
-    const int count = std::min(kPanel, out.pixels() - first), columns = round_up<T>(count);
-    lines.select(first, count);
-    for (int l = 0; l < K; l += kDepth) {
-      const int depth = std::min(kDepth, K - l);
-      for (int k = 0; k < depth; ++k) lines.read(image, l + k, panel + k * kPanel);
-      multiply<T, Layout::kRows>(rows, columns, depth, matrix + static_cast<ptrdiff_t>(top) * K + l, K, panel, kPanel, result,
-                                 kPanel, l > 0);
-    }
-    for (int m = 0; m < rows; ++m) write(out, image, top + m, first, count, result + m * kPanel);
+    if (!strip) allocate();
+    const int block = task % blocks, panel = task / blocks % panels;
+    image = task / blocks / panels, top = M * block / blocks, height = M * (block + 1) / blocks - top;
+    first = panel * kPanel, count = std::min(kPanel, pixels - first);
+    for (size_t i = 0; i < products.size(); ++i) multiply(products[i], lines[i], results[i]);
+    for (int s = 0; s * kStrip<T> < count; ++s)
+      if (!in_place(s)) write(s);
   }
 
  private:
+  void allocate() {
+    const int strips = (std::min(pixels, kPanel) + kStrip<T> - 1) / kStrip<T>;
+    for (const Product<T>& product : products) {
+      results.push_back(memory.take(static_cast<size_t>(strips) * rows() * kStrip<T>));
+      lines.emplace_back(product.in, kStrip<T>, kDistance);
+    }
+    strip = memory.take(strips * kDistance);
+    from.resize(products.size());
+  }
+
+  int rows() const { return (M + blocks - 1) / blocks; }
+  int width(int s) const { return std::min(kStrip<T>, count - s * kStrip<T>); }
+  size_t result_at(int s, int m) const { return (static_cast<size_t>(s) * rows() + m) * kStrip<T>; }
+  // Where it goes, with a stride of 1.
+  T* in_map(int s, int m) const { return to.map.plane(image, top + m) + first + s * kStrip<T>; }
+  // Whether the tiles of a strip may write to the map: its pixels lie there as in the strip, in whole vectors.
+  bool in_place(int s) const { return to.stride == 1 && width(s) % kLanes<T> == 0; }
+
+  void multiply(const Product<T>& product, Lines<T>& lines, T* result) {
+    const int K = product.in.lines(), strips = (count + kStrip<T> - 1) / kStrip<T>;
+    if (K == 0) std::fill_n(result, result_at(strips, 0), T(0));
+    lines.select(first, count);
+    for (int l = 0; l < K; l += kDepth) {
+      const int depth = std::min(kDepth, K - l);
+      for (int k = 0; k < depth; ++k) lines.read(image, l + k, strip + k * kStrip<T>);
+      const int tiles = (height + kHeight - 1) / kHeight;
+      for (int t = 0; t < tiles; ++t) {
+        const int m = height * t / tiles, next = height * (t + 1) / tiles;
+        for (int s = 0; s < strips; ++s) multiply_tile(product.matrix + l, K, l > 0, l + depth == K, depth, s, m, next - m, result);
+      }
+    }
+  }
+
+  // `depth` terms of rows m .. m + tile_rows - 1 in strip s; those before them, if any, have been added up in `result`.
+  void multiply_tile(const T* matrix, int K, bool add, bool last, int depth, int s, int m, int tile_rows, T* result) {
+    static constexpr auto kernels = all_tiles<T>(std::make_integer_sequence<int, kVectors>());
+    const ptrdiff_t plane = static_cast<ptrdiff_t>(to.map.H) * to.map.W;
+    const bool straight = last && in_place(s);
+    T* sums = result + result_at(s, m);
+    kernels[(width(s) + kLanes<T> - 1) / kLanes<T> - 1][tile_rows - 1](
+        depth, matrix + static_cast<ptrdiff_t>(top + m) * K, K, strip + s * kDistance, kStrip<T>, add ? sums : nullptr, kStrip<T>,
+        straight ? in_map(s, m) : sums, straight ? plane : kStrip<T>);
+    for (int i = 0; finish && straight && i < tile_rows; ++i)
+      (*finish)(top + m + i, in_map(s, m + i) - to.map.data, width(s), in_map(s, m + i));
+  }
+
+  void write(int s) {
+    for (int m = 0; m < height; ++m) {
+      if (finish) (*finish)(top + m, in_map(s, m) - to.map.data, width(s), results[0] + result_at(s, m));
+      for (size_t i = 0; i < products.size(); ++i) from[i] = results[i] + result_at(s, m);
+      to.write(image, top + m, products[0].in.columns, first + s * kStrip<T>, width(s), from);
+    }
+  }
+
+  static constexpr ptrdiff_t kDistance = (kDepth + 1) * kStrip<T>;   // of strips
+
   Arena<T> memory;
-  const T* matrix;
-  const View<const T>& in;
-  const View<T>& out;
-  Lines<T> lines;
-  const int panels, M, K, blocks;
-  T *panel, *result;                                   // (kDepth, kPanel), (rows, kPanel)
+  const std::vector<Product<T>>& products;
+  const Target<T> to;
+  const Finish<T>* finish;                             // null: nothing follows
+  const int pixels, panels, M, blocks;
+  std::vector<Lines<T>> lines;                         // of each product
+  std::vector<T*> results;                             // (strips, rows, kStrip) for each product
+  T* strip = nullptr;                                  // (kDepth, kStrip) and a line more for each strip
+  std::vector<const T*> from;
+  int image = 0, top = 0, height = 0, first = 0, count = 0;   // of the task: channels [top, top + height), pixels [first, first + count)
 };
 
 template <class T>
-void convolve(const T* matrix, const View<const T>& in, const View<T>& out) {
-  parallel(Convolve<T>(matrix, in, out).tasks(), [&] { return Convolve<T>(matrix, in, out); });
+void convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish = nullptr) {
+  parallel(Convolve<T>(products, to, finish).tasks(), [&] { return Convolve<T>(products, to, finish); });
 }
 
 // One thread of sums[part, m, n] = sum over the part's images and all pixels of tall[m, p] wide[n, p]; a task is a part of the
@@ -159,8 +284,8 @@ class Products {
  public:
   Products(const View<const T>& tall, const View<const T>& wide, int parts, T* sums)
       : tall(tall), tall_lines(tall), wide_lines(wide), M(tall.lines()), N(wide.lines()), panels((N + kColumns - 1) / kColumns),
-        parts(parts), sums(sums), right(memory.take((kColumns + 1) * kDepth)), panel(memory.take(kDepth * kColumns)), left(memory.take((kRows + 1) * kDepth)),
-        result(memory.take(static_cast<size_t>(M) * kColumns)) {}
+        parts(parts), sums(sums), right(memory.take((kColumns + 1) * kPixels)), panel(memory.take(kPixels * kColumns)),
+        left(memory.take((kRows + 1) * kPixels)), result(memory.take(static_cast<size_t>(M) * kColumns)) {}
 
   int tasks() const { return parts * panels; }
 
@@ -169,16 +294,16 @@ class Products {
     const int images = tall.map.images;
     bool add = false;
     for (int image = images * p / parts; image < images * (p + 1) / parts; ++image)
-      for (int first = 0; first < tall.pixels(); first += kDepth, add = true) {
-        const int depth = std::min(kDepth, tall.pixels() - first);
+      for (int first = 0; first < tall.pixels(); first += kPixels, add = true) {
+        const int depth = std::min(kPixels, tall.pixels() - first);
         wide_lines.select(first, depth);
         tall_lines.select(first, depth);
-        for (int k = 0; k < count; ++k) wide_lines.read(image, n + k, right + k * kDepth);
-        transpose(right, kDepth, panel, kColumns, count, depth);
+        for (int k = 0; k < count; ++k) wide_lines.read(image, n + k, right + k * kPixels);
+        transpose(right, kPixels, panel, kColumns, count, depth);
         for (int m = 0; m < M; m += kRows) {
           const int rows = std::min(kRows, M - m);
-          for (int k = 0; k < rows; ++k) tall_lines.read(image, m + k, left + k * kDepth);
-          multiply<T, Layout::kRows>(rows, columns, depth, left, kDepth, panel, kColumns, result + m * kColumns, kColumns, add);
+          for (int k = 0; k < rows; ++k) tall_lines.read(image, m + k, left + k * kPixels);
+          multiply<T, Layout::kRows>(rows, columns, depth, left, kPixels, panel, kColumns, result + m * kColumns, kColumns, add);
         }
       }
     for (int m = 0; m < M; ++m)
@@ -186,13 +311,13 @@ class Products {
   }
 
  private:
-  static constexpr int kColumns = 128, kRows = 48;     // of the result: in a task, and of a tall panel in the cache
+  static constexpr int kColumns = 128, kRows = 48, kPixels = 128;   // of the result: in a task, and of a tall panel in the cache; terms
 
   Arena<T> memory;
   const View<const T>& tall;
   Lines<T> tall_lines, wide_lines;
   const int M, N, panels, parts;
-  T *sums, *right, *panel, *left, *result;             // ., (kColumns, kDepth), (kDepth, kColumns), (kRows, kDepth), (M, kColumns)
+  T *sums, *right, *panel, *left, *result;             // ., (kColumns, kPixels), (kPixels, kColumns), (kRows, kPixels), (M, kColumns)
 };
 
 // -> (lines of tall, lines of wide), in memory of the arena
@@ -224,9 +349,8 @@ View<T> all_of(Map<T> map, const View<U>& grid) {
 
 // in (B, C, H, W), weight (O, C, k, k) -> out (B, O, H/stride, W/stride), rounded up
 template <class T>
-void convolution(Map<const T> in, const T* weight, int k, int stride, Map<T> out) {
-  const View<const T> seen = seen_through(k, stride, in);
-  convolve(weight, seen, all_of(out, seen));
+void convolution(Map<const T> in, const T* weight, int k, int stride, Map<T> out, const Finish<T>* finish = nullptr) {
+  convolve<T>({{weight, seen_through(k, stride, in)}}, {out, 1, 0}, finish);
 }
 
 // weight (O, C, k, k) -> (C, O, taps): those of the kernel's k * k places that are named
@@ -247,19 +371,22 @@ template <class T>
 void input_gradient(const T* weight, int k, int stride, Map<const T> dout, Map<T> din) {
   if (k == 1 && stride == 1) dout.W *= dout.H, din.W *= din.H, dout.H = din.H = 1;
   // Pixels (y, x) * stride + (top, left) of the input were seen through the same taps of the kernel.
-  for (int top = 0; top < std::min(stride, din.H); ++top)
+  for (int top = 0; top < std::min(stride, din.H); ++top) {
+    Arena<T> memory;
+    std::vector<Product<T>> products;
     for (int left = 0; left < std::min(stride, din.W); ++left) {
-      View<const T> from{dout, (din.H - top + stride - 1) / stride, (din.W - left + stride - 1) / stride, 1, {}};
+      View<const T> from{dout, (din.H - top + stride - 1) / stride, (din.W + stride - 1) / stride, 1, {}};
       std::vector<int> taps;
       for (int i = 0; i < k * k; ++i) {
         const int y = top + k / 2 - i / k, x = left + k / 2 - i % k;
         if (y % stride == 0 && x % stride == 0) taps.push_back(i), from.offsets.push_back({y / stride, x / stride});
       }
-      Arena<T> memory;
       T* matrix = memory.take(static_cast<size_t>(din.channels) * from.lines());
       pick(weight, dout.channels, din.channels, k * k, taps, matrix);
-      convolve(static_cast<const T*>(matrix), from, View<T>{din, from.rows, from.columns, stride, {{top, left}}});
+      products.push_back({matrix, from});
     }
+    convolve(products, Target<T>{din, stride, top});
+  }
 }
 
 // in, dout -> dweight (O, C, k, k)

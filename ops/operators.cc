@@ -1,5 +1,5 @@
-// The Paddle operators `halo_attention`, `convolution` and `batch_norm_act` and their gradients on a CPU: shapes are checked here, the
-// headers do the work.
+// The Paddle operators `halo_attention`, `convolution` and `batch_norm_act` with their gradients, and `convolution_norm_act` for
+// inference, on a CPU: shapes are checked here, the headers do the work.
 #include "paddle/extension.h"
 
 #include "batch_norm.h"
@@ -118,6 +118,48 @@ std::vector<Tensor> convolution_backward(const Tensor& x, const Tensor& weight, 
   return {dx, dweight};
 }
 
+template <class T>
+halo::Norm<T> norm_of(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& variance, float epsilon, int act) {
+  return {weight.data<T>(), bias.data<T>(), mean.data<T>(), variance.data<T>(), static_cast<T>(epsilon),
+          static_cast<halo::Activation>(act)};
+}
+
+std::vector<Dims> infer_inference_shape(const Dims& x, const Dims& weight, const Dims&, const Dims&, const Dims&, const Dims&,
+                                        const paddle::optional<Dims>&, int stride, float, int) {
+  return infer_convolution_shape(x, weight, stride, false);
+}
+
+std::vector<paddle::DataType> infer_inference_dtype(const paddle::DataType& x, const paddle::DataType&, const paddle::DataType&,
+                                                    const paddle::DataType&, const paddle::DataType&, const paddle::DataType&,
+                                                    const paddle::optional<paddle::DataType>&) {
+  return {x};
+}
+
+std::vector<Tensor> convolution_norm_act(const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias,
+                                         const Tensor& mean, const Tensor& variance, const paddle::optional<Tensor>& residual,
+                                         int stride, float epsilon, int act) {
+  check_convolution(x, weight, stride);
+  const Dims channels{weight.shape()[0]}, shape = infer_convolution_shape(x.shape(), weight.shape(), stride, false)[0];
+  for (const Tensor* part : {&norm_weight, &norm_bias, &mean, &variance})
+    PD_CHECK(part->shape() == channels && part->dtype() == x.dtype(), "convolution_norm_act: the norm must be (O,) and of x's dtype");
+  PD_CHECK(!residual || residual->shape() == shape && residual->dtype() == x.dtype(),
+           "convolution_norm_act: the residual must be like the result");
+  PD_CHECK(act >= 0 && act <= 2, "convolution_norm_act: act must be 0, 1 or 2");
+  Tensor out = paddle::empty(shape, x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "convolution_norm_act", [&] {
+    const auto norm = norm_of<data_t>(norm_weight, norm_bias, mean, variance, epsilon, act);
+    std::vector<data_t> scale, shift;
+    for (int c = 0; c < channels[0]; ++c) {
+      scale.push_back(norm.scale(c));
+      shift.push_back(norm.bias[c] - norm.mean[c] * scale[c]);
+    }
+    const halo::Finish<data_t> finish{scale.data(), shift.data(), residual ? residual->data<data_t>() : nullptr, norm.act};
+    halo::convolution(map_of(x.data<data_t>(), x.shape()), weight.data<data_t>(), static_cast<int>(weight.shape()[2]), stride,
+                      map_of(out.data<data_t>(), shape), &finish);
+  });
+  return {out};
+}
+
 void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int act) {
   PD_CHECK(x.is_cpu() && weight.is_cpu() && bias.is_cpu() && x.dtype() == weight.dtype() && x.dtype() == bias.dtype(),
            "batch_norm_act: needs CPU tensors of one dtype");
@@ -127,12 +169,6 @@ void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, int a
 
 halo::Channels channels_of(const Dims& x) {
   return {static_cast<int>(x[0]), static_cast<int>(x[1]), static_cast<int>(x[2] * x[3])};
-}
-
-template <class T>
-halo::Norm<T> norm_of(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& variance, float epsilon, int act) {
-  return {weight.data<T>(), bias.data<T>(), mean.data<T>(), variance.data<T>(), static_cast<T>(epsilon),
-          static_cast<halo::Activation>(act)};
 }
 
 std::vector<Tensor> norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, float epsilon, int act) {
@@ -200,6 +236,14 @@ PD_BUILD_GRAD_OP(convolution)
     .Attrs({"stride: int", "input_gradient: bool"})
     .SetKernelFn(PD_KERNEL(convolution_backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_convolution_grad_shape));
+
+PD_BUILD_OP(convolution_norm_act)
+    .Inputs({"X", "Weight", "NormWeight", "NormBias", "Mean", "Variance", paddle::Optional("Residual")})
+    .Outputs({"Out"})
+    .Attrs({"stride: int", "epsilon: float", "act: int"})
+    .SetKernelFn(PD_KERNEL(convolution_norm_act))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_inference_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_inference_dtype));
 
 PD_BUILD_OP(batch_norm_act)
     .Inputs({"X", "Weight", "Bias"})

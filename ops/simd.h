@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
@@ -136,15 +137,15 @@ inline Vec<float> exp(Vec<float> x) {
 // How a matrix lies in memory: its unit stride runs along the columns (element i, j at i * ld + j) or along the rows.
 enum class Layout { kRows, kColumns };
 
-// c[m, n] (+)= sum_k a[m, k] b[k, n] for M rows and NV vectors of columns, all held in registers.
+// c[m, n] = sum_k a[m, k] b[k, n] for M rows and NV vectors of columns, all held in registers; plus `from` unless that is null.
 template <class T, Layout A, int M, int NV>
-void tile(int K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T* c, ptrdiff_t ldc, bool add) {
+void tile(int K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, const T* from, ptrdiff_t ld_from, T* c, ptrdiff_t ldc) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[M][NV];
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) sum[m][n] = add ? load(c + m * ldc + n * L) : Vec<T>{};
+    for (int n = 0; n < NV; ++n) sum[m][n] = from ? load(from + m * ld_from + n * L) : Vec<T>{};
   for (int k = 0; k < K; ++k) {
     Vec<T> right[NV];
 #pragma GCC unroll 4
@@ -163,7 +164,7 @@ void tile(int K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T* c, ptr
 }
 
 template <class T>
-using Tile = void (*)(int, const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t, bool);
+using Tile = void (*)(int, const T*, ptrdiff_t, const T*, ptrdiff_t, const T*, ptrdiff_t, T*, ptrdiff_t);
 
 // Rows 0 .. M-1 by NV vectors of columns, in tiles of nearly equal height.
 template <class T, Layout A, int NV, int... I>
@@ -173,7 +174,8 @@ void panel(int M, int K, const T* a, ptrdiff_t lda, const T* b, ptrdiff_t ldb, T
   const int count = (M + static_cast<int>(sizeof...(I)) - 1) / static_cast<int>(sizeof...(I));
   for (int t = 0; t < count; ++t) {
     const int first = M * t / count, rows = M * (t + 1) / count - first;
-    tiles[rows - 1](K, A == Layout::kRows ? a + first * lda : a + first, lda, b, ldb, c + first * ldc, ldc, add);
+    T* const to = c + first * ldc;
+    tiles[rows - 1](K, A == Layout::kRows ? a + first * lda : a + first, lda, b, ldb, add ? to : nullptr, ldc, to, ldc);
   }
 }
 

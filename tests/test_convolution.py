@@ -1,0 +1,117 @@
+"""The compiled convolution, alone and with what follows it in an evaluation, against Paddle's in float64."""
+import numpy as np
+import paddle
+import pytest
+import reference as ref
+from paddle import nn
+from test_ops import difference, results
+
+import ops
+from config import get_config
+from halonet import build_halonet
+from layers import COMPILED_ACTIVATIONS, ConvNormAct, use_operators
+
+pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-6), ('float64', 1e-12)])
+@pytest.mark.parametrize('B, C, width, k, H, W, stride', [
+    (2, 64, 128, 1, 16, 16, 1), (2, 64, 64, 1, 16, 16, 2), (3, 5, 7, 1, 3, 5, 1), (1, 300, 70, 1, 9, 13, 2),
+    (2, 130, 600, 1, 7, 7, 3), (2, 3, 24, 3, 33, 32, 2), (2, 24, 32, 3, 12, 70, 1), (9, 64, 20, 3, 8, 8, 1),
+    (2, 130, 140, 3, 16, 9, 2), (1, 2, 3, 3, 5, 5, 3), (2, 3, 16, 7, 20, 21, 2),
+    (1, 4, 5, 7, 3, 2, 1), (2, 5, 2, 5, 1, 1, 2), (2, 5, 2, 3, 1, 9, 4),
+    (1, 70, 140, 1, 30, 29, 1), (1, 30, 140, 3, 24, 26, 1), (1, 70, 20, 1, 50, 49, 2), (1, 8, 12, 3, 49, 51, 2),  # over one panel
+])
+def test_convolution_equals_paddle(B, C, width, k, H, W, stride, dtype, tolerance):
+    random = np.random.default_rng(0)
+    shapes = [(B, C, H, W), (width, C, k, k), (B, width, -(-H // stride), -(-W // stride))]
+    inputs = [random.standard_normal(shape).astype(dtype) for shape in shapes]
+    theirs = results(paddle.nn.functional.conv2d, [x.astype('float64') for x in inputs], stride=stride, padding=k // 2)
+    for a, b in zip(results(ops.convolution, inputs, stride=stride), theirs):
+        assert a.dtype == inputs[0].dtype and a.shape == b.shape and difference(a, b) < tolerance
+
+
+def test_convolution_of_an_input_without_gradient_gives_that_of_the_weights():
+    x, weight = paddle.randn([2, 3, 8, 8]), paddle.randn([4, 3, 3, 3])
+    weight.stop_gradient = False
+    gradients = []
+    for constant in (True, False):
+        x.stop_gradient = constant
+        ops.convolution(x, weight, 2).sum().backward()
+        gradients.append(weight.grad.numpy())
+        assert constant == (x.grad is None)
+        weight.clear_grad()
+    assert (gradients[0] == gradients[1]).all()
+
+
+def test_bits_do_not_depend_on_the_threads():
+    random = np.random.default_rng(0)
+    x, out = (random.standard_normal((2, channels, 30, 28)).astype('float32') for channels in (70, 40))
+    runs = []
+    for threads in (1, 2, 3, 2):
+        paddle.base.core.set_num_threads(threads)
+        runs.append([])
+        for k in (1, 3):
+            weight = np.random.default_rng(0).standard_normal((40, 70, k, k)).astype('float32')
+            runs[-1] += results(ops.convolution, (x, weight, out))
+    paddle.base.core.set_num_threads(1)
+    for run in runs[1:]:
+        assert all((a == b).all() for a, b in zip(runs[0], run))
+
+
+def evaluation_layer(act, dtype, **kwargs):
+    """A seeded ConvNormAct of 5 to 21 channels for evaluation."""
+    layer = ConvNormAct(5, 21, 3, act=act, **kwargs)
+    layer.to(dtype=dtype)
+    random = np.random.default_rng(0)
+    for key, value in layer.state_dict().items():
+        value.set_value(random.uniform(0.5 if key.endswith('_variance') else -1, 1, value.shape).astype(dtype))
+    layer.eval()
+    return layer
+
+
+@pytest.mark.parametrize('H, W, stride', [(9, 13, 1), (9, 13, 2), (32, 40, 1)])   # the last in whole vectors, over one panel
+@pytest.mark.parametrize('act', COMPILED_ACTIVATIONS)
+def test_convolution_norm_and_activation_at_once(act, H, W, stride):
+    random = np.random.default_rng(1)
+    images, added = random.standard_normal((2, 5, H, W)), random.standard_normal((2, 21, -(-H // stride), -(-W // stride)))
+    for dtype, tolerance in ('float32', 1e-6), ('float64', 1e-12):
+        layer, x, residual = evaluation_layer(act, dtype, stride=stride), images.astype(dtype), added.astype(dtype)
+        with paddle.no_grad():
+            assert layer.is_one_operator()
+            plain = layer(paddle.to_tensor(x))
+            joined = layer.at_once(paddle.to_tensor(x), layer.bn.act, paddle.to_tensor(residual))
+            layer = evaluation_layer(act, 'float64', stride=stride)
+            norm = nn.functional.conv2d(paddle.to_tensor(x.astype('float64')), layer.conv.weight, stride=stride, padding=1)
+            norm = nn.functional.batch_norm(norm, layer.bn._mean, layer.bn._variance, layer.bn.weight, layer.bn.bias)
+            assert difference(plain.numpy(), act()(norm).numpy()) < tolerance
+            assert difference(joined.numpy(), act()(norm + paddle.to_tensor(residual.astype('float64'))).numpy()) < tolerance
+
+
+def test_one_operator_serves_only_where_nobody_sees_its_parts():
+    layer = evaluation_layer(nn.ReLU, 'float32')
+    assert not layer.is_one_operator()                          # gradients may be wanted
+    with paddle.no_grad():
+        assert layer.is_one_operator()
+        for watched in layer.conv, layer.bn:
+            hook = watched.register_forward_post_hook(lambda *_: None)
+            assert not layer.is_one_operator()
+            hook.remove()
+        layer.train()
+        assert not layer.is_one_operator()                      # the statistics are the batch's
+        layer.bn._use_global_stats = True
+        assert layer.is_one_operator()
+        assert not use_operators(layer, 'composed').is_one_operator()
+
+
+@pytest.mark.parametrize('name', ['halonet_26t_256', 'haloregnetz_b_224'])   # with groups, silu, blocks without shortcut
+def test_an_evaluation_gives_the_logits_of_paddles_operators(name):
+    models = [ref.fill_seeded(build_halonet(get_config(f'configs/{name}.yaml', ['MODEL.ATTENTION', kind]))).eval()
+              for kind in ('fused', 'composed')]
+    images = paddle.to_tensor(ref.seeded_images((1, 3, 128, 128)))
+    calls = []
+    with paddle.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, 'convolution_norm_act', lambda *args, at_once=ops.convolution_norm_act, **kwargs:
+                      calls.append(1) or at_once(*args, **kwargs))
+        ours, theirs = (model(images).numpy() for model in models)
+    assert len(calls) > 20 and abs(ours - theirs).max() < 1e-5 * theirs.std()
