@@ -138,7 +138,7 @@ class HaloAttention(nn.Layer):
     divide the block, all pixels are queries and the result is average-pooled, as in timm.
     """
 
-    operators = 'auto'
+    operators, compiled_for = 'auto', ('cpu', 'gpu')
 
     def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, *, head_dim=0, qk_ratio=1.0,
                  value_ratio=1.0):
@@ -168,7 +168,7 @@ class BottleneckAttention(nn.Layer):
     block and no halo. A stride pools the result. Raises ValueError for a larger map.
     """
 
-    operators = 'auto'
+    operators, compiled_for = 'auto', ('cpu', 'gpu')
 
     def __init__(self, in_width, width, num_heads, map_size, stride=1, *, head_dim=0, qk_ratio=1.0):
         super().__init__()

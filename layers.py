@@ -21,13 +21,15 @@ def compiled(layer):
 
     Raises RuntimeError where fused cannot be had.
     """
-    kind, on_cpu = layer.operators, paddle.get_device() == 'cpu'
-    if kind == 'composed' or kind == 'auto' and not (on_cpu and (layer.training or paddle.in_dynamic_mode())):
+    kind, device = layer.operators, paddle.get_device().split(':')[0]
+    if kind == 'composed' or device == 'gpu' and 'gpu' not in layer.compiled_for:
         return False
-    if on_cpu and ops.load():
+    if kind == 'auto' and not (device == 'cpu' and (layer.training or paddle.in_dynamic_mode())):
+        return False
+    if device in ops.load():
         return True
     if kind == 'fused':
-        raise RuntimeError('MODEL.ATTENTION is fused, which needs a CPU as the device and a C++ compiler; '
+        raise RuntimeError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well; '
                            'auto and composed need neither')
     return False
 
@@ -48,7 +50,7 @@ def pixel_mean(x):
 class Convolution(nn.Conv2D):
     """Convolution with half padding and no bias: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
-    operators = 'auto'
+    operators, compiled_for = 'auto', ('cpu',)
 
     def __init__(self, in_width, width, kernel_size, stride=1, groups=1, init=None):
         super().__init__(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
@@ -63,7 +65,7 @@ class Convolution(nn.Conv2D):
 class BatchNormAct(nn.BatchNorm2D):
     """Batch norm, then the activation."""
 
-    operators = 'auto'
+    operators, compiled_for = 'auto', ('cpu',)
 
     def __init__(self, width, act):
         super().__init__(width)

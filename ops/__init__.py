@@ -1,7 +1,7 @@
-"""Operators for a CPU, compiled from the C++ source beside this file on first use or by `python -m ops`.
+"""Operators compiled from the source beside this file on first use or by `python -m ops`: all for a CPU, the attention for a GPU.
 
-`load()` says whether they can be had; the others may be called where it is true. All work in float32 and float64, and
-give the same result and gradients bit for bit in every run and for any number of threads.
+`load()` says where they can be had; there the others may be called. On a CPU they work in float32 and float64 and give the same
+result and gradients bit for bit in every run and for any number of threads; on a GPU in float32, float16 and bfloat16.
 """
 import functools
 import logging
@@ -9,7 +9,7 @@ import logging
 from paddle import _C_ops
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
-from ops.build import BuildError, library
+from ops.build import BuildError, gpu_arch, library
 
 logger = logging.getLogger('halonet.ops')
 
@@ -18,20 +18,25 @@ ACTIVATIONS = 'identity', 'relu', 'silu'            # in the order of their numb
 
 @functools.lru_cache(None)
 def load():
-    """Compiles the operators unless the cache has them and registers them: True, or False after one logged notice."""
+    """Compiles the operators unless the cache has them and registers them: the devices that they serve, ('cpu',) or, where a GPU
+    is the device at the first call, ('cpu', 'gpu'); () after one logged notice where there is no compiler."""
+    arch = gpu_arch()
     try:
-        load_op_meta_info_and_register_op(library())
+        load_op_meta_info_and_register_op(library(arch))
     except (BuildError, OSError, RuntimeError) as error:
         logger.warning("no compiled operators, so Paddle's slower ones serve: %s", error)
-        return False
-    return True
+        return ()
+    return ('cpu', 'gpu') if arch else ('cpu',)
 
 
 def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
     """attention.halo_attention by one operator that keeps neither windows nor probabilities.
 
-    The operator takes `stride` from the sizes of q and kv.
+    The operator takes `stride` from the sizes of q and kv, and the tables in the type of q (mixed precision leaves them in
+    float32).
     """
+    if height_rel.dtype != q.dtype:
+        height_rel, width_rel = height_rel.astype(q.dtype), width_rel.astype(q.dtype)
     return _C_ops._run_custom_op('halo_attention', q, kv, height_rel, width_rel, num_heads, block_size, halo_size)[0]
 
 

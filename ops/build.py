@@ -1,7 +1,8 @@
 """Compiles the fused operators into a cache: <cache>/<key>/operators.so, the key naming all that goes into it.
 
 The cache is $HALONET_OPS_CACHE, or else halonet/ops below $XDG_CACHE_HOME or ~/.cache. Processes that need the same
-library wait for the first of them to have built it. $CXX names the compiler, g++, c++ or clang++ otherwise.
+library wait for the first of them to have built it. $CXX names the compiler, g++, c++ or clang++ otherwise; $CUDA_HOME
+the folder of CUDA, that of the nvcc on the PATH or /usr/local/cuda otherwise.
 """
 import fcntl
 import hashlib
@@ -21,25 +22,27 @@ from paddle.utils.cpp_extension import extension_utils
 logger = logging.getLogger('halonet.ops')
 
 HERE = Path(__file__).parent
-SOURCE, HEADERS = HERE / 'operators.cc', sorted(HERE.glob('*.h'))
+SOURCE, CUDA_SOURCE, HEADERS = HERE / 'operators.cc', HERE / 'halo_attention.cu', sorted(HERE.glob('*.h'))
 FLAGS = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-fPIC', '-Wno-psabi',
          '-DPADDLE_WITH_CUSTOM_KERNEL']
+CUDA_FLAGS = ['-std=c++17', '-O3', '-Xcompiler', '-fPIC']
 
 
 class BuildError(Exception):
     """No compiler, or it failed; the message says what it said."""
 
 
-def library():
-    """The path of the compiled operator, compiled now if the cache does not have it. Raises BuildError or OSError."""
-    compiler = find_compiler()
-    path = cache_folder() / key(compiler) / 'operators.so'
+def library(arch=''):
+    """The path of the compiled operators, compiled now if the cache does not have them; with `arch`, such as sm_90, the attention
+    for such a GPU as well. Raises BuildError or OSError."""
+    compiler, nvcc = find_compiler(), find_nvcc() if arch else None
+    path = cache_folder() / key(compiler, nvcc, arch) / 'operators.so'
     if not whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / 'lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)             # released when the file is closed, or its process dies
             if not whole(path):
-                compile_library(compiler, path)
+                compile_library(compiler, path, nvcc, arch)
     return str(path)
 
 
@@ -58,17 +61,38 @@ def find_compiler():
     raise BuildError(f'no C++ compiler on the PATH (looked for {", ".join(candidates)})')
 
 
+def gpu_arch():
+    """Such as sm_90, of the GPU that is Paddle's device; '' where none is."""
+    if not paddle.get_device().startswith('gpu'):
+        return ''
+    return 'sm_{}{}'.format(*paddle.device.cuda.get_device_capability())
+
+
+def find_nvcc():
+    """The nvcc of a CUDA with its headers."""
+    on_path = shutil.which('nvcc')
+    homes = [Path(on_path).resolve().parent.parent, Path('/usr/local/cuda')] if on_path else [Path('/usr/local/cuda')]
+    if os.environ.get('CUDA_HOME'):
+        homes = [Path(os.environ['CUDA_HOME'])]
+    for home in homes:
+        if (home / 'bin' / 'nvcc').exists() and (home / 'include' / 'cuda_runtime.h').exists():
+            return home / 'bin' / 'nvcc'
+    raise BuildError(f'no CUDA with bin/nvcc and its headers in {" or ".join(map(str, homes))}; name its folder by CUDA_HOME')
+
+
 def cache_folder():
     if os.environ.get('HALONET_OPS_CACHE'):
         return Path(os.environ['HALONET_OPS_CACHE'])
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'halonet' / 'ops'
 
 
-def key(compiler):
-    """A hash of the sources, the compiler, the flags, Paddle, and the CPU that -march=native means."""
-    version = subprocess.run([*compiler, '--version'], capture_output=True, text=True).stdout
-    parts = [*compiler, version, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__), cpu()]
-    parts += [path.read_text() for path in (SOURCE, *HEADERS)]
+def key(compiler, nvcc, arch):
+    """A hash of the sources, the compilers, the flags, Paddle, and the CPU that -march=native means."""
+    versions = [subprocess.run([*command, '--version'], capture_output=True, text=True).stdout
+                for command in ([compiler, [nvcc]] if arch else [compiler])]
+    parts = [*compiler, *versions, arch, *FLAGS, *CUDA_FLAGS, paddle.__version__, paddle.version.commit,
+             os.path.dirname(paddle.__file__), cpu()]
+    parts += [path.read_text() for path in (SOURCE, CUDA_SOURCE, *HEADERS)]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
 
@@ -80,20 +104,40 @@ def cpu():
         return platform.machine() + platform.processor()
 
 
-def compile_library(compiler, path):
-    logger.warning('compiling the fused operators for this machine into %s (about half a minute, once)', path.parent)
+def compile_library(compiler, path, nvcc, arch):
+    logger.warning('compiling the fused operators for this machine into %s (about %s, once)', path.parent,
+                   'a minute and a half' if arch else 'half a minute')
     start = time.time()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        output = os.path.join(folder, path.name)
-        command = [*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *include_flags(), *link_flags()]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
-        if result.returncode:
-            raise BuildError(f'{" ".join(command)} failed:\n{result.stdout[-4000:]}')
+        output, gpu = os.path.join(folder, path.name), []
+        if arch:
+            compile_cuda(nvcc, arch, os.path.join(folder, 'gpu.o'))
+            gpu = [os.path.join(folder, 'gpu.o'), *cuda_flags(nvcc)]
+        run([*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *gpu, *include_flags(), *link_flags()])
         with open(output, 'rb') as file:
             os.fsync(file.fileno())
         path.with_suffix('.size').write_text(str(os.path.getsize(output)))
         os.replace(output, path)                      # whole or not at all
     logger.info('compiled in %.0f s', time.time() - start)
+
+
+def compile_cuda(nvcc, arch, output):
+    """The attention for GPUs of `arch` as an object file."""
+    run([str(nvcc), *CUDA_FLAGS, f'-arch={arch}', '-c', str(CUDA_SOURCE), '-o', output])
+
+
+def run(command):
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    if result.returncode:
+        raise BuildError(f'{" ".join(command)} failed:\n{result.stdout[-4000:]}')
+
+
+def cuda_flags(nvcc):
+    """Headers of CUDA, and of the libraries that come with Paddle as packages of their own; CUDA's runtime."""
+    home, packages = nvcc.parent.parent, Path(paddle.__file__).parent.parent / 'nvidia'
+    folders = [home / 'include', home / 'include' / 'cccl', *sorted(packages.glob('*/include'))]
+    headers = [flag for folder in folders for flag in ('-isystem', str(folder))]
+    return ['-DPADDLE_WITH_CUDA', *headers, f'-L{home}/lib64', '-lcudart']
 
 
 def include_flags():

@@ -10,9 +10,9 @@
 
 namespace halo {
 
-constexpr int kPanel = 512;                            // pixels that are multiplied at a time
+constexpr int kPanel = 512;                            // pixels that are multiplied at a time, or fewer,
 constexpr int kDepth = 64;                             // and terms: such a panel stays in the second-level cache
-constexpr int kChannels = 128;                         // of the result, which stays there too
+constexpr int kResult = 128 * kPanel;                  // numbers, which stay there too
 constexpr int kHeight = 6;                             // channels and vectors of pixels of a tile, which the registers hold
 constexpr int kVectors = kAccumulators / kHeight;
 template <class T>
@@ -187,17 +187,21 @@ template <class T>
 class Convolve {
  public:
   Convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish)
-      : products(products), to(to), finish(finish), pixels(products[0].in.pixels()), panels((pixels + kPanel - 1) / kPanel),
-        M(to.map.channels), blocks(std::max((M + kChannels - 1) / kChannels,
-                                            std::clamp(16 / (panels * to.map.images), 1, (M + 23) / 24))) {}  // more for few pixels
+      : products(products), to(to), finish(finish), pixels(products[0].in.pixels()), M(to.map.channels) {
+    // Two tasks for each thread at least. To cut panels repeats nothing, to cut channels repeats the copying.
+    const int wanted = (2 * omp_get_max_threads() + to.map.images - 1) / to.map.images;
+    for (panel = kPanel; panel > 2 * kStrip<T> && (pixels + panel - 1) / panel < wanted;) panel /= 2;
+    panels = (pixels + panel - 1) / panel;
+    blocks = std::max((M * std::min(panel, pixels) + kResult - 1) / kResult, std::clamp(wanted / panels, 1, (M + 23) / 24));
+  }
 
   int tasks() const { return to.map.images * panels * blocks; }
 
   void operator()(int task) {
     if (!strip) allocate();
-    const int block = task % blocks, panel = task / blocks % panels;
+    const int block = task % blocks;
     image = task / blocks / panels, top = M * block / blocks, height = M * (block + 1) / blocks - top;
-    first = panel * kPanel, count = std::min(kPanel, pixels - first);
+    first = task / blocks % panels * panel, count = std::min(panel, pixels - first);
     for (size_t i = 0; i < products.size(); ++i) multiply(products[i], lines[i], results[i]);
     for (int s = 0; s * kStrip<T> < count; ++s)
       if (!in_place(s)) write(s);
@@ -205,7 +209,7 @@ class Convolve {
 
  private:
   void allocate() {
-    const int strips = (std::min(pixels, kPanel) + kStrip<T> - 1) / kStrip<T>;
+    const int strips = (std::min(pixels, panel) + kStrip<T> - 1) / kStrip<T>;
     for (const Product<T>& product : products) {
       results.push_back(memory.take(static_cast<size_t>(strips) * rows() * kStrip<T>));
       lines.emplace_back(product.in, kStrip<T>, kDistance);
@@ -264,7 +268,8 @@ class Convolve {
   const std::vector<Product<T>>& products;
   const Target<T> to;
   const Finish<T>* finish;                             // null: nothing follows
-  const int pixels, panels, M, blocks;
+  const int pixels, M;
+  int panel, panels, blocks;                           // pixels of a panel, panels of an image, blocks of channels
   std::vector<Lines<T>> lines;                         // of each product
   std::vector<T*> results;                             // (strips, rows, kStrip) for each product
   T* strip = nullptr;                                  // (kDepth, kStrip) and a line more for each strip

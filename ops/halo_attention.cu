@@ -1,16 +1,16 @@
 // Halo attention on a GPU, forward and backward: float, half or bfloat16 in memory, float in every sum.
 //
 // STATE: compiled with nvcc 13 and checked on a CPU through tests/cuda_emulation.h, which runs the kernels thread by thread.
-// It has never run on a GPU: nothing is known of its speed, and Paddle is not yet bound to it.
+// It has never run on a GPU: nothing is known of its speed, so that only MODEL.ATTENTION fused asks for it, not auto.
 //
 // Flash style: a softmax in one sweep with a running maximum, and nothing of the size (queries x keys) in memory. A thread
 // block owns 64 queries of one block of one head; a warp owns some of these, a lane one key at a time, and in the weighted sum
 // some channels. The gradient of keys and values turns this round: a thread block owns 64 pixels of one block, a warp some
 // of these, a lane one query at a time. So every number is written by one warp, in one order: no atomics, same bits every run.
 #ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "halo_attention_gpu.h"
 #else
 #include "cuda_emulation.h"
 #endif
@@ -303,8 +303,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, size_t floats, cuda
 
 inline dim3 query_grid(const Shape& s) { return dim3(s.Y() * s.X() * ((s.b() * s.b() + kTile - 1) / kTile), s.B * s.N); }
 
-// Floats of scratch memory that `backward` needs on the GPU: two numbers per query, and the tables' gradients in parts.
-inline size_t workspace(const Shape& s) {
+size_t workspace(const Shape& s) {
   const size_t grid = static_cast<size_t>(query_grid(s).x) * query_grid(s).y;
   return static_cast<size_t>(2) * s.B * s.N * s.Hq * s.Wq + grid * 2 * (2 * s.w() - 1) * s.d;
 }
@@ -331,7 +330,6 @@ cudaError_t backward_of(const Shape& s, const Inputs<T>& in, const T* dout, cons
                 s, in, dout, static_cast<const float*>(workspace), gradients.kv);
 }
 
-// As their namesakes in halo_attention.h, for arrays of float, __half or __nv_bfloat16 on the GPU; heads of up to 128 channels.
 template <class T>
 cudaError_t forward(const Shape& s, const Inputs<T>& in, T* out, cudaStream_t stream) {
   const int channels = s.d > s.v ? s.d : s.v;

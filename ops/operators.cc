@@ -1,10 +1,14 @@
 // The Paddle operators `halo_attention`, `convolution` and `batch_norm_act` with their gradients, and `convolution_norm_act` for
-// inference, on a CPU: shapes are checked here, the headers do the work.
+// inference, on a CPU, the attention on a GPU too where this is compiled with PADDLE_WITH_CUDA: shapes are checked here, the headers
+// do the work.
 #include "paddle/extension.h"
 
 #include "batch_norm.h"
 #include "convolution.h"
 #include "halo_attention.h"
+#ifdef PADDLE_WITH_CUDA
+#include "halo_attention_gpu.h"
+#endif
 
 namespace {
 
@@ -13,7 +17,11 @@ using Dims = std::vector<int64_t>;
 
 halo::Shape shape_of(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel, int num_heads,
                      int block_size, int halo_size) {
-  PD_CHECK(q.is_cpu() && kv.is_cpu() && height_rel.is_cpu() && width_rel.is_cpu(), "halo_attention: built for CPU tensors only");
+#ifndef PADDLE_WITH_CUDA
+  PD_CHECK(q.is_cpu(), "halo_attention: built for CPU tensors only");
+#endif
+  PD_CHECK(q.place() == kv.place() && q.place() == height_rel.place() && q.place() == width_rel.place(),
+           "halo_attention: q, kv and the tables must be on one device");
   PD_CHECK(q.dtype() == kv.dtype() && q.dtype() == height_rel.dtype() && q.dtype() == width_rel.dtype(),
            "halo_attention: q, kv and the tables must have one dtype");
   PD_CHECK(num_heads > 0 && block_size > 0 && halo_size >= 0, "halo_attention: num_heads and block_size must be positive");
@@ -33,17 +41,46 @@ halo::Shape shape_of(const Tensor& q, const Tensor& kv, const Tensor& height_rel
 
 template <class T>
 halo::Inputs<T> inputs_of(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel) {
-  return {q.data<T>(), kv.data<T>(), height_rel.data<T>(), width_rel.data<T>()};
+  const auto data = [](const Tensor& x) { return static_cast<const T*>(x.data()); };
+  return {data(q), data(kv), data(height_rel), data(width_rel)};
 }
+
+#ifdef PADDLE_WITH_CUDA
+// Calls work(zero), zero being of the type that CUDA has for `dtype`; it returns a cudaError_t.
+template <class Work>
+void on_gpu(paddle::DataType dtype, Work work) {
+  PD_CHECK(dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::FLOAT16 || dtype == paddle::DataType::BFLOAT16,
+           "halo_attention: on a GPU q must be float32, float16 or bfloat16");
+  const cudaError_t error = dtype == paddle::DataType::FLOAT32   ? work(float())
+                            : dtype == paddle::DataType::FLOAT16 ? work(__half())
+                                                                 : work(__nv_bfloat16());
+  PD_CHECK(error == cudaSuccess, "halo_attention: ", cudaGetErrorString(error));
+}
+#endif
 
 std::vector<Tensor> forward(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel,
                             int num_heads, int block_size, int halo_size) {
   const halo::Shape s = shape_of(q, kv, height_rel, width_rel, num_heads, block_size, halo_size);
   Tensor out = paddle::empty({s.B, s.N * s.v, s.Hq, s.Wq}, q.dtype(), q.place());
+#ifdef PADDLE_WITH_CUDA
+  if (q.is_gpu()) {
+    on_gpu(q.dtype(), [&](auto zero) {
+      using T = decltype(zero);
+      return halo::forward<T>(s, inputs_of<T>(q, kv, height_rel, width_rel), static_cast<T*>(out.data()), q.stream());
+    });
+    return {out};
+  }
+#endif
   PD_DISPATCH_FLOATING_TYPES(q.dtype(), "halo_attention", [&] {
     halo::forward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), out.data<data_t>());
   });
   return {out};
+}
+
+template <class T>
+halo::Gradients<T> gradients_of(const std::vector<Tensor>& grads) {
+  const auto data = [&](int i) { return static_cast<T*>(const_cast<void*>(grads[i].data())); };
+  return {data(0), data(1), data(2), data(3)};
 }
 
 std::vector<Tensor> backward(const Tensor& q, const Tensor& kv, const Tensor& height_rel, const Tensor& width_rel,
@@ -51,10 +88,19 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& kv, const Tensor& he
   const halo::Shape s = shape_of(q, kv, height_rel, width_rel, num_heads, block_size, halo_size);
   std::vector<Tensor> grads;
   for (const Tensor* x : {&q, &kv, &height_rel, &width_rel}) grads.push_back(paddle::empty(x->shape(), x->dtype(), x->place()));
+#ifdef PADDLE_WITH_CUDA
+  if (q.is_gpu()) {
+    Tensor scratch = paddle::empty({static_cast<int64_t>(halo::workspace(s))}, paddle::DataType::FLOAT32, q.place());
+    on_gpu(q.dtype(), [&](auto zero) {
+      using T = decltype(zero);
+      return halo::backward<T>(s, inputs_of<T>(q, kv, height_rel, width_rel), static_cast<const T*>(dout.data()),
+                               gradients_of<T>(grads), scratch.data<float>(), q.stream());
+    });
+    return grads;
+  }
+#endif
   PD_DISPATCH_FLOATING_TYPES(q.dtype(), "halo_attention_grad", [&] {
-    halo::backward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), dout.data<data_t>(),
-                   halo::Gradients<data_t>{grads[0].data<data_t>(), grads[1].data<data_t>(), grads[2].data<data_t>(),
-                                           grads[3].data<data_t>()});
+    halo::backward(s, inputs_of<data_t>(q, kv, height_rel, width_rel), dout.data<data_t>(), gradients_of<data_t>(grads));
   });
   return grads;
 }

@@ -10,8 +10,8 @@ import pytest
 
 import attention
 import ops
-from layers import use_operators
-from ops.build import find_compiler
+from layers import Convolution, compiled, use_operators
+from ops import build
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
@@ -224,9 +224,46 @@ def test_two_builds_at_once_make_one_library(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_cuda_source_compiles(tmp_path):
+    try:
+        nvcc = build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    build.compile_cuda(nvcc, 'sm_80', str(tmp_path / 'gpu.o'))
+    symbols = subprocess.run(['nm', '-C', tmp_path / 'gpu.o'], stdout=subprocess.PIPE, text=True, check=True).stdout
+    for name in 'float', '__half', '__nv_bfloat16':
+        assert f'halo::forward<{name}>(' in symbols and f'halo::backward<{name}>(' in symbols
+
+
+@pytest.mark.slow
+def test_operators_compile_for_a_gpu(tmp_path):
+    """The binding to Paddle, against CUDA's headers, which a machine may have without its libraries' ones."""
+    try:
+        flags = build.cuda_flags(build.find_nvcc())
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    folders = [Path(folder) for flag, folder in zip(flags, flags[1:]) if flag == '-isystem']
+    if not any((folder / 'cublasXt.h').exists() for folder in folders):
+        pytest.skip('no headers of cuBLAS, which those of Paddle include')
+    flags = [flag for flag in flags if not flag.startswith(('-L', '-l'))]
+    build.run([*build.find_compiler(), *build.FLAGS, '-fsyntax-only', str(build.SOURCE), *flags, *build.include_flags()])
+
+
+def test_a_gpu_gets_its_operator_only_when_asked(monkeypatch):
+    attend, convolve = attention.HaloAttention(8, 8, 2, 4, 1), Convolution(8, 8, 1)
+    monkeypatch.setattr(paddle, 'get_device', lambda: 'gpu:0')
+    monkeypatch.setattr(ops, 'load', lambda: ('cpu', 'gpu'))
+    assert not compiled(attend)                                 # auto: nobody has measured it
+    assert compiled(use_operators(attend, 'fused')) and not compiled(use_operators(convolve, 'fused'))
+    monkeypatch.setattr(ops, 'load', lambda: ('cpu',))
+    with pytest.raises(RuntimeError, match='nvcc'):
+        compiled(attend)
+
+
+@pytest.mark.slow
 def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
     program, sources = tmp_path / 'emulation', [f'-I{ROOT}/tests', f'-I{ROOT}/ops', str(ROOT / 'tests/cuda_emulation.cc')]
-    subprocess.run([*find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
+    subprocess.run([*build.find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True)
     result = subprocess.run([program], stdout=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stdout
 
