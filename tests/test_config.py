@@ -75,6 +75,23 @@ def test_two_files_may_share_a_base(write):
     assert (config.SEED, config.NPROCS, config.SAVE_KEEP) == (1, 2, 4)
 
 
+@pytest.mark.parametrize('first, second', [
+    ('recipe', 'model'), ('recipe', 'small'), ('model', 'other')])
+def test_base_does_not_undo_in_silence(write, first, second):
+    """A recipe before the model, whose BASE is another one; and anything that a shared BASE would set back."""
+    write('usual.yaml', 'TRAIN: {BASE_LR: 0.1, LOSS: ce}\nSEED: 1')
+    write('recipe.yaml', 'TRAIN: {BASE_LR: 0.2, LOSS: bce}')
+    write('model.yaml', 'BASE: usual.yaml\nMODEL: {NAME: a}\nSEED: 2')
+    write('small.yaml', 'TRAIN: {BASE_LR: 0.3}\nMODEL: {NAME: b}')              # has a recipe of its own
+    write('other.yaml', 'BASE: usual.yaml\nMODEL: {NAME: c}')                # what it leaves open, usual.yaml says again
+    path = write('own.yaml', f'BASE: [{first}.yaml, {second}.yaml]')
+    told = r'(TRAIN.BASE_LR|SEED) from \S+ \(of \S+\.yaml\) to \S+ \(of \S+\.yaml\)'
+    with pytest.raises(ValueError, match=rf'^{path}: BASE names {second}\.yaml too late: it would turn {told}; name it before'):
+        get_config(path)
+    config = get_config(write('own.yaml', f'BASE: [{second}.yaml, {first}.yaml]'))
+    assert first != 'recipe' or (config.TRAIN.BASE_LR, config.TRAIN.LOSS) == (0.2, 'bce')
+
+
 @pytest.mark.parametrize('chain', ['aa', 'aba', 'abcb'])
 def test_base_cycle(write, tmp_path, chain):
     for name, base in zip(chain, chain[1:]):
