@@ -1,8 +1,8 @@
 """Every option of the project: its type, default and meaning; and how files and the command line override it.
 
 Order: the defaults below, the files named by BASE (relative to the file that names them, depth first), the file itself,
-the command line. The result is validated and frozen. A key that does not exist here, or a value of another type, is an
-error that names the file and the key.
+the command line, whose flags and -opts may not contradict each other. The result is validated and frozen. A key that does
+not exist here, or a value of another type, is an error that names the file and the key.
 """
 import argparse
 import ast
@@ -203,11 +203,26 @@ def parse_args(argv=None):
                         help='any other option of config.py')
     args = vars(parser.parse_args(argv))
     cfg_file, opts = args.pop('cfg'), args.pop('opts')
-    flags = [item for key, value in args.items() if value is not None for item in (key, value)]
+    flags = {key: value for key, value in args.items() if value is not None}
     try:
-        return get_config(cfg_file, flags + opts)
+        return get_config(cfg_file, with_opts(flags, opts))
     except (ValueError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
+
+
+def with_opts(flags, opts):
+    """Options by flags, {KEY: value}, and the words KEY VALUE ... after -opts -> the `opts` of get_config.
+
+    Raises ValueError for an option that both give, with different values: neither is clearly meant.
+    """
+    defaults = flatten(_C)
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key in flags:
+            by_flag, by_opts = (_coerce(text, defaults[key], f'command line: {key}') for text in (flags[key], value))
+            if by_flag != by_opts:
+                flag = key.split('.')[-1].lower()
+                raise ValueError(f'-{flag} says {by_flag!r} and -opts {key} says {by_opts!r}, of the same option; leave one out')
+    return [item for pair in flags.items() for item in pair] + list(opts)
 
 
 class _Loader(yaml.SafeLoader):

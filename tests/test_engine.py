@@ -158,7 +158,7 @@ def test_two_processes_equal_one(images, tmp_path):
 
 
 def drop_batch(opts):
-    """-batch_size is given by flag; -opts would override it."""
+    """-batch_size is given by flag, and -opts may not contradict it."""
     return [item for key, value in zip(opts[::2], opts[1::2]) if key != 'DATA.BATCH_SIZE' for item in (key, value)]
 
 

@@ -89,6 +89,6 @@ def test_fine_tuning_as_the_page_says(tmp_path):
     tuned = records(tmp_path / 'copy' / 'demo' / 'run_high', 'val')[-1]['acc1']
     train = next(words for words in tried if '-pretrained' in words and '-eval' not in words)
     at = train.index('-pretrained')
-    shell([*train[:at], *train[at + 2:], 'OUTPUT', 'demo/scratch'])
+    shell([*train[:at], *train[at + 2:], '-output', 'demo/scratch'])
     scratch = records(tmp_path / 'copy' / 'demo' / 'scratch', 'val')[-1]['acc1']
     assert tuned > 90 and tuned > scratch + 5, (tuned, scratch)

@@ -192,6 +192,8 @@ def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
     (['-pretrained', 'x', '-cfg', 'RUN/run/config.yaml', 'RUN/data/val'], '-pretrained x: no such file'),
     (['-pretrained', 'RUN/run/final', 'RUN/run'], 'no pictures in this folder'),
     (['-pretrained', 'RUN/run/final', 'RUN/none.txt'], 'No such file'),
+    (['-pretrained', 'RUN/run/final', '-crop_pct', '1', '-opts', 'DATA.CROP_PCT', '0.5', '--', 'RUN/data/val'],
+     '-crop_pct says 1.0 and -opts DATA.CROP_PCT says 0.5'),
     (['-pretrained', 'RUN/run/final', '-topk', '0', 'RUN/data/val'], 'at least 1'),
     (['-pretrained', 'RUN/run/final', '-opts', 'MODEL.NUM_CLASSES', '3', 'DATA.SEED', '1'], 'required: PICTURE'),
     (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-classes', 'RUN/data/val_list.txt'], 'has 9 names and the model 4'),

@@ -48,13 +48,13 @@ class Parser(argparse.ArgumentParser):
 
 def config_of(args):
     """The config that the options of Parser.add_model name. Raises as config.get_config."""
-    from config import get_config
+    from config import get_config, with_opts
     path = args.cfg or os.path.join(os.path.dirname(args.pretrained), 'config.yaml')
     if not args.cfg and not os.path.isfile(path):
         raise ValueError(f'there is no {path} that says what model {args.pretrained} belongs to; give its config by -cfg FILE')
     flags = {'MODEL.PRETRAINED': args.pretrained, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP_PCT': args.crop_pct,
              'DEVICE': args.device}
-    return get_config(path, [item for key, value in flags.items() if value is not None for item in (key, value)] + args.opts)
+    return get_config(path, with_opts({key: value for key, value in flags.items() if value is not None}, args.opts))
 
 
 def load_model(config):
