@@ -272,12 +272,13 @@ def test_names_are_text_and_not_markup(trained, images, tmp_path):
         read_run(str(trained), names)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match='no run folder'):
         report.write([str(tmp_path)], tmp_path / 'page.html')
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        report.parser().run(report.main, [str(tmp_path)])
+    assert stop.value.code == 2 and re.search(r'error: .*no run folder.*\n$', capsys.readouterr().err)
 
 
 # ---- many classes, many points
@@ -369,7 +370,7 @@ def test_wilson_intervals(right, images, low, high):
 def test_runs_are_compared(trained, images, tmp_path):
     other = tmp_path / 'other'
     engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(other), 'TRAIN.BASE_LR', 0.02]))
-    report.main([str(trained), str(other), '-output', str(tmp_path / 'compare.html')])
+    report.main(report.parser().parse_args([str(trained), str(other), '-output', str(tmp_path / 'compare.html')]))
     found = open_page(tmp_path / 'compare.html')
     drawn = {title: {label: len(points) for label, _, points in data['series']} for title, data in found.charts().items()}
     assert drawn['Loss, train'] == {'run': 6, 'other': 4} and drawn['Top-1, val'] == {'run': 3, 'other': 2}

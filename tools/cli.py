@@ -21,6 +21,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def add(self, name, help, **kwargs):
+        default = kwargs.get('default')
+        if 'default:' not in help and type(default) in (int, float):
+            help = f'{help} (default: {default})'
         self.add_argument(f'-{name}', f'--{name}', help=help, **kwargs)
 
     def add_model(self):
@@ -40,10 +43,17 @@ class Parser(argparse.ArgumentParser):
         try:
             status = main(args)
         except (ValueError, OSError) as error:
-            self.error(str(error))
+            self.exit(2, f'{self.prog}: error: {told(error)}\n')
         except KeyboardInterrupt:
             self.exit(130, '\ninterrupted\n')
         sys.exit(status)
+
+
+def told(error):
+    """What is wrong, in one line; the system's errors as 'file: what'."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    return ' '.join(str(error).split())
 
 
 def config_of(args):

@@ -16,6 +16,8 @@ order of their names, as everywhere (ImageNet's: n01440764 is 0). Only list file
   ID             ImageNet's own ground truth, one number from 1 to 1000 per image in the order of the names. These numbers are
                  not labels: -synsets must say which class each of them is, by the meta.mat of ImageNet's development kit
                  (needs scipy) or by lines 'ID CLASS' or 'CLASS ID ...', such as map_clsloc.txt
+
+Exit status: 0, or 2 for a mistake in the command or the files; nothing is written then.
 """
 import os
 import re
