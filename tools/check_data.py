@@ -156,6 +156,7 @@ def parser():
 def main(args):
     if min(args.workers, args.classes) < 0:
         raise ValueError(f'-workers {args.workers} -classes {args.classes}: neither can be negative')
+    cli.check_outputs(args.json)
     report = check(args.folder, args.classes, args.workers)
     path = os.path.join(args.folder, 'class_names.txt')
     names = cli.read_names(path) if os.path.isfile(path) else []

@@ -3,6 +3,7 @@
 Paddle is imported where it is needed, not above: help and mistakes answer at once, and some tools do without it.
 """
 import argparse
+import errno
 import os
 import sys
 import time
@@ -40,8 +41,14 @@ class Parser(argparse.ArgumentParser):
     def run(self, main, argv=None):
         """Call `main` on the parsed arguments and leave with its exit status; the user's mistakes are one line, status 2."""
         args = self.parse_args(argv)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors='backslashreplace')    # a file may have a name that the terminal cannot show
         try:
             status = main(args)
+            sys.stdout.flush()
+        except BrokenPipeError:                     # what reads the output, such as head, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 0
         except (ValueError, OSError) as error:
             self.exit(2, f'{self.prog}: error: {told(error)}\n')
         except KeyboardInterrupt:
@@ -50,10 +57,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def told(error):
-    """What is wrong, in one line; the system's errors as 'file: what'."""
+    """What is wrong, in words; the system's errors as 'file: what'."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
-    return ' '.join(str(error).split())
+    return str(error)
 
 
 def config_of(args):
@@ -81,13 +88,13 @@ def load_model(config):
 
 # ---- class names
 
-def read_names(path):
-    """The lines of a class_names.txt, but for those that are empty or start with #."""
+def read_names(path, what='a class name per line'):
+    """The lines of a text file with `what`, but for those that are empty or start with #."""
     with open(path, encoding='utf-8-sig') as file:
         try:
             lines = [line.strip() for line in file]
         except UnicodeDecodeError:
-            raise ValueError(f'{path}: not a UTF-8 text file; expected a class name per line') from None
+            raise ValueError(f'{path}: not a UTF-8 text file; expected {what}') from None
     return [line for line in lines if line and not line.startswith('#')]
 
 
@@ -137,15 +144,31 @@ def reason(error):
     return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
 
 
+def check_outputs(*paths):
+    """Raise OSError for a file that cannot be written, before there is work to lose; None, '' and '-' are fine."""
+    for path in paths:
+        if path and path != '-':
+            folder = os.path.dirname(path) or '.'
+            number = (errno.EISDIR if os.path.isdir(path) else errno.ENOENT if not os.path.isdir(folder) else
+                      errno.EACCES if not os.access(path if os.path.exists(path) else folder, os.W_OK) else 0)
+            if number:
+                raise OSError(number, f'cannot be written: {os.strerror(number)}', path)
+
+
 def write_text(path, text):
     """Make the file `path`: the whole of it, or none. '-' is the standard output."""
     if path == '-':
         sys.stdout.write(text)
         return
     temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'w', encoding='utf-8', newline='') as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w', encoding='utf-8', errors='backslashreplace', newline='') as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(error.errno, f'cannot be written: {error.strerror}', path) from None
 
 
 def progress(items, total, what):

@@ -143,9 +143,13 @@ def parser():
 
 
 def main(args):
+    import results  # late: with it comes Paddle
     jobs, failed, rows = jobs_of(args.list, args.image_size, args.crop_pct), [], []
     for job in jobs:
         opts_of(job, args)                          # a contradiction is better told before hours of evaluations
+    os.makedirs(os.path.dirname(args.results) or '.', exist_ok=True)
+    cli.check_outputs(args.results)
+    results.check_table(args.results)
     for i, job in enumerate(jobs, 1):
         print(f'[{i}/{len(jobs)}] {job}: ', end='', flush=True)
         with tempfile.TemporaryDirectory(prefix='eval_all_') as folder:
