@@ -456,6 +456,20 @@ def test_pages_in_a_browser(chromium, all_pages, name, width, dark):
     assert (sum(map(int, re.findall(r'\d+', background))) < 384) == dark
 
 
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_a_table_that_goes_on_beside_the_page_shows_it(chromium, all_pages, tmp_path, dark):
+    """By a shade on that side: on a telephone the columns of the results ended with the page, as if there were no more."""
+    chromium.open(all_pages['compare'], width=375, dark=dark)
+    for scrolled, shaded in ((0, [False, True]), (100, [True, True]), (9999, [True, False])):
+        left, right, y = chromium.evaluate(f'''(e => {{ e.scrollLeft = {scrolled}; const box = e.getBoundingClientRect();
+            return [box.left, box.right, box.top + 4]; }})(document.querySelector('.sheet'))''')
+        chromium.screenshot(tmp_path / 'page.png')
+        with Image.open(tmp_path / 'page.png') as image:
+            ends = [sum(image.convert('RGB').getpixel((int(x), int(y)))) for x in (left + 1, right - 2)]
+        card = sum((23, 27, 32)) if dark else 3 * 255
+        assert [abs(end - card) > 60 for end in ends] == shaded
+
+
 def test_the_pointer_and_the_keys_show_values(chromium, trained):
     chromium.open(trained / 'report.html')
     chromium.evaluate('document.querySelectorAll("svg[role=img]")[1].scrollIntoView()')
