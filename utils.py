@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 warnings.filterwarnings('ignore', message='No ccache found')                 # said at each import of Paddle
 warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
+warnings.filterwarnings('ignore', message='Your model will be trained under CPUONLY mode')   # the log says it
 _USER_THREADS = os.environ.get('OMP_NUM_THREADS')
 
 import numpy as np  # noqa: E402

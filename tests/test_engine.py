@@ -174,6 +174,23 @@ def test_main_programs_take_the_predecessors_flags(images, full_run, tmp_path):
                                             '  (11 images)')
 
 
+SAYS_THREADS = '''
+import atexit, sys
+atexit.register(lambda: 'utils' in sys.modules and print('threads', sys.modules['utils']._USER_THREADS, file=sys.stderr))
+'''
+
+
+@pytest.mark.parametrize('count, programs', [(1, 1), (2, 3)])                # with the one that starts two
+def test_the_user_s_threads_are_not_paddle_s(images, full_run, tmp_path, monkeypatch, count, programs):
+    """Paddle's import sets OMP_NUM_THREADS to 1: taken for the user's wish, it left each process with one core."""
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    (tmp_path / 'sitecustomize.py').write_text(SAYS_THREADS)
+    done = program('main_multi_gpu.py', '-data_path', images, '-eval', '-pretrained', full_run / 'final', '-nprocs', count,
+                   '-output', tmp_path / 'run', *options(TINY), PYTHONPATH=str(tmp_path))
+    assert done.stderr.count('threads None') == programs and 'threads 1' not in done.stderr
+    assert 'Warning' not in done.stderr
+
+
 def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):
     launch = ['-m', 'paddle.distributed.launch', '--nproc_per_node', 2, '--log_dir', tmp_path / 'launch', 'main_multi_gpu.py']
     done = program(*launch, '-data_path', images, '-eval', '-pretrained', full_run / 'final', '-output', tmp_path / 'run',
