@@ -270,6 +270,9 @@ def test_names_are_text_and_not_markup(trained, images, tmp_path):
     names.write_text('one\n')
     with pytest.raises(ValueError, match='1 names for 4 classes'):
         read_run(str(trained), names)
+    names.write_bytes(b'\x89PNG')
+    with pytest.raises(ValueError, match=f'{names}: not a UTF-8 text file'):
+        read_run(str(trained), names)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -216,6 +216,14 @@ def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
     assert out == '' and 'none/x: cannot be written: No such' in err          # before all is read
 
 
+def test_bad_class_names_are_told_before_all_is_read(images, tmp_path, capsys, monkeypatch):
+    shutil.copytree(images, tmp_path / 'data')
+    (tmp_path / 'data' / 'class_names.txt').write_bytes(b'\x89PNG')
+    monkeypatch.setattr(check_data, 'check', lambda *words: pytest.fail('it reads'))
+    assert tool(check_data, tmp_path / 'data') == 2
+    assert 'class_names.txt: not a UTF-8 text file' in capsys.readouterr().err
+
+
 def test_the_programs_run_from_anywhere(flowers):
     for name in ('make_lists', 'check_data'):
         done = program(f'{cli.ROOT}/tools/{name}.py', flowers, check=False)
