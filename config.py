@@ -1,8 +1,8 @@
 """Every option of the project: its type, default and meaning; and how files and the command line override it.
 
 Order: the defaults below, the files named by BASE (relative to the file that names them, depth first), the file itself,
-the command line. The result is validated and frozen. A key that does not exist here, or a value of another type, is an
-error that names the file and the key.
+the command line, whose flags and -opts may not contradict each other. The result is validated and frozen. A key that does
+not exist here, or a value of another type, is an error that names the file and the key.
 """
 import argparse
 import ast
@@ -203,11 +203,26 @@ def parse_args(argv=None):
                         help='any other option of config.py')
     args = vars(parser.parse_args(argv))
     cfg_file, opts = args.pop('cfg'), args.pop('opts')
-    flags = [item for key, value in args.items() if value is not None for item in (key, value)]
+    flags = {key: value for key, value in args.items() if value is not None}
     try:
-        return get_config(cfg_file, flags + opts)
+        return get_config(cfg_file, with_opts(flags, opts))
     except (ValueError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
+
+
+def with_opts(flags, opts):
+    """Options by flags, {KEY: value}, and the words KEY VALUE ... after -opts -> the `opts` of get_config.
+
+    Raises ValueError for an option that both give, with different values: neither is clearly meant.
+    """
+    defaults = flatten(_C)
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key in flags:
+            by_flag, by_opts = (_coerce(text, defaults[key], f'command line: {key}') for text in (flags[key], value))
+            if by_flag != by_opts:
+                flag = key.split('.')[-1].lower()
+                raise ValueError(f'-{flag} says {by_flag!r} and -opts {key} says {by_opts!r}, of the same option; leave one out')
+    return [item for pair in flags.items() for item in pair] + list(opts)
 
 
 class _Loader(yaml.SafeLoader):
@@ -222,6 +237,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _merge_file(config, path, above):
+    """Put a file with its BASE files into the config. Returns {KEY: (value, the file that told it)}."""
     path = os.path.abspath(path)
     if path in above:
         raise ValueError('BASE files form a cycle: ' + ' -> '.join(above + (path,)))
@@ -235,19 +251,39 @@ def _merge_file(config, path, above):
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected KEY: VALUE lines, found {type(content).__name__}')
     base = content.pop('BASE', None) or []
+    told = {}
     for name in _coerce([base] if isinstance(base, str) else base, [''], f'{path}: BASE'):
         if name:                                    # the predecessor writes BASE: ['']
-            _merge_file(config, os.path.join(os.path.dirname(path), name), above + (path,))
-    _merge_dict(config, content, path, prefix='')
+            more = _merge_file(config, os.path.join(os.path.dirname(path), name), above + (path,))
+            _refuse_undoing(told, more, name, path)
+            told.update(more)
+    return {**told, **_merge_dict(config, content, path, prefix='')}
 
 
 def _merge_dict(config, content, source, prefix):
+    told = {}
     for key, value in content.items():
         key = f'{prefix}{key}'
         if isinstance(value, dict):
-            _merge_dict(config, value, source, prefix=f'{key}.')
+            told.update(_merge_dict(config, value, source, prefix=f'{key}.'))
         else:
-            _set(config, key, value, source)
+            told[key] = (_set(config, key, value, source), source)
+    return told
+
+
+def _refuse_undoing(told, more, name, path):
+    """Raise ValueError where `name`, of the BASE of `path`, undoes in silence what the entries before it told.
+
+    It may change an option by a line of its own, but not by a BASE, which it has for what it leaves open itself; and a
+    model's recipe may not mix with one that stands before the model.
+    """
+    own = os.path.abspath(os.path.join(os.path.dirname(path), name))
+    is_model = 'MODEL.NAME' in more and 'MODEL.NAME' not in told
+    for key, (value, source) in more.items():
+        before, whose = told.get(key, (value, source))
+        if before != value and (is_model or source != own):
+            raise ValueError(f'{path}: BASE names {name} too late: it would turn {key} from {before!r} (of {whose}) to {value!r} '
+                             f'(of {source}); name it before what is to override it')
 
 
 def _set(config, key, value, source):
@@ -263,6 +299,7 @@ def _set(config, key, value, source):
     if isinstance(node[name], CN):
         raise ValueError(f'{source}: {key} is a group of options, not an option')
     node[name] = _coerce(value, node[name], f'{source}: {key}')
+    return node[name]
 
 
 def _coerce(value, default, where):

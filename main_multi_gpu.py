@@ -34,9 +34,8 @@ def child(config):
 
 def start_processes(config):
     """Run `worker` in as many processes as the config asks for; the exit code is that of the first one that fails."""
+    import utils  # isort: skip  (first: it prepares for Paddle's import)
     import paddle.distributed as dist
-
-    import utils
     with utils.plain_errors():
         device = utils.choose_device(config.DEVICE)
     count = config.NPROCS or (utils.gpu_count() if device == 'gpu' else 1)
@@ -85,3 +84,5 @@ def main():
 
 if __name__ == '__main__':
     main()
+elif __name__ == '__mp_main__':
+    import utils  # noqa: F401  in a process that was spawned, before what it unpickles imports Paddle

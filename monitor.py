@@ -188,6 +188,8 @@ class Monitor:
         live = self.images and seconds > 2          # no images: an evaluation, say
         speed, share = (self.images / seconds, self.wait / seconds) if live else (self.speed, self.share)
         loss = f'loss {self.loss:.4f}  ' if self.loss == self.loss else ''   # it leaves the device at reports only
+        if not speed:                               # the first seconds of a run
+            return f'{loss}lr {self.lr:.2e}  {memory()}'
         return f'{speed:.0f} images/s  {loss}lr {self.lr:.2e}  data wait {share:.0%}  {memory()}'
 
 

@@ -31,6 +31,19 @@ def multiply_adds(model, image_size):
     return round(total_multiply_adds(model, image_size, image_size) / 1e9, 3)
 
 
+def check_table(path):
+    """Raise ValueError for a file with other columns, before there is work to lose; none, or an empty one, is fine."""
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', newline='') as file:
+            _check_heading(path, next(csv.reader(file), None))
+
+
+def _check_heading(path, heading):
+    if heading is not None and tuple(heading) != COLUMNS:
+        raise ValueError(f'{path}: its columns are {", ".join(heading)}, and not those of this version; name another file by '
+                         '-results')
+
+
 def save_result(path, config, model, result, device):
     """Append the `row` of an evaluation to the CSV file `path`, as several may do at once; rank 0 writes.
 
@@ -44,9 +57,7 @@ def save_result(path, config, model, result, device):
         file.seek(0)
         heading = next(csv.reader(file), None)
         file.seek(0, os.SEEK_END)
+        _check_heading(path, heading)
         if heading is None:
             csv.writer(file, lineterminator='\n').writerow(COLUMNS)
-        elif tuple(heading) != COLUMNS:
-            raise ValueError(f'{path}: its columns are {", ".join(heading)}, and not those of this version; name another file by '
-                             '-results')
         csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row(config, model, result, device))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 warnings.filterwarnings('ignore', message='No ccache found')                 # said at each import of Paddle
 warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
+warnings.filterwarnings('ignore', message='Your model will be trained under CPUONLY mode')   # the log says it
 _USER_THREADS = os.environ.get('OMP_NUM_THREADS')
 
 import numpy as np  # noqa: E402
@@ -28,6 +29,7 @@ log = logging.getLogger('halonet')
 MISTAKE, FAILURE, STOPPED = 2, 1, 75        # exit codes: starting again meets the same error, may help, goes on (EX_TEMPFAIL)
 MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
             PermissionError)
+LOST = re.compile('/third_party/gloo/|/core/distributed/store/')      # in errors about a partner that is gone
 PATIENCE = 1800                             # seconds that one process may work while the others wait for it
 
 
@@ -263,16 +265,17 @@ def plain_errors():
     except Stopped as stopped:
         log.info('%s', stopped)
         sys.exit(STOPPED)
-    except (ValueError, OSError, FloatingPointError, Failure) as error:
+    except Exception as error:
         log.debug('traceback', exc_info=True)
+        if LOST.search(str(error)):
+            error = Failure('another process has ended or does not answer; what it said itself tells why')
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, Failure)):
+            raise
         if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
             log.error('error: %s', error)           # on the console of rank 0 only
         else:
             print(f'rank {rank()}: error: {error}' if rank() else f'error: {error}', file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
-    except Exception:
-        log.debug('traceback', exc_info=True)
-        raise
 
 
 class Metrics:

@@ -75,6 +75,23 @@ def test_two_files_may_share_a_base(write):
     assert (config.SEED, config.NPROCS, config.SAVE_KEEP) == (1, 2, 4)
 
 
+@pytest.mark.parametrize('first, second', [
+    ('recipe', 'model'), ('recipe', 'small'), ('model', 'other')])
+def test_base_does_not_undo_in_silence(write, first, second):
+    """A recipe before the model, whose BASE is another one; and anything that a shared BASE would set back."""
+    write('usual.yaml', 'TRAIN: {BASE_LR: 0.1, LOSS: ce}\nSEED: 1')
+    write('recipe.yaml', 'TRAIN: {BASE_LR: 0.2, LOSS: bce}')
+    write('model.yaml', 'BASE: usual.yaml\nMODEL: {NAME: a}\nSEED: 2')
+    write('small.yaml', 'TRAIN: {BASE_LR: 0.3}\nMODEL: {NAME: b}')              # has a recipe of its own
+    write('other.yaml', 'BASE: usual.yaml\nMODEL: {NAME: c}')                # what it leaves open, usual.yaml says again
+    path = write('own.yaml', f'BASE: [{first}.yaml, {second}.yaml]')
+    told = r'(TRAIN.BASE_LR|SEED) from \S+ \(of \S+\.yaml\) to \S+ \(of \S+\.yaml\)'
+    with pytest.raises(ValueError, match=rf'^{path}: BASE names {second}\.yaml too late: it would turn {told}; name it before'):
+        get_config(path)
+    config = get_config(write('own.yaml', f'BASE: [{second}.yaml, {first}.yaml]'))
+    assert first != 'recipe' or (config.TRAIN.BASE_LR, config.TRAIN.LOSS) == (0.2, 'bce')
+
+
 @pytest.mark.parametrize('chain', ['aa', 'aba', 'abcb'])
 def test_base_cycle(write, tmp_path, chain):
     for name, base in zip(chain, chain[1:]):
@@ -238,7 +255,7 @@ def test_the_flags_above_are_all(capsys):
 @pytest.mark.parametrize('opts', ['-opts', '--opts'])
 def test_cfg_flags_and_opts(write, cfg, opts):
     path = write('a.yaml', 'SEED: 1\nDATA: {BATCH_SIZE: 1, IMAGE_SIZE: 1}\nEVAL: True')
-    flags = ['-batch_size=2', '-image_size=2', '-last_epoch', '-1']
+    flags = ['-batch_size=2', '-last_epoch', '-1']
     config = parse_args([text.replace('FILE', path) for text in cfg] + flags
                         + [opts, 'DATA.IMAGE_SIZE', '3', 'TRAIN.BASE_LR', '1e-2'])
     changed = {'SEED': 1, 'DATA.BATCH_SIZE': 2, 'DATA.IMAGE_SIZE': 3, 'TRAIN.BASE_LR': 0.01, 'EVAL': True}
@@ -249,6 +266,23 @@ def test_opts_add_up():
     config = parse_args(['-opts', 'SEED', '1', 'NPROCS', '2', '-amp', '-opts', 'SAVE_KEEP', '9', 'TRAIN.LAST_EPOCH', '-1'])
     assert flatten(config) == DEFAULTS | {'SEED': 1, 'NPROCS': 2, 'AMP': True, 'SAVE_KEEP': 9}
     assert flatten(parse_args([])) == DEFAULTS
+
+
+@pytest.mark.parametrize('flag, key, value, shown', [
+    (['-batch_size', '2'], 'DATA.BATCH_SIZE', '3', '-batch_size says 2 and -opts DATA.BATCH_SIZE says 3'),
+    (['--eval'], 'EVAL', 'False', '-eval says True and -opts EVAL says False'),
+    (['-ngpus=2'], 'NPROCS', '4', '-nprocs says 2 and -opts NPROCS says 4'),
+    (['-output=a'], 'OUTPUT', 'b', "-output says 'a' and -opts OUTPUT says 'b'")])
+def test_a_flag_and_opts_that_contradict_each_other(flag, key, value, shown, capsys):
+    assert f'{shown}, of the same option; leave one out' in refuses([*flag, '-opts', 'SEED', '1', key, value], capsys)
+    same = flag[-1].split('=')[-1] if key != 'EVAL' else 'True'
+    assert parse_args([*flag, '-opts', key, same]) == parse_args(flag)
+
+
+def test_a_flag_and_opts_are_compared_as_values(capsys):
+    assert parse_args(['-batch_size', '8', '-opts', 'DATA.BATCH_SIZE', ' 8']).DATA.BATCH_SIZE == 8
+    assert "DATA.BATCH_SIZE must be a whole number, got 'x'" in refuses(['-batch_size', '8', '-opts', 'DATA.BATCH_SIZE', 'x'],
+                                                                        capsys)
 
 
 def test_the_program_s_own_arguments_are_the_default(monkeypatch):

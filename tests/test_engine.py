@@ -158,7 +158,7 @@ def test_two_processes_equal_one(images, tmp_path):
 
 
 def drop_batch(opts):
-    """-batch_size is given by flag; -opts would override it."""
+    """-batch_size is given by flag, and -opts may not contradict it."""
     return [item for key, value in zip(opts[::2], opts[1::2]) if key != 'DATA.BATCH_SIZE' for item in (key, value)]
 
 
@@ -172,6 +172,23 @@ def test_main_programs_take_the_predecessors_flags(images, full_run, tmp_path):
     last = records(full_run, 'val')[-1]
     assert done.stdout.splitlines()[-1] == (f'acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
                                             '  (11 images)')
+
+
+SAYS_THREADS = '''
+import atexit, sys
+atexit.register(lambda: 'utils' in sys.modules and print('threads', sys.modules['utils']._USER_THREADS, file=sys.stderr))
+'''
+
+
+@pytest.mark.parametrize('count, programs', [(1, 1), (2, 3)])                # with the one that starts two
+def test_the_user_s_threads_are_not_paddle_s(images, full_run, tmp_path, monkeypatch, count, programs):
+    """Paddle's import sets OMP_NUM_THREADS to 1: taken for the user's wish, it left each process with one core."""
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    (tmp_path / 'sitecustomize.py').write_text(SAYS_THREADS)
+    done = program('main_multi_gpu.py', '-data_path', images, '-eval', '-pretrained', full_run / 'final', '-nprocs', count,
+                   '-output', tmp_path / 'run', *options(TINY), PYTHONPATH=str(tmp_path))
+    assert done.stderr.count('threads None') == programs and 'threads 1' not in done.stderr
+    assert 'Warning' not in done.stderr
 
 
 def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):

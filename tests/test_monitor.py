@@ -104,6 +104,17 @@ def test_short_stretches_are_judged_together(warnings):
     assert warnings[0].startswith('55 %')
 
 
+def test_the_line_says_no_speed_before_there_is_one():
+    clock = Clock()
+    watch = make_monitor(clock)
+    for _ in watch.batches(clock.loader(0.1, 1), Progress()):
+        clock.now += 0.5
+        watch.step(0.1)
+        assert watch.status().startswith('lr 1.00e-01  ')                    # not 0 images/s
+    watch.report(1.0, 6.7, 0.6)
+    assert watch.status().startswith('7 images/s  loss 1.0000  lr 1.00e-01  data wait 17%  ')
+
+
 def test_advice_fits_the_machine():
     assert 'raise DATA.NUM_WORKERS (2 for each of 4 process(es) now, 64 cores)' in monitor.advice(2, 4, 64)
     assert 'NUM_WORKERS' not in monitor.advice(3, 4, 16) and 'all 16 cores are in use' in monitor.advice(3, 4, 16)

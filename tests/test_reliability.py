@@ -396,8 +396,8 @@ def ranks(process, log):
 
 def interrupt(process, log, how):
     """Do to a run what `how` says; returns the exit codes that it may have."""
-    if how == 'kill a rank':
-        os.kill(DRAW.choice(ranks(process, log)), signal.SIGKILL)
+    if how.startswith('kill rank'):
+        os.kill(ranks(process, log)[int(how[-1])], signal.SIGKILL)
     elif how == 'kill all but the ranks':
         process.kill()
     elif how == 'SIGTERM':
@@ -415,6 +415,7 @@ def interrupted_run(start_it, folder, log, codes):
         asked = time.monotonic()
         interrupt(process, log, how)
         assert leaves(process, log) in code, (how, log.read_text())
+        assert 'Traceback (most recent call last):' not in log.read_text().splitlines()     # Paddle's own C++ one may be
         print(f'{how} at step {step}: all gone after {time.monotonic() - asked:.1f} s')
     assert start_it().wait(120) == 0, log.read_text()
 
@@ -423,7 +424,7 @@ def interrupted_run(start_it, folder, log, codes):
 def test_two_spawned_processes_lose_nothing(images, two, tmp_path, log):
     folder = tmp_path / 'run'
     interrupted_run(lambda: start('main_multi_gpu.py', '-nprocs', 2, *words(images, folder, *TWO), log=log), folder, log,
-                    {'kill a rank': [1], 'SIGTERM': [75], 'kill all but the ranks': [-9], 'Ctrl-C': [75]})
+                    {'kill rank 0': [1], 'SIGTERM': [75], 'kill rank 1': [1], 'kill all but the ranks': [-9], 'Ctrl-C': [75]})
     assert_same_run(folder, two)
 
 
@@ -433,7 +434,8 @@ def test_two_launched_processes_lose_nothing(images, two, tmp_path, log):
     folder = tmp_path / 'run'
     launch = ['--nproc_per_node', 2, '--log_dir', tmp_path / 'launch', 'main_multi_gpu.py']
     interrupted_run(lambda: start('-mpaddle.distributed.launch', *launch, *words(images, folder, *TWO), log=log), folder, log,
-                    {'kill a rank': [1, 241, 247, 250], 'SIGTERM': [15], 'kill all but the ranks': [-9]})
+                    {'kill rank 0': [1, 241, 247, 250], 'kill rank 1': [1, 241, 247, 250], 'SIGTERM': [15],
+                     'kill all but the ranks': [-9]})
     assert_same_run(folder, two)
 
 
@@ -469,6 +471,23 @@ def test_the_number_of_processes_may_change_on_the_way(tmp_path):
         assert [record['step'] for record in ours] == steps
         for one, other in zip(ours, theirs[-len(ours):]):                    # the open log window went along
             assert one['acc1'] == other['acc1'] and one['loss'] == pytest.approx(other['loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize('error', [
+    ValueError('(InvalidArgument) TCP connection reset by peer. Details: Success. (at /paddle/paddle/phi/core/distributed/store/'
+               'tcp_utils.h:111)'),
+    ValueError('(InvalidArgument) TCP send error. Details: Broken pipe.\n  [Hint: Expected byte_sent > 0, but received '
+               'byte_sent:-1 <= 0:0.] (at /paddle/paddle/phi/core/distributed/store/tcp_utils.h:85)\n'),
+    RuntimeError('[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:584] TIMEOUT self_rank = 0 pair_rank = 1 peer_str = '
+                 '[127.0.0.1]:7575'),
+    RuntimeError('[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:35561')])
+def test_a_lost_partner_is_a_failure_in_one_line(error, capsys, monkeypatch):
+    """Not a mistake, after which nothing would start again, and no traceback: the process that died has the reason."""
+    monkeypatch.setattr(utils.log, 'handlers', [])
+    with pytest.raises(SystemExit) as stop, utils.plain_errors():
+        raise error
+    assert stop.value.code == utils.FAILURE
+    assert capsys.readouterr().err == 'error: another process has ended or does not answer; what it said itself tells why\n'
 
 
 def launch_faulty(fault, tmp_path, *line):

@@ -270,14 +270,18 @@ def test_names_are_text_and_not_markup(trained, images, tmp_path):
     names.write_text('one\n')
     with pytest.raises(ValueError, match='1 names for 4 classes'):
         read_run(str(trained), names)
+    names.write_bytes(b'\x89PNG')
+    with pytest.raises(ValueError, match=f'{names}: not a UTF-8 text file'):
+        read_run(str(trained), names)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match='no run folder'):
         report.write([str(tmp_path)], tmp_path / 'page.html')
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit):
-        report.main([str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        report.parser().run(report.main, [str(tmp_path)])
+    assert stop.value.code == 2 and re.search(r'error: .*no run folder.*\n$', capsys.readouterr().err)
 
 
 # ---- many classes, many points
@@ -369,7 +373,7 @@ def test_wilson_intervals(right, images, low, high):
 def test_runs_are_compared(trained, images, tmp_path):
     other = tmp_path / 'other'
     engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(other), 'TRAIN.BASE_LR', 0.02]))
-    report.main([str(trained), str(other), '-output', str(tmp_path / 'compare.html')])
+    report.main(report.parser().parse_args([str(trained), str(other), '-output', str(tmp_path / 'compare.html')]))
     found = open_page(tmp_path / 'compare.html')
     drawn = {title: {label: len(points) for label, _, points in data['series']} for title, data in found.charts().items()}
     assert drawn['Loss, train'] == {'run': 6, 'other': 4} and drawn['Top-1, val'] == {'run': 3, 'other': 2}
@@ -453,6 +457,20 @@ def test_pages_in_a_browser(chromium, all_pages, name, width, dark):
     assert chromium.evaluate(FAINT) == []                                                  # WCAG's 4.5 : 1
     background = chromium.evaluate('getComputedStyle(document.body).backgroundColor')
     assert (sum(map(int, re.findall(r'\d+', background))) < 384) == dark
+
+
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_a_table_that_goes_on_beside_the_page_shows_it(chromium, all_pages, tmp_path, dark):
+    """By a shade on that side: on a telephone the columns of the results ended with the page, as if there were no more."""
+    chromium.open(all_pages['compare'], width=375, dark=dark)
+    for scrolled, shaded in ((0, [False, True]), (100, [True, True]), (9999, [True, False])):
+        left, right, y = chromium.evaluate(f'''(e => {{ e.scrollLeft = {scrolled}; const box = e.getBoundingClientRect();
+            return [box.left, box.right, box.top + 4]; }})(document.querySelector('.sheet'))''')
+        chromium.screenshot(tmp_path / 'page.png')
+        with Image.open(tmp_path / 'page.png') as image:
+            ends = [sum(image.convert('RGB').getpixel((int(x), int(y)))) for x in (left + 1, right - 2)]
+        card = sum((23, 27, 32)) if dark else 3 * 255
+        assert [abs(end - card) > 60 for end in ends] == shaded
 
 
 def test_the_pointer_and_the_keys_show_values(chromium, trained):

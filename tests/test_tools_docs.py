@@ -1,4 +1,4 @@
-"""Every command in the README and the docs is one that the programs take; those of 'Tried' are run, to the letter."""
+"""Every command in the README and the docs is one that the programs take; see tests/test_docs_run.py for running them."""
 import os
 import re
 import shlex
@@ -19,6 +19,7 @@ TOOLS = {module.__name__.split('.')[-1]: module for module in
 OTHER = {                                           # whose arguments are not ours, or are none
     'mkdir', 'cp', 'cd', 'git', 'python3', 'tools/make_digits.py', 'tools/bench_pipeline.py', 'tools/model_table.py',
     './run_demo.sh', './run_tests.sh', '.ci/run'}
+INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python (?:-m \w|tools/|main_)|\./run_\w+\.sh)[^`]*)`'
 MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
 
 
@@ -28,7 +29,7 @@ def commands(page):
         text = file.read()
     blocks = re.findall(r'```bash\n(.*?)```', text, re.S)
     lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines() if line.strip()]
-    lines += [' '.join(code.split()) for code in re.findall(r'`(python (?:-m \w|tools/|main_)[^`]+)`', text)]
+    lines += [' '.join(code.split()) for code in re.findall(INLINE, text)]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
@@ -89,6 +90,6 @@ def test_fine_tuning_as_the_page_says(tmp_path):
     tuned = records(tmp_path / 'copy' / 'demo' / 'run_high', 'val')[-1]['acc1']
     train = next(words for words in tried if '-pretrained' in words and '-eval' not in words)
     at = train.index('-pretrained')
-    shell([*train[:at], *train[at + 2:], 'OUTPUT', 'demo/scratch'])
+    shell([*train[:at], *train[at + 2:], '-output', 'demo/scratch'])
     scratch = records(tmp_path / 'copy' / 'demo' / 'scratch', 'val')[-1]['acc1']
     assert tuned > 90 and tuned > scratch + 5, (tuned, scratch)

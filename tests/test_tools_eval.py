@@ -119,6 +119,28 @@ def test_mistakes_in_a_list_are_one_line(tmp_path, capsys, name, text, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize('entry, words, message', [
+    ('opts: DATA.CROP_PCT 0.9', ['-crop_pct', '0.5'], "-crop_pct says 0.5 and -opts DATA.CROP_PCT says 0.9"),
+    ('image_size: [8, 16]', ['-opts', 'DATA.IMAGE_SIZE', '8'], '-image_size says 16 and -opts DATA.IMAGE_SIZE says 8')])
+def test_a_contradiction_is_told_before_anything_is_evaluated(tmp_path, capsys, entry, words, message):
+    (tmp_path / 'a.yaml').write_text(f'- {{cfg: x, pretrained: y, {entry}}}')
+    with pytest.raises(SystemExit) as stop:
+        eval_all.parser().run(eval_all.main, [str(tmp_path / 'a.yaml'), '-data_path', 'x', *words])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == '' and message in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('name, message', [('table.csv', 'its columns are model, top1'), ('folder', 'cannot be written: Is a')])
+def test_a_table_that_cannot_be_added_to_is_told_before_anything_is_evaluated(tmp_path, capsys, name, message):
+    (tmp_path / 'a.yaml').write_text('- {cfg: x, pretrained: y}')
+    (tmp_path / 'table.csv').write_text('model,top1\nx,1\n')
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(SystemExit) as stop:
+        eval_all.parser().run(eval_all.main, [str(tmp_path / 'a.yaml'), '-data_path', 'x', '-results', str(tmp_path / name)])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == '' and message in err
+
+
 @pytest.mark.slow
 def test_two_processes_write_one_line(data, tmp_path):
     words = ['-data_path', data, '-eval', '-pretrained', data / 'a', '-output', tmp_path, '-results', tmp_path / 'r.csv']

@@ -135,12 +135,16 @@ def test_val_by_class_folders_and_imagenet_s_names(imagenet):
     (lambda f: (f / 'truth.txt').write_text('a.JPEG 1'), [], 'says nothing about ILSVRC2012_val_00000001.JPEG'),
     (lambda f: (f / 'truth.txt').write_text('\n'.join(f'ILSVRC2012_val_0000000{i}.JPEG 3' for i in range(1, 6))), [],
      'neither one of the 3 class folders'),
+    (lambda f: (f / 'truth.txt').write_text('a.JPEG n01\nb.JPEG'), [], "the line 'b.JPEG' has one word and others have more"),
+    (lambda f: (f / 'truth.txt').write_bytes(b'\x89PNG'), [], 'truth.txt: not a UTF-8 text file'),
+    (lambda f: (f / 'truth.txt').write_text('\n'.join(TRUTH)), ['-synsets', 'meta.mat'], "meta.mat: not the meta.mat of"),
     (lambda f: picture(f / 'train' / 'n04' / 'x.png') or (f / 'truth.txt').write_text('\n'.join(TRUTH)),
      ['-synsets', 'table.txt'], 'differ in 1 classes, such as n04'),
 ])
 def test_labels_that_do_not_fit_are_refused(imagenet, monkeypatch, capsys, change, words, message):
     monkeypatch.chdir(imagenet)
     (imagenet / 'table.txt').write_text('1 n03\n2 n01\n3 n02')
+    (imagenet / 'meta.mat').write_bytes(b'\x89PNG' * 99)
     change(imagenet)
     assert tool(make_lists, imagenet, '-val_labels', 'truth.txt', *words) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
@@ -207,6 +211,17 @@ def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
     assert tool(check_data, images, '-workers', -1) == 2
     assert tool(check_data, images, '-classes', 3) == 2
     assert 'label 3 is not in 0..2' in capsys.readouterr().err
+    assert tool(check_data, images, '-json', tmp_path / 'none' / 'x') == 2
+    out, err = capsys.readouterr()
+    assert out == '' and 'none/x: cannot be written: No such' in err          # before all is read
+
+
+def test_bad_class_names_are_told_before_all_is_read(images, tmp_path, capsys, monkeypatch):
+    shutil.copytree(images, tmp_path / 'data')
+    (tmp_path / 'data' / 'class_names.txt').write_bytes(b'\x89PNG')
+    monkeypatch.setattr(check_data, 'check', lambda *words: pytest.fail('it reads'))
+    assert tool(check_data, tmp_path / 'data') == 2
+    assert 'class_names.txt: not a UTF-8 text file' in capsys.readouterr().err
 
 
 def test_the_programs_run_from_anywhere(flowers):

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -28,6 +30,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('predict')
     data = make_images(folder / 'data', val=9)
     (folder / 'data' / 'class_names.txt').write_text(''.join(f'{name}\n' for name in NAMES))
+    (folder / 'binary.txt').write_bytes(b'\x89PNG')
     os.makedirs(folder / 'run')
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', data, 'DATA.CROP_PCT', 0.8])
     (folder / 'run' / 'config.yaml').write_text(config.dump())
@@ -192,7 +195,11 @@ def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
     (['-pretrained', 'x', '-cfg', 'RUN/run/config.yaml', 'RUN/data/val'], '-pretrained x: no such file'),
     (['-pretrained', 'RUN/run/final', 'RUN/run'], 'no pictures in this folder'),
     (['-pretrained', 'RUN/run/final', 'RUN/none.txt'], 'No such file'),
+    (['-pretrained', 'RUN/run/final', '-crop_pct', '1', '-opts', 'DATA.CROP_PCT', '0.5', '--', 'RUN/data/val'],
+     '-crop_pct says 1.0 and -opts DATA.CROP_PCT says 0.5'),
     (['-pretrained', 'RUN/run/final', '-topk', '0', 'RUN/data/val'], 'at least 1'),
+    (['-pretrained', 'RUN/run/final', '-html_most', '-3', 'RUN/data/val'], 'at least 1'),
+    (['-pretrained', 'RUN/run/final', 'RUN/binary.txt'], "not a UTF-8 text file; expected lines 'relative/path'"),
     (['-pretrained', 'RUN/run/final', '-opts', 'MODEL.NUM_CLASSES', '3', 'DATA.SEED', '1'], 'required: PICTURE'),
     (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-classes', 'RUN/data/val_list.txt'], 'has 9 names and the model 4'),
     (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-image_size', 'big'], 'DATA.IMAGE_SIZE must be a whole number'),
@@ -201,6 +208,46 @@ def test_mistakes_are_one_line(run, capsys, words, message):
     assert call(predict, *(word.replace('RUN', str(run[0])) for word in words)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert ': error: ' in line and message in line
+
+
+@pytest.mark.parametrize('option', ['-json', '-csv', '-html'])
+@pytest.mark.parametrize('place, message', [('none/a', 'No such file or directory'), ('', 'Is a directory')])
+def test_what_cannot_be_written_is_told_before_the_work(run, tmp_path, capsys, option, place, message):
+    assert call(predict, '-pretrained', weights_of(run), run[0] / 'data' / 'val', option, tmp_path / place) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.endswith(f'{tmp_path / place}: cannot be written: {message}\n') and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / 'a.csv').write_text('old')
+    monkeypatch.setattr(os, 'replace', lambda *names: (_ for _ in ()).throw(OSError(28, 'No space left on device', names[0])))
+    with pytest.raises(OSError) as error:
+        cli.write_text(str(tmp_path / 'a.csv'), 'new')
+    assert cli.told(error.value) == f'{tmp_path}/a.csv: cannot be written: No space left on device'
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('a.csv', 'old')]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8:strict', 'ascii'])
+def test_names_that_are_no_text_or_beyond_the_terminal(run, tmp_path, encoding):
+    picture = (run[0] / 'data' / 'val' / '4.png').read_bytes()
+    for name in (b'\xff.png', '\u00fc.png'.encode()):
+        with open(os.fsencode(tmp_path) + b'/' + name, 'wb') as file:
+            file.write(picture)
+    words = ['-json', tmp_path / 'a.json', '-csv', tmp_path / 'a.csv', '-html', tmp_path / 'a.html']
+    done = program('tools/predict.py', '-pretrained', weights_of(run), tmp_path, *words, PYTHONIOENCODING=encoding)
+    assert '\\udcff.png\n' in done.stdout and '2 pictures in' in done.stdout
+    items = json.loads((tmp_path / 'a.json').read_text())['pictures']
+    assert [os.path.basename(item['picture']) for item in items] == ['\u00fc.png', '\udcff.png']
+    assert all('\\udcff.png' in (tmp_path / name).read_text(encoding='utf-8') for name in ('a.csv', 'a.html'))
+
+
+def test_a_reader_that_has_had_enough_is_no_mistake(run):
+    read, write = os.pipe()
+    os.close(read)
+    words = ['tools/predict.py', '-pretrained', weights_of(run), run[0] / 'data' / 'val']
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=cli.ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and 'rror' not in done.stderr
 
 
 def test_labels_beyond_the_classes_are_refused(run, tmp_path, capsys):
@@ -245,6 +292,9 @@ def test_visualize_chooses_layers_and_heads(run, tmp_path, capsys):
     assert '2 rows' in capsys.readouterr().out
     for extra, message in [(['-layer', '7'], 'the layers with halo attention are stages.1.0'),
                            (['-head', '2'], 'mean, or 0 to 1'),
+                           (['-output', 'a.xyz'], '-output a.xyz: its ending says what kind'),
+                           (['-npz', 'a'], '-npz a: its name must end with .npz'),
+                           (['-npz', tmp_path / 'none' / 'a.npz'], 'none/a.npz: cannot be written: No such'),
                            (['-query', '16', '0'], 'pixels 0 to 15'), (['-side', '10'], '200 to 2000'),
                            (['-opts', 'MODEL.STAGES', "['conv', 'conv']"], 'the weights do not fit')]:
         assert call(visualize, picture, *words, *extra) == 2

@@ -1,12 +1,11 @@
 """Images/s that one processor core reads and augments for training, by DATA.BACKEND and augmentation.
 
-    taskset -c 0 .venv/bin/python tools/bench_pipeline.py [-folder DIR] [-runs N] [-size N]
+  taskset -c 0 .venv/bin/python tools/bench_pipeline.py -folder imagenet
 
 DIR has a train_list.txt; without it 300 photographs of 500x375 are made from scikit-learn's two, in a folder that is removed.
 Counts processor seconds, which other jobs on the machine lengthen less than those of the clock. Quote medians of several
 calls, made in turn with what they are compared with.
 """
-import argparse
 import os
 import statistics
 import sys
@@ -15,13 +14,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils  # noqa: E402  isort: skip  (first: it prepares for Paddle's import)
+import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
 
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import datasets  # noqa: E402
 from config import get_config  # noqa: E402
+from tools import cli  # noqa: E402
 
 AUGMENTATIONS = {
     'crop, flip': [],
@@ -76,13 +76,16 @@ def difference(folder, options, size, count=150):
     return differences.mean(), np.percentile(differences, 99.9), differences.max()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('-folder', help='a folder with a train_list.txt')
-    parser.add_argument('-runs', type=int, default=4)
-    parser.add_argument('-size', type=int, default=224)
-    args = parser.parse_args()
-    with utils.plain_errors(), tempfile.TemporaryDirectory() as temporary:
+def parser():
+    parser = cli.Parser(__doc__)
+    parser.add('folder', 'a folder with a train_list.txt (default: photographs that are made)', metavar='DIR')
+    parser.add('runs', 'times that each is measured', type=int, default=4, metavar='N')
+    parser.add('size', 'side of the crops, pixels', type=int, default=224, metavar='N')
+    return parser
+
+
+def main(args):
+    with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or temporary
         if not args.folder:
             make_photos(folder)
@@ -91,7 +94,8 @@ def main():
                 cpu, clock = images_per_second(dataset(folder, backend, options, args.size), args.runs)
                 print(f'{name:34} {backend:7} {cpu:7.1f} images/s of processor time {clock:7.1f} of the clock', flush=True)
             print(f'{name:34} differ by %.2f on average, %.0f at 99.9 %%, %d at most' % difference(folder, options, args.size))
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    parser().run(main)

@@ -156,9 +156,10 @@ def parser():
 def main(args):
     if min(args.workers, args.classes) < 0:
         raise ValueError(f'-workers {args.workers} -classes {args.classes}: neither can be negative')
-    report = check(args.folder, args.classes, args.workers)
+    cli.check_outputs(args.json)
     path = os.path.join(args.folder, 'class_names.txt')
     names = cli.read_names(path) if os.path.isfile(path) else []
+    report = check(args.folder, args.classes, args.workers)
     print(as_text(report, lambda label: names[int(label)] if int(label) < len(names) else label), end='')
     if args.json:
         cli.write_text(args.json, json.dumps(report, indent=1) + '\n')

@@ -3,6 +3,7 @@
 Paddle is imported where it is needed, not above: help and mistakes answer at once, and some tools do without it.
 """
 import argparse
+import errno
 import os
 import sys
 import time
@@ -21,6 +22,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def add(self, name, help, **kwargs):
+        default = kwargs.get('default')
+        if 'default:' not in help and type(default) in (int, float):
+            help = f'{help} (default: {default})'
         self.add_argument(f'-{name}', f'--{name}', help=help, **kwargs)
 
     def add_model(self):
@@ -37,24 +41,37 @@ class Parser(argparse.ArgumentParser):
     def run(self, main, argv=None):
         """Call `main` on the parsed arguments and leave with its exit status; the user's mistakes are one line, status 2."""
         args = self.parse_args(argv)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors='backslashreplace')    # a file may have a name that the terminal cannot show
         try:
             status = main(args)
+            sys.stdout.flush()
+        except BrokenPipeError:                     # what reads the output, such as head, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 0
         except (ValueError, OSError) as error:
-            self.error(str(error))
+            self.exit(2, f'{self.prog}: error: {told(error)}\n')
         except KeyboardInterrupt:
             self.exit(130, '\ninterrupted\n')
         sys.exit(status)
 
 
+def told(error):
+    """What is wrong, in words; the system's errors as 'file: what'."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    return str(error)
+
+
 def config_of(args):
     """The config that the options of Parser.add_model name. Raises as config.get_config."""
-    from config import get_config
+    from config import get_config, with_opts
     path = args.cfg or os.path.join(os.path.dirname(args.pretrained), 'config.yaml')
     if not args.cfg and not os.path.isfile(path):
         raise ValueError(f'there is no {path} that says what model {args.pretrained} belongs to; give its config by -cfg FILE')
     flags = {'MODEL.PRETRAINED': args.pretrained, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP_PCT': args.crop_pct,
              'DEVICE': args.device}
-    return get_config(path, [item for key, value in flags.items() if value is not None for item in (key, value)] + args.opts)
+    return get_config(path, with_opts({key: value for key, value in flags.items() if value is not None}, args.opts))
 
 
 def load_model(config):
@@ -71,13 +88,13 @@ def load_model(config):
 
 # ---- class names
 
-def read_names(path):
-    """The lines of a class_names.txt, but for those that are empty or start with #."""
+def read_names(path, what='a class name per line'):
+    """The lines of a text file with `what`, but for those that are empty or start with #."""
     with open(path, encoding='utf-8-sig') as file:
         try:
             lines = [line.strip() for line in file]
         except UnicodeDecodeError:
-            raise ValueError(f'{path}: not a UTF-8 text file; expected a class name per line') from None
+            raise ValueError(f'{path}: not a UTF-8 text file; expected {what}') from None
     return [line for line in lines if line and not line.startswith('#')]
 
 
@@ -127,15 +144,31 @@ def reason(error):
     return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
 
 
+def check_outputs(*paths):
+    """Raise OSError for a file that cannot be written, before there is work to lose; None, '' and '-' are fine."""
+    for path in paths:
+        if path and path != '-':
+            folder = os.path.dirname(path) or '.'
+            number = (errno.EISDIR if os.path.isdir(path) else errno.ENOENT if not os.path.isdir(folder) else
+                      errno.EACCES if not os.access(path if os.path.exists(path) else folder, os.W_OK) else 0)
+            if number:
+                raise OSError(number, f'cannot be written: {os.strerror(number)}', path)
+
+
 def write_text(path, text):
     """Make the file `path`: the whole of it, or none. '-' is the standard output."""
     if path == '-':
         sys.stdout.write(text)
         return
     temporary = f'{path}.tmp{os.getpid()}'
-    with open(temporary, 'w', encoding='utf-8', newline='') as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'w', encoding='utf-8', errors='backslashreplace', newline='') as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(error.errno, f'cannot be written: {error.strerror}', path) from None
 
 
 def progress(items, total, what):

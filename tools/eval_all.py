@@ -27,6 +27,7 @@ import yaml
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from config import with_opts  # noqa: E402
 from tools import cli  # noqa: E402
 
 SHOWN = {'model': 'model', 'weights': 'weights', 'image_size': 'size', 'crop_pct': 'crop', 'top1': 'top-1', 'top5': 'top-5',
@@ -90,13 +91,20 @@ def jobs_of(path, sizes, crops):
     return jobs
 
 
+def opts_of(job, args):
+    """The words after -opts of an evaluation. Raises ValueError where they contradict the size or the crop."""
+    opts, flags = job.opts + args.opts, {'DATA.IMAGE_SIZE': job.image_size, 'DATA.CROP_PCT': job.crop_pct}
+    with_opts({key: value for key, value in flags.items() if value}, opts)
+    return opts + (['DATA.CROP_PCT', job.crop_pct] if job.crop_pct else [])
+
+
 def run(job, args, folder):
     """Evaluate; returns what went wrong in one line, or ''. `folder` gets the run folder's files."""
     flags = [f'-cfg={job.cfg}', f'-pretrained={job.pretrained}', f'-data_path={args.data_path}', f'-results={args.results}',
              f'-output={folder}', '-eval', *(['-amp'] if args.amp else [])]
     flags += [f'-image_size={job.image_size}'] if job.image_size else []
     flags += [f'-batch_size_eval={args.batch_size}'] if args.batch_size else []
-    opts = job.opts + args.opts + (['DATA.CROP_PCT', job.crop_pct] if job.crop_pct else [])
+    opts = opts_of(job, args)
     command = [sys.executable, os.path.join(cli.ROOT, 'main_multi_gpu.py'), *flags, *(['-opts', *opts] if opts else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
     if done.returncode == 0:
@@ -135,7 +143,13 @@ def parser():
 
 
 def main(args):
+    import results  # late: with it comes Paddle
     jobs, failed, rows = jobs_of(args.list, args.image_size, args.crop_pct), [], []
+    for job in jobs:
+        opts_of(job, args)                          # a contradiction is better told before hours of evaluations
+    os.makedirs(os.path.dirname(args.results) or '.', exist_ok=True)
+    cli.check_outputs(args.results)
+    results.check_table(args.results)
     for i, job in enumerate(jobs, 1):
         print(f'[{i}/{len(jobs)}] {job}: ', end='', flush=True)
         with tempfile.TemporaryDirectory(prefix='eval_all_') as folder:

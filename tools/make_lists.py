@@ -16,6 +16,8 @@ order of their names, as everywhere (ImageNet's: n01440764 is 0). Only list file
   ID             ImageNet's own ground truth, one number from 1 to 1000 per image in the order of the names. These numbers are
                  not labels: -synsets must say which class each of them is, by the meta.mat of ImageNet's development kit
                  (needs scipy) or by lines 'ID CLASS' or 'CLASS ID ...', such as map_clsloc.txt
+
+Exit status: 0, or 2 for a mistake in the command or the files; nothing is written then.
 """
 import os
 import re
@@ -71,6 +73,9 @@ def flat_list(folder, names, labels_file, synsets):
     if all(len(line) == 1 for line in lines):
         told = ids_to_classes(pictures, lines, labels_file, synsets, names)
     else:
+        short = next((line[0] for line in lines if len(line) == 1), None)
+        if short:
+            raise ValueError(f'{labels_file}: the line {short!r} has one word and others have more; expected NAME CLASS (-h)')
         told = {os.path.basename(line[0]): line[1] for line in lines}
     stems = {os.path.splitext(name)[0]: name for name in told}               # Kaggle's names lack the ending
     labels = {name: label for label, name in enumerate(names)}
@@ -90,7 +95,10 @@ def flat_list(folder, names, labels_file, synsets):
 def read_lines(path):
     """The lines of a text or CSV file as lists of words; a heading as Kaggle's is left out."""
     with open(path, encoding='utf-8-sig', newline='') as file:
-        text = file.read()
+        try:
+            text = file.read()
+        except UnicodeDecodeError:
+            raise ValueError(f'{path}: not a UTF-8 text file') from None
     rows = [re.split(r'[\s,]+', line.strip()) for line in text.splitlines() if line.strip() and not line.startswith('#')]
     rows = rows[1:] if rows and rows[0][0] == 'ImageId' else rows
     if not rows:
@@ -123,8 +131,13 @@ def read_synsets(path):
             from scipy.io import loadmat
         except ImportError:
             raise ValueError(f'{path}: reading it needs scipy (pip install scipy); a table of text lines does not') from None
-        rows = loadmat(path, squeeze_me=True)['synsets']
-        return {str(row['ILSVRC2012_ID']): str(row['WNID']) for row in rows if row['num_children'] == 0}
+        try:
+            rows = loadmat(path, squeeze_me=True)['synsets']
+            return {str(row['ILSVRC2012_ID']): str(row['WNID']) for row in rows if row['num_children'] == 0}
+        except OSError:
+            raise
+        except Exception as error:                  # scipy may raise nearly anything for a damaged file
+            raise ValueError(f"{path}: not the meta.mat of ImageNet's development kit ({cli.reason(error)})") from None
     table = {}
     for line in read_lines(path):
         number, name = line[:2] if line[0].isdecimal() else (line + [''])[1::-1]

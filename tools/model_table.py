@@ -1,17 +1,18 @@
 """Parameters and multiply-adds of every model in configs/, beside what is published about it: docs/models.md.
 
-    python tools/model_table.py             # writes docs/models.md; tests/test_family.py compares
-    python tools/model_table.py --check     # only says whether it is up to date
+  python tools/model_table.py            writes docs/models.md; tests/test_family.py compares
+  python tools/model_table.py -check     only says whether it is up to date
 
-What was published stands in tools/published.yaml and nowhere else.
+What was published stands in tools/published.yaml and nowhere else. Exit status: 0, or 1 if the page is out of date.
 """
-import argparse
 import math
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
 
 import paddle  # noqa: E402
 import yaml  # noqa: E402
@@ -28,6 +29,7 @@ from halonet import (  # noqa: E402
     build_halonet,
 )
 from layers import ConvNormAct, Convolution  # noqa: E402
+from tools import cli  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models
@@ -159,15 +161,21 @@ def page():
     return INTRODUCTION + ''.join(lines) + '\nSources of the accuracies:\n\n' + ''.join(notes)
 
 
-def main():
-    parser = argparse.ArgumentParser(description='Write docs/models.md.')
-    parser.add_argument('--check', action='store_true', help='write nothing; exit code 1 if it is out of date')
-    check, text = parser.parse_args().check, page()
-    if not check:
+def parser():
+    parser = cli.Parser(__doc__)
+    parser.add('check', 'write nothing', action='store_true')
+    return parser
+
+
+def main(args):
+    text = page()
+    if not args.check:
         PAGE.write_text(text, encoding='utf-8')
     elif PAGE.read_text(encoding='utf-8') != text:
-        sys.exit(f'{PAGE} is out of date; run python tools/model_table.py')
+        print(f'{PAGE} is out of date; run python tools/model_table.py', file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    parser().run(main)

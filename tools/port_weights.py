@@ -2,6 +2,11 @@
 
 SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
 The copy is read back and compared with the source, number by number, before it gets its name; with -cfg a model loads it too.
+
+  python tools/port_weights.py timm/halonet26t.a1h_in1k halonet26t.pdparams -cfg configs/halonet_26t_256.yaml
+  python tools/port_weights.py runs/26t/checkpoints/step_00001000.pdckpt model.safetensors -ema
+
+Exit status: 0, or 2 for a mistake in the command or a file that does not fit.
 """
 import os
 import pickle

@@ -25,6 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli  # noqa: E402
 
+LINES = "lines 'relative/path' or 'relative/path label'"
+
 
 @dataclass
 class Picture:
@@ -58,14 +60,14 @@ def find_pictures(words):
 def read_list(path):
     """The Pictures in a list file; a last word that is a whole number is a label, unless the line as a whole names a file."""
     pictures, folder = [], os.path.dirname(path)
-    for line in cli.read_names(path):
+    for line in cli.read_names(path, LINES):
         name, _, label = line.rpartition(' ')
         if label.isdecimal() and name and not os.path.exists(os.path.join(folder, line)):
             pictures.append(Picture(os.path.join(folder, name.rstrip()), int(label)))
         else:
             pictures.append(Picture(os.path.join(folder, line)))
     if not pictures:
-        raise ValueError(f"{path}: the list is empty; expected lines 'relative/path' or 'relative/path label'")
+        raise ValueError(f"{path}: the list is empty; expected {LINES}")
     return pictures
 
 
@@ -181,8 +183,9 @@ def check_labels(pictures, names):
 
 
 def main(args):
-    if min(args.topk, args.batch_size) < 1:
-        raise ValueError(f'-topk {args.topk} -batch_size {args.batch_size}: each must be at least 1')
+    if min(args.topk, args.batch_size, args.html_most) < 1:
+        raise ValueError(f'-topk {args.topk} -batch_size {args.batch_size} -html_most {args.html_most}: each must be at least 1')
+    cli.check_outputs(args.json, args.csv, args.html)
     config = cli.config_of(args)
     pictures = find_pictures(args.pictures)
     names = cli.class_names(config, args.classes)

@@ -1,21 +1,19 @@
 """The page of a run: curves, configuration, machine, confusions and surest mistakes in one HTML file without network access.
 
-    python tools/report.py RUN                       writes RUN/report.html (a training does this at its end)
-    python tools/report.py RUN RUN ... [-output F]   compares runs in one page, compare.html
+RUN is a run folder. One gives RUN/report.html, as a training does at its end; several are compared, in compare.html here.
+Whatever a run has not written yet is missing in the page and said to be. Needs no GPU and no model.
 
-RUN is a run folder; whatever a run has not written yet is missing in the page and said to be. Needs no GPU and no model.
+  python tools/report.py demo/run
+  python tools/report.py demo/run demo/other -output compare.html
+
+Prints the name of the page. Exit status: 0, or 2 for a mistake in the command or a folder that holds no run.
 """
-import argparse
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils  # noqa: E402
-from tools.reporting import page  # noqa: E402
-from tools.reporting.runs import read_run  # noqa: E402
+from tools import cli  # noqa: E402
 
 
 def write(folders, path, classes=None):
@@ -23,6 +21,9 @@ def write(folders, path, classes=None):
 
     Raises ValueError for a folder that holds no run, OSError where `path` cannot be written.
     """
+    import utils  # isort: skip  (first: it prepares for Paddle's import)
+    from tools.reporting import page
+    from tools.reporting.runs import read_run
     runs = [read_run(folder, classes) for folder in folders]
     text = page.run_page(runs[0]) if len(runs) == 1 else page.comparison(runs)
     utils.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'replace')))
@@ -30,19 +31,18 @@ def write(folders, path, classes=None):
 
 
 def parser():
-    options = argparse.ArgumentParser(description='Write the page of a run, or a page that compares several.')
-    options.add_argument('run', nargs='+', metavar='RUN', help='run folder')
-    options.add_argument('-output', '--output', metavar='FILE', help='default: RUN/report.html, or compare.html for several')
-    options.add_argument('-classes', '--classes', metavar='FILE', help='class names, one per line in the order of the labels')
-    return options
+    parser = cli.Parser(__doc__)
+    parser.add_argument('run', nargs='+', metavar='RUN', help='run folder')
+    parser.add('output', 'the page (default: RUN/report.html, or compare.html for several)', metavar='FILE')
+    parser.add('classes', 'class names, one per line in the order of the labels (default: the image folders)', metavar='FILE')
+    return parser
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
+def main(args):
     default = os.path.join(args.run[0], 'report.html') if len(args.run) == 1 else 'compare.html'
-    with utils.plain_errors():
-        print(write(args.run, args.output or default, args.classes))
+    print(write(args.run, args.output or default, args.classes))
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    parser().run(main)

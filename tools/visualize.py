@@ -189,7 +189,8 @@ def parser():
     parser = cli.Parser(__doc__)
     parser.add_argument('pictures', metavar='PICTURE', nargs='+', help='image files')
     parser.add_model()
-    parser.add('output', 'the image to write (.png or .jpg; default: attention.png)', default='attention.png', metavar='FILE')
+    parser.add('output', 'the image to write, such as a .png, .jpg or .webp (default: attention.png)', default='attention.png',
+               metavar='FILE')
     parser.add('layer', 'layers by name, such as stages.2.1, or by number from 0 (default: all)', nargs='+', default=[],
                metavar='LAYER')
     parser.add('head', 'heads by number from 0, or mean (default: all)', nargs='+', default=[], metavar='HEAD')
@@ -245,6 +246,11 @@ def main(args):
         raise ValueError(f"-query {x:g} {y:g}: the network's input has the pixels 0 to {size - 1} both ways")
     if not 200 <= args.side <= 2000:                # the captions need some room
         raise ValueError(f'-side {args.side}: it can be 200 to 2000')
+    if os.path.splitext(args.output)[1].lower() not in Image.registered_extensions():
+        raise ValueError(f'-output {args.output}: its ending says what kind of image to write, such as .png, .jpg or .webp')
+    if args.npz and not args.npz.endswith('.npz'):
+        raise ValueError(f'-npz {args.npz}: its name must end with .npz')
+    cli.check_outputs(args.output, args.npz)
     names = cli.class_names(config, args.classes)
     model, _ = cli.load_model(config)
     seen = [look(model, config, path) for path in args.pictures]

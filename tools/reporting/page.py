@@ -47,8 +47,8 @@ def table(head, rows, classes='', caption=''):
     head = ''.join(f'<th scope="col">{escape(text)}</th>' for text in head)
     body = ''.join(f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows)
     caption = f'<caption>{escape(caption)}</caption>' if caption else ''
-    return (f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption or "table")}"><table class="{classes}">'
-            f'{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return (f'<div class="wide sheet" tabindex="0" role="region" aria-label="{escape(caption or "table")}">'
+            f'<table class="{classes}">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def details(summary, content):

@@ -13,6 +13,7 @@ import yaml
 
 import config as options
 import datasets
+from tools import cli
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # as in metrics.jsonl -> as in the page
@@ -116,8 +117,7 @@ def class_names(run, judged, file=None):
     count = max(run.config.get('MODEL.NUM_CLASSES', 0), int(max(judged['label'].max(), judged['top1'].max())) + 1)
     names = [str(label) for label in range(count)]
     if file:
-        with open(file, encoding='utf-8') as lines:
-            given = [line.strip() for line in lines if line.strip()]
+        given = cli.read_names(file)
         if len(given) < count:
             raise ValueError(f'{file}: {len(given)} names for {count} classes; one per line, in the order of the labels')
         return given
