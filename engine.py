@@ -18,7 +18,7 @@ import weights
 from builders import build_evaluation, build_saver, build_training
 from checkpoint import Progress
 from halonet import build_halonet, count_parameters
-from results import save_result
+from results import check_table, save_result
 from utils import log
 
 
@@ -44,12 +44,14 @@ def run(config, stop=None):
     log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
     metrics = monitor.Metrics(folder)
     if config.EVAL:
+        table = config.RESULTS or os.path.join(folder, 'results.csv')
+        check_table(table)                          # better told now than after the evaluation
         load_for_evaluation(model, config, folder)
         write_config(config, folder, 'config_eval.yaml')
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
         evaluation.predictions.save('eval')
         monitor.write_report(folder)
-        save_result(config.RESULTS or os.path.join(folder, 'results.csv'), config, model, result, device)
+        save_result(table, config, model, result, device)
         return {'val': result}
     training = build_training(config, model, device)
     saver = build_saver(config, training, folder, stop)

@@ -5,19 +5,28 @@
   python tools/benchmark.py layer -csv layer.csv
   python tools/benchmark.py train -cfg configs/halonet_26t_256.yaml -batch 16
 
-What is compared is measured in turn, in random order, -rounds times: each time once to warm up, then -runs times. Quote the
-medians and the ratios; figures of different calls on a shared machine do not compare. `eval` takes the fused and composed
-eager model, the files of tools/export.py in DIR, and with -also the ONNX files of others; a runtime that is not installed, or
-logits that differ by more than 1e-4 from the first engine's, are said. OpenVINO computes in float32.
+What is compared is measured in turn, in random order, -rounds times: each time in a process of its own, for neither the waiting
+threads of another runtime nor the place of its memory shall matter, once to warm up, then -runs times. Quote the medians and
+the ratios; figures of different calls on a shared machine do not compare. `eval` takes the fused and composed eager model, the
+files of tools/export.py in DIR, and with -also the ONNX files of others; a runtime that is not installed is left out, and
+logits that differ by more than 1e-4 from the first engine's are said. OpenVINO computes in float32. `MiB` is by how much the
+process's peak of resident memory grew while it ran. Exit status: 0, or 2 for a mistake in the command.
 """
+import argparse
 import csv
+import json
 import os
 import platform
 import random
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -43,18 +52,34 @@ def parser():
     options.add('runs', 'runs each time', type=int, default=3)
     options.add('csv', 'file to write the table to as well', metavar='FILE')
     options.add('opts', 'any options of config.py', nargs='+', action='extend', default=[], metavar='KEY VALUE')
+    options.add_argument('-case', type=int, help=argparse.SUPPRESS)         # of a process that measures
+    options.add_argument('-answer', help=argparse.SUPPRESS)
     return options
 
 
+@dataclass
+class Case:
+    """One engine at one task."""
+    name: str
+    images: int                                     # per run
+    facts: dict                                     # the task: engines at the same are compared
+    make: Callable                                  # -> a function to measure; engines should agree on its result, unless None
+
+
 def main(args):
-    import utils  # isort: skip  (first: it prepares for Paddle's import)
-    utils.start('cpu')
-    machine = describe()
+    if min(args.rounds, args.runs, *args.batch, *(args.threads or [1])) < 1:
+        raise ValueError('-rounds, -runs, -batch and -threads must be at least 1')
+    cores = len(os.sched_getaffinity(0))
+    cases = [case for threads in args.threads or [cores] for case in WHAT[args.what](args, threads)]
+    if args.case is not None:
+        return measure(cases[args.case], args)
+    machine, rows, tasks = describe(), [], []
     print(machine, flush=True)
-    rows = []
-    for threads in args.threads or [len(os.sched_getaffinity(0))]:
-        rows += WHAT[args.what](args, threads)
-    if args.csv:
+    for case in cases:
+        if case.facts not in tasks:
+            tasks.append(case.facts)
+            rows += compare([other for other in cases if other.facts == case.facts], cases, args)
+    if args.csv and rows:
         with open(args.csv, 'w', encoding='utf-8', newline='') as file:
             table = csv.DictWriter(file, [*rows[0], 'machine'])
             table.writeheader()
@@ -69,122 +94,154 @@ def describe():
         text = file.read()
     model = next((line.split(':')[1].strip() for line in text.splitlines() if line.startswith('model name')), platform.machine())
     widths = [name for name in ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile') if f' {name} ' in text.replace('\n', ' ')]
-    return (f'{model}, {len(os.sched_getaffinity(0))} cores, {" ".join(widths)}, load {os.getloadavg()[0]:.1f}, Paddle '
-            f'{paddle.__version__}, Python {platform.python_version()}')
+    return (f'{model}, {len(os.sched_getaffinity(0))} cores, {" ".join(widths)}, load {os.getloadavg()[0]:.1f}, '
+            f'Paddle {paddle.__version__}, Python {platform.python_version()}')
 
 
 # ---- measuring
 
-def in_turn(engines, rounds, runs):
-    """Seconds of each run of each engine, {name: function} -> {name: list}: in a new random order each round."""
-    seconds = {name: [] for name in engines}
-    for _ in range(rounds):
-        for name in random.sample(list(engines), len(engines)):
-            engines[name]()                                                 # another engine's threads come to rest, caches fill
-            for _ in range(runs):
-                start = time.perf_counter()
-                engines[name]()
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def compare(group, cases, args):
+    """Measure the cases of a task in turn, in processes of their own. Returns their rows."""
+    answers = {case.name: [] for case in group}
+    for _ in range(args.rounds):
+        for case in random.sample(group, len(group)):
+            answers[case.name] += ask(cases.index(case), case.name)
+    answers = {name: answer for name, answer in answers.items() if answer}
+    first = next(iter(answers.values()), [{}])[0].get('result')
+    for name, answer in answers.items():
+        far = difference(answer[0]['result'], first) if first else 0
+        if not far <= 1e-4:
+            print(f'{name}: results differ by {far:.1e} of the largest', flush=True)
+    return report(group, answers)
 
 
-def report(seconds, images, **facts):
+def ask(number, name):
+    """[what `measure` says of a case, in a process of its own], or [] with a line that says why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = os.path.join(folder, 'answer.json')
+        done = subprocess.run([sys.executable, *sys.argv, '-case', str(number), '-answer', answer], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors='replace')
+        if done.returncode:
+            print(f'{name}: left out: {(done.stdout.strip() or "no output").splitlines()[-1]}', flush=True)
+            return []
+        with open(answer, encoding='utf-8') as file:
+            return [json.load(file)]
+
+
+def measure(case, args):
+    """Write {'seconds': of each run, 'mib': growth of the memory, 'result': flat list or None} to args.answer."""
+    run = case.make()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result, seconds = run(), []
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with open(args.answer, 'w', encoding='utf-8') as file:
+        json.dump({'seconds': seconds, 'mib': mib, 'result': None if result is None else result.flatten().tolist()}, file)
+    return 0
+
+
+def difference(result, expected):
+    """The largest difference, over the largest number expected."""
+    return max(abs(x - y) for x, y in zip(result, expected)) / max(map(abs, expected))
+
+
+def report(group, answers):
     """Print a line for each engine and return them as dicts: latency in ms, images/s, and this over the first engine's."""
-    rows, first = [], statistics.median(next(iter(seconds.values())))
-    for name, values in seconds.items():
-        cuts = statistics.quantiles(values, n=100, method='inclusive')
-        row = {**facts, 'engine': name, 'p50_ms': cuts[49] * 1e3, 'p90_ms': cuts[89] * 1e3, 'p99_ms': cuts[98] * 1e3,
-               'images_per_s': images / cuts[49], 'best_images_per_s': images / min(values), 'ratio': first / cuts[49]}
-        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
-        print(' '.join(f'{key} {value}' for key, value in facts.items()) + f'  {name:24} p50 {row["p50_ms"]:8.1f} ms  p90 '
-              f'{row["p90_ms"]:8.1f}  p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  '
-              f'x{row["ratio"]:.2f}', flush=True)
-    return rows
+    rows = []
+    for case in group:
+        if case.name not in answers:
+            continue
+        values = [value for answer in answers[case.name] for value in answer['seconds']]
+        cuts = statistics.quantiles(values, n=100, method='inclusive') if len(values) > 1 else values * 99
+        mib = statistics.median(answer['mib'] for answer in answers[case.name])
+        first = rows[0]['p50_ms'] if rows else cuts[49] * 1e3
+        row = {**case.facts, 'engine': case.name, 'p50_ms': cuts[49] * 1e3, 'p90_ms': cuts[89] * 1e3, 'p99_ms': cuts[98] * 1e3,
+               'images_per_s': case.images / cuts[49], 'best_images_per_s': case.images / min(values),
+               'ratio': first / (cuts[49] * 1e3), 'mib': mib}
+        rows.append(row)
+        print(' '.join(f'{key} {value}' for key, value in case.facts.items()) + f'  {case.name:18} p50 {row["p50_ms"]:8.1f} ms  '
+              f'p90 {row["p90_ms"]:8.1f}  p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  x{row["ratio"]:.2f}  '
+              f'{mib:6.0f} MiB', flush=True)
+    return [{key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
 # ---- what is measured
 
-def measure_eval(args, threads):
-    rows = []
+def eval_cases(args, threads):
+    """Ours in eager mode first, then the exported files in each runtime."""
+    cases, side = [], config_of(args).DATA.IMAGE_SIZE
     for batch in args.batch:
-        import numpy as np
-        engines, expected = {}, None
-        x = np.random.default_rng(0).standard_normal((batch, 3, *[config_of(args).DATA.IMAGE_SIZE] * 2), dtype='float32')
-        for name, make in eval_engines(args, batch, threads):
-            try:
-                engine = make()
-            except (ValueError, RuntimeError) as error:
-                print(f'{name}: left out: {error}', flush=True)
-                continue
-            y = engine(x)
-            expected = y if expected is None else expected
-            if not abs(y - expected).max() <= 1e-4 * abs(expected).max():
-                print(f'{name}: logits differ by {abs(y - expected).max() / abs(expected).max():.1e} of the largest', flush=True)
-            engines[name] = lambda engine=engine, x=x: engine(x)
-        rows += report(in_turn(engines, args.rounds, args.runs), batch, batch=batch, threads=threads)
-    return rows
+        makers = {f'eager {kind}': partial(eager, args, kind, threads) for kind in args.attention}
+        if args.exported and os.path.exists(os.path.join(args.exported, 'model.json')):
+            makers['Paddle Inference'] = partial(runtimes.paddle_inference, args.exported, threads)
+        files = {'': os.path.join(args.exported, 'model.onnx')} if args.exported else {}
+        for text in args.also:
+            name, _, path = text.partition('=')
+            files[f'{name} '] = path.replace('{batch}', str(batch))
+        for name, path in files.items():
+            if not os.path.isfile(path):
+                raise ValueError(f'{path}: no such file; tools/export.py makes one')
+            makers[f'{name}onnxruntime'] = partial(runtimes.onnxruntime, path, threads)
+            makers[f'{name}OpenVINO'] = partial(runtimes.openvino, path, threads)
+        cases += [Case(name, batch, {'batch': batch, 'threads': threads}, partial(on_images, make, (batch, 3, side, side)))
+                  for name, make in makers.items()]
+    return cases
 
 
-def eval_engines(args, batch, threads):
-    """(name, function that makes it) of each engine, ours in eager mode first."""
-    def eager(kind):
-        import paddle
-        model = model_of(args, kind, threads).eval()
-        return lambda x: paddle.no_grad()(model)(paddle.to_tensor(x)).numpy()
-
-    made = [(f'eager {kind}', lambda kind=kind: eager(kind)) for kind in args.attention]
-    if args.exported and os.path.exists(os.path.join(args.exported, 'model.json')):
-        made.append(('Paddle Inference', lambda: runtimes.paddle_inference(args.exported, threads)))
-    files = [('', os.path.join(args.exported, 'model.onnx'))] if args.exported else []
-    for text in args.also:
-        name, _, path = text.partition('=')
-        files.append((f'{name} ', path.replace('{batch}', str(batch))))
-    for name, path in files:
-        if not os.path.isfile(path):
-            raise ValueError(f'{path}: no such file; tools/export.py makes one')
-        made += [(f'{name}onnxruntime', lambda path=path: runtimes.onnxruntime(path, threads)),
-                 (f'{name}OpenVINO', lambda path=path: runtimes.openvino(path, threads))]
-    return made
+def on_images(make, shape):
+    import numpy as np
+    engine, images = make(), np.random.default_rng(0).standard_normal(shape, dtype='float32')
+    return lambda: engine(images)
 
 
-def measure_layer(args, threads):
-    """Halo attention with its projections, alone: forward, and forward and backward."""
+def eager(args, kind, threads):
+    model = model_of(args, kind, threads).eval()
     import paddle
+    return lambda x: paddle.no_grad()(model)(paddle.to_tensor(x)).numpy()
 
+
+def layer_cases(args, threads):
+    """Halo attention with its projections, alone: forward, and forward and backward."""
+    cases = []
+    for shape in LAYERS:
+        name = 'B{} C{} {}x{} N{} stride {} block {} halo {}'.format(*shape[:3], *shape[2:])
+        cases += [Case(kind, shape[0], {'layer': name, 'what': what, 'threads': threads},
+                       partial(layer, shape, kind, what, threads))
+                  for what in ('forward', 'forward+backward') for kind in args.attention]
+    return cases
+
+
+def layer(shape, kind, what, threads):
+    paddle = start_paddle(threads)
     from attention import HaloAttention
     from layers import use_operators
-    rows = []
-    paddle.base.core.set_num_threads(threads)
-    for batch, channels, side, heads, stride, block, halo in LAYERS:
-        x = paddle.randn([batch, channels, side, side])
-        x.stop_gradient = False
-        forward, both = {}, {}
-        for kind in args.attention:
-            layer = use_operators(HaloAttention(channels, channels, heads, block, halo, stride), kind)
-            forward[kind] = lambda layer=layer, x=x: paddle.no_grad()(layer)(x)
-            both[kind] = lambda layer=layer, x=x: layer(x).sum().backward()
-        shape = f'B{batch} C{channels} {side}x{side} N{heads} stride {stride} block {block} halo {halo}'
-        for what, engines in (('forward', forward), ('forward+backward', both)):
-            rows += report(in_turn(engines, args.rounds, args.runs), batch, layer=shape, what=what, threads=threads)
-    return rows
+    batch, channels, side, heads, stride, block, halo = shape
+    paddle.seed(0)
+    attend = use_operators(HaloAttention(channels, channels, heads, block, halo, stride), kind)
+    x = paddle.randn([batch, channels, side, side])
+    if what == 'forward':
+        return lambda: paddle.no_grad()(attend)(x).numpy()
+    x.stop_gradient = False
+
+    def both():
+        attend(x).sum().backward()
+        x.clear_gradient()
+
+    return both
 
 
-def measure_train(args, threads):
-    """A training step: forward, cross-entropy, backward, AdamW. The peak is the resident memory of the process so far."""
-    import paddle
-    rows = []
-    for batch in args.batch:
-        steps = {kind: training_step(model_of(args, kind, threads), batch, config_of(args)) for kind in args.attention}
-        rows += report(in_turn(steps, args.rounds, args.runs), batch, batch=batch, threads=threads)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f'batch {batch}: peak resident memory {peak:.0f} MiB (of {", ".join(steps)} in one process)', flush=True)
-        for row in rows[-len(steps):]:
-            row['peak_mib'] = round(peak)
-        paddle.device.synchronize()
-    return rows
+def train_cases(args, threads):
+    """A training step: forward, cross-entropy, backward, AdamW."""
+    config_of(args)
+    return [Case(kind, batch, {'batch': batch, 'threads': threads}, partial(training_step, args, kind, batch, threads))
+            for batch in args.batch for kind in args.attention]
 
 
-def training_step(model, batch, config):
+def training_step(args, kind, batch, threads):
+    model, config = model_of(args, kind, threads), config_of(args)
     import paddle
     model.train()
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
@@ -199,9 +256,17 @@ def training_step(model, batch, config):
         loss.backward()
         optimizer.step()
         optimizer.clear_grad()
-        return loss.item()
+        loss.item()
 
     return step
+
+
+def start_paddle(threads):
+    import utils  # isort: skip  (first: it prepares for Paddle's import)
+    import paddle
+    utils.start('cpu')
+    paddle.base.core.set_num_threads(threads)
+    return paddle
 
 
 def config_of(args, *opts):
@@ -213,11 +278,9 @@ def config_of(args, *opts):
 
 def model_of(args, attention, threads):
     """The model of the config with this attention operator."""
-    import paddle
-
+    paddle = start_paddle(threads)
     import weights
     from halonet import build_halonet
-    paddle.base.core.set_num_threads(threads)
     paddle.seed(0)                                  # fresh weights are the same for all
     model = build_halonet(config_of(args, 'MODEL.ATTENTION', attention))
     if args.pretrained:
@@ -225,7 +288,7 @@ def model_of(args, attention, threads):
     return model
 
 
-WHAT = {'eval': measure_eval, 'layer': measure_layer, 'train': measure_train}
+WHAT = {'eval': eval_cases, 'layer': layer_cases, 'train': train_cases}
 
 if __name__ == '__main__':
     parser().run(main)

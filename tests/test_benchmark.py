@@ -1,0 +1,45 @@
+"""tools/benchmark.py measures every case in a process of its own, and says which could not be measured and which differ."""
+import csv
+
+import pytest
+import reference as ref
+
+from tools import benchmark
+
+pytestmark = pytest.mark.slow                       # each case starts Paddle anew
+TINY = [*map(str, ref.TINY), 'DATA.IMAGE_SIZE', '32']
+
+
+def run(monkeypatch, tmp_path, *words):
+    """The rows of the table that the tool writes for a tiny model and batch 2, each measured once."""
+    path = tmp_path / 'table.csv'
+    config = tmp_path / 'tiny.yaml'
+    config.write_text('{}\n')
+    words = [words[0], '-cfg', str(config), *words[1:], '-batch', '2', '-rounds', '1', '-runs', '1', '-csv', str(path),
+             '-opts', *TINY]
+    monkeypatch.setattr('sys.argv', [benchmark.__file__, *words])
+    assert benchmark.main(benchmark.parser().parse_args(words)) == 0
+    with open(path, encoding='utf-8', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_training(monkeypatch, tmp_path):
+    rows = run(monkeypatch, tmp_path, 'train')
+    assert [row['engine'] for row in rows] == ['fused', 'composed']
+    assert all(float(row['images_per_s']) > 0 and float(row['mib']) > 0 for row in rows) and rows[0]['ratio'] == '1.0'
+
+
+def test_evaluation(monkeypatch, tmp_path, capsys):
+    (tmp_path / 'model.onnx').write_text('no model')
+    rows = run(monkeypatch, tmp_path, 'eval', '-exported', str(tmp_path))
+    assert [row['engine'] for row in rows] == ['eager fused', 'eager composed']
+    told = capsys.readouterr().out
+    assert 'onnxruntime: left out: ' in told and 'OpenVINO: left out: ' in told and 'differ' not in told
+
+
+def test_other_results_are_told(monkeypatch, tmp_path, capsys):
+    case = benchmark.Case('a', 1, {}, None)
+    monkeypatch.setattr(benchmark, 'ask', lambda i, name: [{'seconds': [1.0], 'mib': 0, 'result': [2.0, 1.0 + i * 1e-3]}])
+    cases = [case, benchmark.Case('b', 1, {}, None)]
+    rows = benchmark.compare(cases, cases, benchmark.parser().parse_args(['layer', '-rounds', '2']))
+    assert len(rows) == 2 and 'b: results differ by 5.0e-04 of the largest' in capsys.readouterr().out
