@@ -1,31 +1,19 @@
 // A convolution with half padding and without bias on a CPU, forward and backward, for odd kernels of any size and any stride.
 //
-// Each is a matrix product over panels of pixels, copied to contiguous memory as they are needed: that brings in the zeros of
-// the padding, does away with strides and with rows of odd length, and never holds more than one panel. A panel is wide, so that
-// channels are read and written in long stretches: they lie whole pages apart. Sums are added up in an order that the shapes
-// alone decide, whatever the number of threads.
+// But for those that winograd.h takes, each is a matrix product over panels of pixels, copied to contiguous memory as they are
+// needed: that brings in the zeros of the padding, does away with strides and with rows of odd length, and never holds more than
+// one panel. A panel is wide, so that channels are read and written in long stretches: they lie whole pages apart. Sums are added
+// up in an order that the shapes alone decide, whatever the number of threads.
 #pragma once
 
-#include "activation.h"
+#include "maps.h"
+#include "winograd.h"
 
 namespace halo {
 
 constexpr int kPanel = 512;                            // pixels that are multiplied at a time, or fewer,
 constexpr int kDepth = 64;                             // and terms: such a panel stays in the second-level cache
 constexpr int kResult = 128 * kPanel;                  // numbers, which stay there too
-constexpr int kHeight = 6;                             // channels and vectors of pixels of a tile, which the registers hold
-constexpr int kVectors = kAccumulators / kHeight;
-template <class T>
-constexpr int kStrip = kVectors * kLanes<T>;           // its pixels
-
-// (images, channels, H, W)
-template <class T>
-struct Map {
-  T* data;
-  int images, channels, H, W;
-
-  T* plane(int image, int channel) const { return data + (static_cast<ptrdiff_t>(image) * channels + channel) * H * W; }
-};
 
 struct Offset {
   int y, x;
@@ -42,17 +30,6 @@ struct View {
   int pixels() const { return rows * columns; }
   int lines() const { return map.channels * static_cast<int>(offsets.size()); }
 };
-
-// Calls visit(y, first column, last column, place) for each row that pixels [first, first + count) of a grid touch; `place` is the
-// pixel that starts it, counted from the first one.
-template <class Visit>
-void each_row(int columns, int first, int count, Visit visit) {
-  for (int place = 0; place < count;) {
-    const int y = (first + place) / columns, x = (first + place) % columns, length = std::min(columns - x, count - place);
-    visit(y, x, x + length, place);
-    place += length;
-  }
-}
 
 // Copies lines of a view to contiguous memory, or to strips of `width` pixels that lie `distance` apart. What a row of the grid sees
 // is the same stretch of the plane for all channels.
@@ -155,31 +132,6 @@ struct Target {
     });
   }
 };
-
-// What follows a convolution in a network whose statistics are settled: act(x * scale + shift + residual).
-template <class T>
-struct Finish {
-  const T *scale, *shift, *residual;                   // (channels), (channels), shaped as the result or null
-  Activation act;
-
-  // `count` pixels of a channel, the first of them being number `place` of the result.
-  void operator()(int channel, ptrdiff_t place, int count, T* x) const {
-    for (int i = 0; i < count; i += kLanes<T>) {
-      const Part lanes = part<T>(0, count - i);
-      const Vec<T> sum = load(x + i, lanes) * scale[channel] + shift[channel];
-      store(x + i, activate<T>(residual ? sum + load(residual + place + i, lanes) : sum, act), lanes);
-    }
-  }
-};
-
-template <class T, int NV, int... I>
-constexpr std::array<Tile<T>, sizeof...(I)> tiles_of(std::integer_sequence<int, I...>) {
-  return {tile<T, Layout::kRows, I + 1, NV>...};
-}
-template <class T, int... I>
-constexpr std::array<std::array<Tile<T>, kHeight>, sizeof...(I)> all_tiles(std::integer_sequence<int, I...>) {
-  return {tiles_of<T, I + 1>(std::make_integer_sequence<int, kHeight>())...};
-}
 
 // One thread of some products; a task is a panel of pixels of one image and some of its channels. The panel lies in strips as wide
 // as a tile, each line of a strip beside the next.
@@ -355,6 +307,10 @@ View<T> all_of(Map<T> map, const View<U>& grid) {
 // in (B, C, H, W), weight (O, C, k, k) -> out (B, O, H/stride, W/stride), rounded up
 template <class T>
 void convolution(Map<const T> in, const T* weight, int k, int stride, Map<T> out, const Finish<T>* finish = nullptr) {
+  if (winograd_serves(k, stride, in.channels, out.channels)) {
+    const auto entry = [&](int o, int c, int i) { return weight[(static_cast<ptrdiff_t>(o) * in.channels + c) * 9 + i]; };
+    return winograd(in, entry, out, finish);
+  }
   convolve<T>({{weight, seen_through(k, stride, in)}}, {out, 1, 0}, finish);
 }
 
@@ -374,6 +330,10 @@ void pick(const T* weight, int O, int C, int places, const std::vector<int>& tap
 // dout (B, O, H/stride, W/stride) -> din (B, C, H, W)
 template <class T>
 void input_gradient(const T* weight, int k, int stride, Map<const T> dout, Map<T> din) {
+  if (winograd_serves(k, stride, dout.channels, din.channels)) {
+    const auto turned = [&](int c, int o, int i) { return weight[(static_cast<ptrdiff_t>(o) * din.channels + c) * 9 + 8 - i]; };
+    return winograd(dout, turned, din);
+  }
   if (k == 1 && stride == 1) dout.W *= dout.H, din.W *= din.H, dout.H = din.H = 1;
   // Pixels (y, x) * stride + (top, left) of the input were seen through the same taps of the kernel.
   for (int top = 0; top < std::min(stride, din.H); ++top) {

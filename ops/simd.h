@@ -221,6 +221,41 @@ void transpose(const T* in, ptrdiff_t ld, T* out, ptrdiff_t ld_out, int rows, in
     for (int i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[j * ld_out + i] = in[i * ld + j];
 }
 
+// The vectors a and b, one after the other: numbers 0, 2, 4, ... to `even`, the others to `odd`.
+template <class T, int... I>
+void unzip(Vec<T> a, Vec<T> b, T* even, T* odd, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  store(even, static_cast<Vec<T>>(__builtin_shufflevector(a, b, (2 * I)...)));
+  store(odd, static_cast<Vec<T>>(__builtin_shufflevector(a, b, (2 * I + 1)...)));
+#else
+  const Vec<T> both[] = {a, b};
+  for (int i : {I...}) {
+    even[i] = both[2 * i / kLanes<T>][2 * i % kLanes<T>];
+    odd[i] = both[(2 * i + 1) / kLanes<T>][(2 * i + 1) % kLanes<T>];
+  }
+#endif
+}
+template <class T>
+void unzip(Vec<T> a, Vec<T> b, T* even, T* odd) {
+  unzip<T>(a, b, even, odd, std::make_integer_sequence<int, kLanes<T>>());
+}
+
+// a[0], b[0], a[1], b[1], ...: the first `count` of them, to `to`.
+template <class T, int... I>
+void zip(Vec<T> a, Vec<T> b, T* to, int count, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  constexpr int L = kLanes<T>;
+  store(to, static_cast<Vec<T>>(__builtin_shufflevector(a, b, (I / 2 + I % 2 * L)...)), part<T>(0, count));
+  store(to + L, static_cast<Vec<T>>(__builtin_shufflevector(a, b, (L / 2 + I / 2 + I % 2 * L)...)), part<T>(0, count - L));
+#else
+  for (int i = 0; i < count && i < 2 * kLanes<T>; ++i) to[i] = (i % 2 ? b : a)[i / 2];
+#endif
+}
+template <class T>
+void zip(Vec<T> a, Vec<T> b, T* to, int count) {
+  zip<T>(a, b, to, count, std::make_integer_sequence<int, kLanes<T>>());
+}
+
 // One thread's memory, cut into arrays that start on a vector's boundary; zero at first.
 template <class T>
 class Arena {

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), 
     (2, 130, 600, 1, 7, 7, 3), (2, 3, 24, 3, 33, 32, 2), (2, 24, 32, 3, 12, 70, 1), (9, 64, 20, 3, 8, 8, 1),
     (2, 130, 140, 3, 16, 9, 2), (1, 2, 3, 3, 5, 5, 3), (2, 3, 16, 7, 20, 21, 2),
     (1, 4, 5, 7, 3, 2, 1), (2, 5, 2, 5, 1, 1, 2), (2, 5, 2, 3, 1, 9, 4),
-    (1, 70, 140, 1, 30, 29, 1), (1, 30, 140, 3, 24, 26, 1), (1, 70, 20, 1, 50, 49, 2), (1, 8, 12, 3, 49, 51, 2),  # over one panel
+    (1, 70, 140, 1, 30, 29, 1), (1, 130, 140, 3, 24, 26, 1), (1, 70, 20, 1, 50, 49, 2), (1, 8, 12, 3, 49, 51, 2),  # panels
+    (2, 24, 32, 3, 33, 70, 1), (1, 128, 128, 3, 16, 18, 1), (3, 16, 17, 3, 1, 1, 1), (2, 64, 20, 3, 2, 5, 1),  # by winograd.h
 ])
 def test_convolution_equals_paddle(B, C, width, k, H, W, stride, dtype, tolerance):
     random = np.random.default_rng(0)
@@ -59,9 +60,9 @@ def test_bits_do_not_depend_on_the_threads():
         assert all((a == b).all() for a, b in zip(runs[0], run))
 
 
-def evaluation_layer(act, dtype, **kwargs):
-    """A seeded ConvNormAct of 5 to 21 channels for evaluation."""
-    layer = ConvNormAct(5, 21, 3, act=act, **kwargs)
+def evaluation_layer(act, dtype, C=5, **kwargs):
+    """A seeded ConvNormAct of C to 21 channels for evaluation."""
+    layer = ConvNormAct(C, 21, 3, act=act, **kwargs)
     layer.to(dtype=dtype)
     random = np.random.default_rng(0)
     for key, value in layer.state_dict().items():
@@ -70,18 +71,18 @@ def evaluation_layer(act, dtype, **kwargs):
     return layer
 
 
-@pytest.mark.parametrize('H, W, stride', [(9, 13, 1), (9, 13, 2), (32, 40, 1)])   # the last in whole vectors, over one panel
+@pytest.mark.parametrize('C, H, W, stride', [(5, 9, 13, 1), (5, 9, 13, 2), (5, 32, 40, 1), (16, 9, 13, 1), (16, 32, 40, 1)])
 @pytest.mark.parametrize('act', COMPILED_ACTIVATIONS)
-def test_convolution_norm_and_activation_at_once(act, H, W, stride):
+def test_convolution_norm_and_activation_at_once(act, C, H, W, stride):
     random = np.random.default_rng(1)
-    images, added = random.standard_normal((2, 5, H, W)), random.standard_normal((2, 21, -(-H // stride), -(-W // stride)))
+    images, added = random.standard_normal((2, C, H, W)), random.standard_normal((2, 21, -(-H // stride), -(-W // stride)))
     for dtype, tolerance in ('float32', 1e-6), ('float64', 1e-12):
-        layer, x, residual = evaluation_layer(act, dtype, stride=stride), images.astype(dtype), added.astype(dtype)
+        layer, x, residual = evaluation_layer(act, dtype, C, stride=stride), images.astype(dtype), added.astype(dtype)
         with paddle.no_grad():
             assert layer.is_one_operator()
             plain = layer(paddle.to_tensor(x))
             joined = layer.at_once(paddle.to_tensor(x), layer.bn.act, paddle.to_tensor(residual))
-            layer = evaluation_layer(act, 'float64', stride=stride)
+            layer = evaluation_layer(act, 'float64', C, stride=stride)
             norm = nn.functional.conv2d(paddle.to_tensor(x.astype('float64')), layer.conv.weight, stride=stride, padding=1)
             norm = nn.functional.batch_norm(norm, layer.bn._mean, layer.bn._variance, layer.bn.weight, layer.bn.bias)
             assert difference(plain.numpy(), act()(norm).numpy()) < tolerance
