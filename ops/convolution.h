@@ -24,6 +24,7 @@ struct Map {
   T* data;
   int images, channels, H, W;
 
+  bool empty() const { return images == 0 || channels == 0 || H == 0 || W == 0; }
   T* plane(int image, int channel) const { return data + (static_cast<ptrdiff_t>(image) * channels + channel) * H * W; }
 };
 
@@ -279,6 +280,7 @@ class Convolve {
 
 template <class T>
 void convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish = nullptr) {
+  if (to.map.empty()) return;
   parallel(Convolve<T>(products, to, finish).tasks(), [&] { return Convolve<T>(products, to, finish); });
 }
 
@@ -400,7 +402,8 @@ void weight_gradient(Map<const T> in, int k, int stride, Map<const T> dout, T* d
   const View<const T> seen = seen_through(k, stride, in), given = all_of(dout, seen);
   const int K = seen.lines(), O = given.lines();
   Arena<T> memory;
-  if (O <= K) transpose(products(seen, given, memory), O, dweight, K, K, O);
+  if (in.empty()) std::fill_n(dweight, static_cast<size_t>(O) * K, T(0));
+  else if (O <= K) transpose(products(seen, given, memory), O, dweight, K, K, O);
   else std::copy_n(products(given, seen, memory), static_cast<size_t>(O) * K, dweight);
 }
 

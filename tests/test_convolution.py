@@ -44,6 +44,19 @@ def test_convolution_of_an_input_without_gradient_gives_that_of_the_weights():
     assert (gradients[0] == gradients[1]).all()
 
 
+@pytest.mark.parametrize('shape', [(0, 3, 8, 8), (2, 3, 0, 8)])
+@pytest.mark.parametrize('k, stride', [(1, 1), (3, 2)])
+def test_of_no_images_or_pixels_the_result_is_empty_and_gradients_are_zero(shape, k, stride):
+    x, weight = paddle.zeros(shape), paddle.ones([4, 3, k, k])
+    x.stop_gradient = weight.stop_gradient = False
+    out = ops.convolution(x, weight, stride)
+    out.backward(paddle.ones(out.shape))
+    assert out.shape == [shape[0], 4, *(-(-side // stride) for side in shape[2:])]
+    assert x.grad.shape == x.shape and (weight.grad.numpy() == 0).all()
+    with paddle.no_grad():
+        assert ConvNormAct(3, 4, k, stride).eval()(x).shape == out.shape
+
+
 def test_bits_do_not_depend_on_the_threads():
     random = np.random.default_rng(0)
     x, out = (random.standard_normal((2, channels, 30, 28)).astype('float32') for channels in (70, 40))
