@@ -19,7 +19,7 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, pixel_mean, use_operators
+from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, pixel_mean, replaceable, use_operators
 
 
 class SqueezeExcite(nn.Layer):
@@ -98,10 +98,16 @@ class Bottleneck(nn.Layer):
         for name in self.spatial:
             out = getattr(self, name)(out)
         shortcut = self.shortcut(x)
-        if not self.training and self.conv3_1x1.is_one_operator(self.drop_path, self.act):
+        if self.ends_in_one_operator():
             return self.conv3_1x1.at_once(out, self.act, residual=shortcut)
         out = self.drop_path(self.conv3_1x1(out))
         return self.act(out if shortcut is None else out + shortcut)
+
+    def ends_in_one_operator(self):
+        """Whether one compiled operator serves from the last convolution on: no branch is dropped, and no layer another's."""
+        last = self.conv3_1x1
+        return (type(self.drop_path) is DropPath and not self.drop_path.training and replaceable(self.act)
+                and type(last) is ConvNormAct and last.is_one_operator(last, self.drop_path) and type(last.bn.act) is nn.Identity)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,16 @@ def use_operators(network, kind):
     return network
 
 
+def replaceable(act):
+    """Whether a compiled operator can do an activation's work: it has that one, and no hook sees the layer."""
+    return type(act) in COMPILED_ACTIVATIONS and not watched(act)
+
+
+def watched(layer):
+    """Whether a hook sees what goes into a layer or comes out of it."""
+    return bool(layer._forward_pre_hooks or layer._forward_post_hooks)
+
+
 def pixel_mean(x):
     """(B, C, H, W) -> (B, C). One axis at a time: on a CPU, Paddle's gradient of a mean over both takes 40 times as long."""
     return x.mean(3).mean(2)
@@ -72,7 +82,7 @@ class BatchNormAct(nn.BatchNorm2D):
         self.act = act()
 
     def forward(self, x):
-        if not self.training or self._use_global_stats or not compiled(self):
+        if not self.training or self._use_global_stats or not replaceable(self.act) or not compiled(self):
             return self.act(super().forward(x))
         out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
         for running, new in (self._mean, mean), (self._variance, variance):
@@ -93,12 +103,12 @@ class ConvNormAct(nn.Layer):
         return self.at_once(x, self.bn.act) if self.is_one_operator() else self.bn(self.conv(x))
 
     def is_one_operator(self, *followers):
-        """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, and no hook what is
-        between, nor what the `followers` see, layers that the operator then stands for as well."""
-        return (isinstance(self.bn, BatchNormAct) and (not self.bn.training or self.bn._use_global_stats)
+        """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, the layers are still
+        ours, and no hook sees what is between, nor the `followers`, layers that the operator then stands for as well."""
+        return (type(self.conv) is Convolution and type(self.bn) is BatchNormAct and replaceable(self.bn.act)
+                and (not self.bn.training or self.bn._use_global_stats)
                 and self.conv._groups == 1 and paddle.in_dynamic_mode() and not paddle.is_grad_enabled()
-                and not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in (self.conv, self.bn, *followers))
-                and compiled(self.conv))
+                and not any(map(watched, (self.conv, self.bn, *followers))) and compiled(self.conv))
 
     def at_once(self, x, act, residual=None):
         """act(norm(convolution of x) + residual) by one operator."""

@@ -138,10 +138,10 @@ struct Target {
 template <class T>
 class Convolve {
  public:
-  Convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish)
+  Convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish, int threads)
       : products(products), to(to), finish(finish), pixels(products[0].in.pixels()), M(to.map.channels) {
     // Two tasks for each thread at least. To cut panels repeats nothing, to cut channels repeats the copying.
-    const int wanted = (2 * omp_get_max_threads() + to.map.images - 1) / to.map.images;
+    const int wanted = (2 * threads + to.map.images - 1) / to.map.images;
     for (panel = kPanel; panel > 2 * kStrip<T> && (pixels + panel - 1) / panel < wanted;) panel /= 2;
     panels = (pixels + panel - 1) / panel;
     blocks = std::max((M * std::min(panel, pixels) + kResult - 1) / kResult, std::clamp(wanted / panels, 1, (M + 23) / 24));
@@ -231,7 +231,9 @@ class Convolve {
 
 template <class T>
 void convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish = nullptr) {
-  parallel(Convolve<T>(products, to, finish).tasks(), [&] { return Convolve<T>(products, to, finish); });
+  if (to.map.empty()) return;
+  const int threads = omp_get_max_threads();           // a thread may be told another, as by OMP_NUM_THREADS=4,1
+  parallel(Convolve<T>(products, to, finish, threads).tasks(), [&] { return Convolve<T>(products, to, finish, threads); });
 }
 
 // One thread of sums[part, m, n] = sum over the part's images and all pixels of tall[m, p] wide[n, p]; a task is a part of the
@@ -360,7 +362,8 @@ void weight_gradient(Map<const T> in, int k, int stride, Map<const T> dout, T* d
   const View<const T> seen = seen_through(k, stride, in), given = all_of(dout, seen);
   const int K = seen.lines(), O = given.lines();
   Arena<T> memory;
-  if (O <= K) transpose(products(seen, given, memory), O, dweight, K, K, O);
+  if (in.empty()) std::fill_n(dweight, static_cast<size_t>(O) * K, T(0));
+  else if (O <= K) transpose(products(seen, given, memory), O, dweight, K, K, O);
   else std::copy_n(products(given, seen, memory), static_cast<size_t>(O) * K, dweight);
 }
 

@@ -16,6 +16,7 @@ struct Map {
   T* data;
   int images, channels, H, W;
 
+  bool empty() const { return images == 0 || channels == 0 || H == 0 || W == 0; }
   T* plane(int image, int channel) const { return data + (static_cast<ptrdiff_t>(image) * channels + channel) * H * W; }
 };
 

@@ -121,7 +121,7 @@ inline Vec<double> exp(Vec<double> x) {
 // largest term 1 of a softmax; a NaN stays one.
 inline Vec<float> exp(Vec<float> x) {
   typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
-  const float round = 12582912.0f;                     // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float round = 12582912.0f + 127;               // 1.5 * 2^23: it leaves the nearest integer, plus 127, in the low bits
   x = x < -87.0f ? fill(-87.0f) : x;
   const Vec<float> shifted = x * 1.44269504f + round;
   const Vec<float> n = shifted - round;
@@ -133,7 +133,7 @@ inline Vec<float> exp(Vec<float> x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  return (Vec<float>)((Ints)y + ((Ints)shifted << 23));  // adds n to y's exponent
+  return y * (Vec<float>)((Ints)shifted << 23);        // 2^n
 }
 
 // How a matrix lies in memory: its unit stride runs along the columns (element i, j at i * ld + j) or along the rows.

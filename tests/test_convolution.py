@@ -45,6 +45,19 @@ def test_convolution_of_an_input_without_gradient_gives_that_of_the_weights():
     assert (gradients[0] == gradients[1]).all()
 
 
+@pytest.mark.parametrize('shape', [(0, 3, 8, 8), (2, 3, 0, 8)])
+@pytest.mark.parametrize('k, stride', [(1, 1), (3, 2)])
+def test_of_no_images_or_pixels_the_result_is_empty_and_gradients_are_zero(shape, k, stride):
+    x, weight = paddle.zeros(shape), paddle.ones([4, 3, k, k])
+    x.stop_gradient = weight.stop_gradient = False
+    out = ops.convolution(x, weight, stride)
+    out.backward(paddle.ones(out.shape))
+    assert out.shape == [shape[0], 4, *(-(-side // stride) for side in shape[2:])]
+    assert x.grad.shape == x.shape and (weight.grad.numpy() == 0).all()
+    with paddle.no_grad():
+        assert ConvNormAct(3, 4, k, stride).eval()(x).shape == out.shape
+
+
 def test_bits_do_not_depend_on_the_threads():
     random = np.random.default_rng(0)
     x, out = (random.standard_normal((2, channels, 30, 28)).astype('float32') for channels in (70, 40))
@@ -94,7 +107,7 @@ def test_one_operator_serves_only_where_nobody_sees_its_parts():
     assert not layer.is_one_operator()                          # gradients may be wanted
     with paddle.no_grad():
         assert layer.is_one_operator()
-        for watched in layer.conv, layer.bn:
+        for watched in layer.conv, layer.bn, layer.bn.act:
             hook = watched.register_forward_post_hook(lambda *_: None)
             assert not layer.is_one_operator()
             hook.remove()
@@ -103,6 +116,66 @@ def test_one_operator_serves_only_where_nobody_sees_its_parts():
         layer.bn._use_global_stats = True
         assert layer.is_one_operator()
         assert not use_operators(layer, 'composed').is_one_operator()
+
+
+class Twice(nn.Layer):
+    """A layer that somebody put around, or in the place of, one of a block's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+class Clipped(nn.ReLU):
+    def forward(self, x):
+        return nn.functional.relu6(x)
+
+
+@pytest.mark.parametrize('path, change', [
+    ('conv1_1x1.conv', Twice), ('conv1_1x1.conv', lambda conv: nn.Conv2D(64, 64, 1)), ('conv1_1x1.bn', Twice),
+    ('conv1_1x1.bn.act', lambda act: nn.GELU()), ('conv1_1x1.bn.act', lambda act: Clipped()), ('conv3_1x1', Twice),
+    ('conv3_1x1.bn.act', lambda act: nn.ReLU()), ('drop_path', Twice),
+    ('act', lambda act: nn.GELU()), ('act', lambda act: Clipped()),
+])
+def test_layers_put_in_a_blocks_place_are_called(path, change):
+    models = [ref.fill_seeded(build_halonet(get_config('configs/halonet_26t_256.yaml', ['MODEL.ATTENTION', kind])))
+              for kind in ('fused', 'composed')]
+    images = paddle.to_tensor(ref.seeded_images((2, 64, 16, 16)))
+    *parents, name = path.split('.')
+    outs = []
+    for block in (model.stages[0][0] for model in models):
+        layer = block
+        for parent in parents:
+            layer = getattr(layer, parent)
+        paddle.seed(0)
+        setattr(layer, name, change(getattr(layer, name)))
+        with paddle.no_grad():
+            outs.append([block.eval()(images).numpy(), block.train()(images).numpy()])
+    for ours, theirs in zip(*outs):
+        assert abs(ours - theirs).max() < 1e-5 * theirs.std()
+
+
+def test_hooks_and_dropped_branches_of_a_block_are_kept():
+    block = ref.fill_seeded(build_halonet(get_config('configs/halonet_26t_256.yaml', ['MODEL.ATTENTION', 'fused']))).stages[0][1]
+    x, calls = paddle.to_tensor(ref.seeded_images((8, 256, 8, 8))), []
+    inner, last = block.conv1_1x1, block.conv3_1x1
+    watched = [inner, inner.conv, inner.bn, inner.bn.act, last, last.conv, last.bn, last.bn.act, block.drop_path, block.act]
+    for layer in watched:
+        hook = layer.register_forward_post_hook(lambda *_: calls.append(1))
+        for training in False, True:
+            block.train() if training else block.eval()
+            with paddle.no_grad():
+                block(x)
+        hook.remove()
+    assert len(calls) == 2 * len(watched)
+    block.eval()
+    block.drop_path.rate = 0.5
+    block.drop_path.train()                                     # as for an ensemble of one network's dropped branches
+    with paddle.no_grad():
+        assert any((a == b).all() for a, b in zip(block(x).numpy(), block.act(x).numpy()))
 
 
 @pytest.mark.parametrize('name', ['halonet_26t_256', 'haloregnetz_b_224'])   # with groups, silu, blocks without shortcut

@@ -139,9 +139,11 @@ def test_bits_do_not_depend_on_the_threads():
         assert all((a == b).all() for a, b in zip(runs[0], run))
 
 
-def test_nan_is_not_lost():
-    q, kv, rows, columns, _ = map(paddle.to_tensor, arrays(GRID[4], 'float32'))
-    kv[0, 0, 0, 0] = float('nan')
+@pytest.mark.parametrize('bits', [0x7fc00000, 0xffc00000, 0x7fc00001, 0xffffffff])
+def test_nan_is_not_lost(bits):
+    q, kv, rows, columns, _ = arrays(GRID[4], 'float32')
+    kv[0, 0, 0, 0] = np.array(bits, 'uint32').view('float32')
+    q, kv, rows, columns = map(paddle.to_tensor, (q, kv, rows, columns))
     out = ops.halo_attention(q, kv, rows, columns, **sizes(GRID[4]))
     assert out[0].isnan().any() and not out[1].isnan().any()
 
