@@ -55,7 +55,11 @@ def whole(path):
 def find_compiler():
     """The command of the compiler, a list: $CXX may hold arguments, or ccache before the compiler."""
     candidates = [os.environ['CXX']] if os.environ.get('CXX') else ['g++', 'c++', 'clang++']
-    for command in map(shlex.split, candidates):
+    try:
+        commands = [shlex.split(candidate) for candidate in candidates]
+    except ValueError as error:
+        raise BuildError(f'CXX is {candidates[0]!r}: {error}') from None
+    for command in commands:
         if command and shutil.which(command[0]):
             return [shutil.which(command[0]), *command[1:]]
     raise BuildError(f'no C++ compiler on the PATH (looked for {", ".join(candidates)})')

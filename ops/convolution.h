@@ -243,12 +243,12 @@ class Products {
  public:
   Products(const View<const T>& tall, const View<const T>& wide, int parts, T* sums)
       : tall(tall), tall_lines(tall), wide_lines(wide), M(tall.lines()), N(wide.lines()), panels((N + kColumns - 1) / kColumns),
-        parts(parts), sums(sums), right(memory.take((kColumns + 1) * kPixels)), panel(memory.take(kPixels * kColumns)),
-        left(memory.take((kRows + 1) * kPixels)), result(memory.take(static_cast<size_t>(M) * kColumns)) {}
+        parts(parts), sums(sums) {}
 
   int tasks() const { return parts * panels; }
 
   void operator()(int task) {
+    if (!result) allocate();
     const int p = task / panels, n = task % panels * kColumns, count = std::min(kColumns, N - n), columns = round_up<T>(count);
     const int images = tall.map.images;
     bool add = false;
@@ -270,13 +270,21 @@ class Products {
   }
 
  private:
-  static constexpr int kColumns = 128, kRows = 48, kPixels = 128;   // of the result: in a task, and of a tall panel in the cache; terms
+  void allocate() {
+    right = memory.take((kColumns + 1) * kPixels);
+    panel = memory.take(kPixels * kColumns);
+    left = memory.take((kRows + 1) * kPixels);
+    result = memory.take(static_cast<size_t>(M) * kColumns);
+  }
+
+  static constexpr int kColumns = 128, kRows = 48;     // of the result: in a task, and of a tall panel in the cache
+  static constexpr int kPixels = 128;                  // terms
 
   Arena<T> memory;
   const View<const T>& tall;
   Lines<T> tall_lines, wide_lines;
   const int M, N, panels, parts;
-  T *sums, *right, *panel, *left, *result;             // ., (kColumns, kPixels), (kPixels, kColumns), (kRows, kPixels), (M, kColumns)
+  T *sums, *right, *panel, *left, *result = nullptr;   // ., (kColumns, kPixels), (kPixels, kColumns), (kRows, kPixels), (M, kColumns)
 };
 
 // -> (lines of tall, lines of wide), in memory of the arena

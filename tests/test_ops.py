@@ -212,6 +212,11 @@ def test_a_failing_compiler_is_quoted(tmp_path):
     assert text.count('no compiled operators') == 1 and 'it is broken' in text.split('failed:')[1]
 
 
+def test_a_compiler_that_no_shell_could_read_is_named():
+    text = python('import ops; assert not ops.load()', CXX='g++ "')
+    assert text.count('no compiled operators') == 1 and "CXX is 'g++ \"'" in text
+
+
 @pytest.mark.slow
 def test_two_builds_at_once_make_one_library(tmp_path):
     command = [sys.executable, '-W', 'ignore', '-m', 'ops']
