@@ -60,8 +60,8 @@ def arguments(folder, *more):
                                        '-device', 'cpu', *more, '-opts', *map(str, SMALL)])
 
 
-def images(side=32):
-    return np.random.default_rng(5).standard_normal((4, 3, side, side), dtype='float32')
+def images(side=32, count=4):
+    return np.random.default_rng(5).standard_normal((count, 3, side, side), dtype='float32')
 
 
 def test_paddle_inference_gives_the_logits(tmp_path):
@@ -78,8 +78,10 @@ def test_onnx_gives_the_logits(tmp_path, more):
     for name in ('paddle2onnx', 'onnx', 'onnxruntime'):
         pytest.importorskip(name, reason=f'{name} is not installed (requirements-export.txt)')
     assert export.main(arguments(str(tmp_path), '-format', 'onnx', *more)) == 0
-    x = images(40 if more else 32)
-    close(export.runtimes.onnxruntime(str(tmp_path / 'out' / 'model.onnx'))(x), live_model([])(paddle.to_tensor(x)).numpy())
+    engine, model = export.runtimes.onnxruntime(str(tmp_path / 'out' / 'model.onnx')), live_model([])
+    for count in (1, 4, 9):                                     # the two threads together, each by itself, and one with a rest
+        x = images(40 if more else 32, count)
+        close(engine(x), model(paddle.to_tensor(x)).numpy())
 
 
 def test_a_file_with_other_logits_is_refused(tmp_path, monkeypatch, capsys):
