@@ -51,8 +51,8 @@ def parser():
     options.add('runs', 'runs each time', type=int, default=3)
     options.add('csv', 'file to write the table to as well', metavar='FILE')
     options.add('opts', 'any options of config.py', nargs='+', action='extend', default=[], metavar='KEY VALUE')
-    options.add_argument('-case', type=int, help=argparse.SUPPRESS)         # of a process that measures
-    options.add_argument('-answer', help=argparse.SUPPRESS)
+    options.add('case', argparse.SUPPRESS, type=int)                        # of a process that measures
+    options.add('answer', argparse.SUPPRESS)
     return options
 
 
