@@ -24,8 +24,9 @@ pytestmark = pytest.mark.slow
 ELSEWHERE = {                               # pages whose commands others run
     'docs/performance.md': 'measurements of an hour', 'docs/deployment.md': 'tests/test_export.py',
     'docs/reliability.md': 'several machines: tests/test_reliability.py'}
-RUN = {'README.md': 8, 'docs/data.md': 5, 'docs/evaluation.md': 2, 'docs/finetune.md': 5, 'docs/models.md': 1,
-       'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3, 'docs/training.md': 1, 'docs/weights.md': 2}
+RUN = {'README.md': 8, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2, 'docs/finetune.md': 5,
+       'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3, 'docs/training.md': 1,
+       'docs/weights.md': 2}
 INSTALLS = r'python3 -m venv|\S*python -m pip'
 SHORTER = ['-opts', 'DATA.IMAGE_SIZE', '32', 'DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0.0']
 PLACES = {'/data/imagenet': 'imagenet', '...': 'imagenet', 'RUN': 'demo/run'}      # the page's words -> what is there
