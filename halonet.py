@@ -32,7 +32,7 @@ class SqueezeExcite(nn.Layer):
         self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
 
     def forward(self, x):
-        return x * F.sigmoid(self.fc2(F.relu(self.fc1(pixel_mean(x).reshape([-1, x.shape[1], 1, 1])))))
+        return x * F.sigmoid(self.fc2(F.relu(self.fc1(pixel_mean(x).unsqueeze([2, 3])))))
 
 
 class EfficientChannelAttention(nn.Layer):

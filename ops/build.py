@@ -94,9 +94,10 @@ def key(compiler, nvcc, arch):
     """A hash of the sources, the compilers, the flags, Paddle, and the CPU that -march=native means."""
     versions = [subprocess.run([*command, '--version'], capture_output=True, text=True).stdout
                 for command in ([compiler, [nvcc]] if arch else [compiler])]
-    parts = [*compiler, *versions, arch, *FLAGS, *CUDA_FLAGS, paddle.__version__, paddle.version.commit,
-             os.path.dirname(paddle.__file__), cpu()]
-    parts += [path.read_text() for path in (SOURCE, CUDA_SOURCE, *HEADERS)]
+    parts = [*compiler, *versions, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__), cpu()]
+    parts += [path.read_text() for path in (SOURCE, *HEADERS)]
+    if arch:
+        parts += [arch, *CUDA_FLAGS, CUDA_SOURCE.read_text()]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
 
