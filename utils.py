@@ -12,6 +12,8 @@ import time
 import warnings
 from contextlib import contextmanager
 
+import lifeline
+
 warnings.filterwarnings('ignore', message='No ccache found')                 # said at each import of Paddle
 warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
 warnings.filterwarnings('ignore', message='Your model will be trained under CPUONLY mode')   # the log says it
@@ -148,6 +150,11 @@ def start(device):
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', 1))
     if processes > 1:
         dist.init_parallel_env()
+        host = os.environ['PADDLE_TRAINER_ENDPOINTS'].split(':')[0]          # of rank 0
+        missing = lifeline.connect(rank(), processes, host, broadcast, gather)
+        if missing and not rank():
+            log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, they notice after %d min',
+                        missing, host, PATIENCE // 60)
     tune_cpu(processes)
     return device
 
@@ -211,7 +218,7 @@ def on_rank_0(work, *args):
 def meet(failed=False):
     """Wait until every process is here, up to PATIENCE: gloo gives up on a collective after 30 s, this does not.
 
-    Raises Failure where one of them has `failed`, or does not come. The waiting lets signals through.
+    Raises Failure where one of them has `failed`, has ended or does not come. The waiting lets signals through.
     """
     if world_size() == 1:
         return
@@ -223,6 +230,8 @@ def meet(failed=False):
     store.add(here, 1)
     start, pause = time.monotonic(), 0.001
     while store.add(here, 0) < world_size():
+        if lifeline.ended():
+            raise Failure(f'process {lifeline.ended()[0]} has ended; what it said itself tells why')
         if time.monotonic() - start > PATIENCE:
             raise Failure(f'{world_size() - store.add(here, 0)} of {world_size()} processes did not come within {PATIENCE} s')
         time.sleep(pause)

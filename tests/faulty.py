@@ -1,5 +1,6 @@
 """main_multi_gpu.py with something broken: python -m paddle.distributed.launch tests/faulty.py FAULT options ..."""
 import os
+import signal
 import sys
 import time
 
@@ -47,6 +48,16 @@ def full():
     wrap(checkpoint, 'save', before=fail)
 
 
+def lost():
+    """Rank 1 is killed where rank 0 waits for it, after both have taken part in a step."""
+    def end(state):
+        if utils.rank() == 1:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return state
+    wrap(checkpoint, 'capture', after=end)
+
+
 if __name__ == '__main__':
-    {'nan': nan, 'slow': slow, 'full': full}[sys.argv.pop(1)]()
+    {'nan': nan, 'slow': slow, 'full': full, 'lost': lost}[sys.argv.pop(1)]()
     main_multi_gpu.main()

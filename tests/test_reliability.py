@@ -1,4 +1,5 @@
 """Nothing lost when things break: exact resume, stopping on request, failing together, full disks, broken input."""
+import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from runs import ROOT, TINY, make_images, options, processes, program, records, 
 import builders
 import checkpoint
 import engine
+import lifeline
 import utils
 from config import flatten, get_config
 from halonet import build_halonet
@@ -258,6 +260,12 @@ def test_a_process_that_does_not_come_is_told(store, monkeypatch):
         utils.meet()
 
 
+def test_a_process_that_ended_is_told_at_once(store, monkeypatch):
+    monkeypatch.setattr(lifeline, 'ended', lambda: [1])
+    with pytest.raises(utils.Failure, match='process 1 has ended'):
+        utils.meet()
+
+
 def test_the_failure_of_another_process_is_told(store):
     store.update({'halonet/meet/1': 1, 'halonet/meet/2': 1, 'halonet/meet/2/failed': 1})
     utils.meet()
@@ -270,6 +278,41 @@ def test_a_process_that_failed_tells_the_others_and_raises_its_own_error(store):
     with pytest.raises(OSError, match='full'):
         utils.on_rank_0(lambda: (_ for _ in ()).throw(OSError(28, 'full')))
     assert store['halonet/meet/1/failed'] == 1
+
+
+def test_a_lifeline_tells_which_process_has_ended(monkeypatch):
+    """Ranks 1 and 2 of 4 are killed one after the other; rank 3 is one that cannot connect, and a stranger does."""
+    monkeypatch.setattr(lifeline, 'lines', {})
+    pipes, children = [multiprocessing.Pipe() for _ in range(3)], []
+
+    def live(rank, pipe):
+        host = '127.0.0.1' if rank < 3 else '127.0.0.1.invalid'
+        lifeline.connect(rank, 4, host, broadcast=lambda _: pipe.recv(), gather=lambda value: pipe.send(value) or [value])
+        signal.pause()
+
+    def broadcast(value):
+        if isinstance(value, int):
+            strangers.append(socket.create_connection(('127.0.0.1', value)))
+            strangers[0].sendall(b'GET / HTTP/1.1')
+        for _, pipe in pipes:
+            pipe.send(value)
+        return value
+
+    strangers = []
+    for rank, (pipe, _) in enumerate(pipes, 1):
+        children.append(multiprocessing.get_context('fork').Process(target=live, args=(rank, pipe), daemon=True))
+        children[-1].start()
+    try:
+        missing = lifeline.connect(0, 4, '127.0.0.1', broadcast, lambda value: [value] + [pipe.recv() for _, pipe in pipes])
+        assert missing == [3] and lifeline.ended() == []
+        children[1].kill()
+        assert wait_until(lifeline.ended, 5, 'noticed') == [2]
+        children[0].kill()
+        wait_until(lambda: lifeline.ended() == [1, 2], 5, 'both are noticed')
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
 
 
 # ---- signals
@@ -518,6 +561,23 @@ def test_one_process_may_work_longer_than_gloo_waits(images, tmp_path):
     done = launch_faulty('slow', tmp_path, *words(images, tmp_path / 'run', 'DATA.BATCH_SIZE', 4, 'TRAIN.NUM_EPOCHS', 1,
                                                   'TRAIN.WARMUP_EPOCHS', 0))
     assert done.returncode == 0 and '(11 images)' in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_on_another_machine_is_missed_at_once(images, tmp_path):
+    """The launcher of rank 0 does not see it, and gloo would not: rank 0 waits for it, outside of a collective."""
+    line = words(images, tmp_path / 'run', 'DATA.BATCH_SIZE', 4, 'SAVE_STEPS', 1)
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        master = f'127.0.0.1:{free.getsockname()[1]}'
+    nodes = [start('-mpaddle.distributed.launch', '--nnodes', 2, '--rank', rank, '--master', master, '--nproc_per_node', 1,
+                   '--log_dir', tmp_path / f'launch{rank}', 'tests/faulty.py', 'lost', *line, log=tmp_path / f'output{rank}.txt')
+             for rank in (0, 1)]
+    try:
+        assert [node.wait(90) for node in nodes] == [utils.FAILURE, 256 - signal.SIGKILL]
+    finally:
+        for pid in [pid for rank in (0, 1) for pid in processes(tmp_path / f'output{rank}.txt')]:
+            os.kill(pid, signal.SIGKILL)
+    assert 'error: process 1 has ended; what it said itself tells why' in (tmp_path / 'output0.txt').read_text()
 
 
 # ---- the scripts
