@@ -188,6 +188,9 @@ class Convolve {
       const int tiles = (height + kHeight - 1) / kHeight;
       for (int t = 0; t < tiles; ++t) {
         const int m = height * t / tiles, next = height * (t + 1) / tiles;
+        for (int i = next; i < std::min(height, next + kHeight); ++i)         // rows lie far apart: no hardware foresees the next ones
+          for (int k = 0; k < depth; k += 64 / static_cast<int>(sizeof(T)))
+            __builtin_prefetch(product.matrix + static_cast<ptrdiff_t>(top + i) * K + l + k);
         for (int s = 0; s < strips; ++s) multiply_tile(product.matrix + l, K, l > 0, l + depth == K, depth, s, m, next - m, result);
       }
     }

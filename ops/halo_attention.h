@@ -142,16 +142,22 @@ void scale_lanes(T* x, int rows, int lanes, const T* factor) {
     for (int i = 0; i < lanes; i += kLanes<T>) store(x + c * lanes + i, load(x + c * lanes + i) * load(factor + i));
 }
 
-// One thread's forward pass, block by block.
+// One thread's forward pass; a task is so many blocks, one after the other.
 template <class T>
 class Forward {
  public:
-  Forward(const Shape& shape, const Inputs<T>& inputs, T* out_map)
-      : s(shape), softmax(shape, inputs, memory), o(memory.take(static_cast<size_t>(s.v) * softmax.lanes)), out(out_map) {}
+  Forward(const Shape& shape, const Inputs<T>& inputs, T* out_map, int blocks)
+      : s(shape), softmax(shape, inputs, memory), o(memory.take(static_cast<size_t>(s.v) * softmax.lanes)), out(out_map),
+        count(blocks) {}
 
   void operator()(int task) {
-    const int blocks = s.Y() * s.X(), head = task / blocks, lanes = softmax.lanes;
-    const Block block(s, softmax.b, task % blocks / s.X(), task % s.X());
+    for (int i = task * count; i < (task + 1) * count; ++i) attend(i / (s.Y() * s.X()), i % (s.Y() * s.X()));
+  }
+
+ private:
+  void attend(int head, int i) {
+    const int lanes = softmax.lanes;
+    const Block block(s, softmax.b, i / s.X(), i % s.X());
     softmax.compute(head, block);
     multiply<T, Layout::kRows>(s.v, lanes, block.keys(), softmax.values(block), block.keys(), softmax.weights, lanes, o, lanes,
                                false);
@@ -160,11 +166,11 @@ class Forward {
     scatter(o, lanes, planes, block.qy, block.qx, block.by, block.bx);
   }
 
- private:
   Arena<T> memory;
   const Shape s;
   Softmax<T> softmax;
   T *o, *out;                                          // (v, lanes), (B, N*v, Hq, Wq)
+  const int count;
 };
 
 // One thread's backward pass, one (batch, head) at a time.
@@ -293,7 +299,9 @@ class Backward {
 // out (B, N*v, Hq, Wq)
 template <class T>
 void forward(const Shape& s, const Inputs<T>& in, T* out) {
-  parallel(s.B * s.N * s.Y() * s.X(), [&] { return Forward<T>(s, in, out); });
+  const int heads = s.B * s.N, blocks = s.Y() * s.X();
+  const int run = heads >= 4 * omp_get_max_threads() ? blocks : 1;            // neighbours read the same lines of the maps
+  parallel(heads * blocks / run, [&] { return Forward<T>(s, in, out, run); });
 }
 
 // dout (B, N*v, Hq, Wq) -> gradients

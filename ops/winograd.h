@@ -19,17 +19,22 @@ inline bool winograd_serves(int k, int stride, int in_channels, int out_channels
 // Kernels, entry(o, c, i) being place i of the kernel from channel c to channel o -> (kPlaces, O, C)
 template <class T, class Entry>
 void transform_kernels(int O, int C, Entry entry, T* out) {
+  constexpr int L = kLanes<T>;
   parallel(O, [&] {
     return [&](int o) {
-      for (int c = 0; c < C; ++c) {
-        T rows[4][3];                                  // G times the kernel
+      for (int c = 0; c < C; c += L) {
+        T kernel[9][L] = {};                           // of channels [c, c + L)
+        for (int lane = 0; lane < std::min(L, C - c); ++lane)
+          for (int i = 0; i < 9; ++i) kernel[i][lane] = entry(o, c + lane, i);
+        Vec<T> rows[4][3];                             // G times the kernel
         for (int j = 0; j < 3; ++j) {
-          const T a = entry(o, c, j), b = entry(o, c, 3 + j), d = entry(o, c, 6 + j);
+          const Vec<T> a = load(kernel[j]), b = load(kernel[3 + j]), d = load(kernel[6 + j]);
           rows[0][j] = a, rows[1][j] = (a + b + d) / 2, rows[2][j] = (a - b + d) / 2, rows[3][j] = d;
         }
         for (int i = 0; i < 4; ++i) {
-          const T *r = rows[i], places[] = {r[0], (r[0] + r[1] + r[2]) / 2, (r[0] - r[1] + r[2]) / 2, r[2]};
-          for (int j = 0; j < 4; ++j) out[(static_cast<size_t>(i * 4 + j) * O + o) * C + c] = places[j];
+          const Vec<T> *r = rows[i], places[] = {r[0], (r[0] + r[1] + r[2]) / 2, (r[0] - r[1] + r[2]) / 2, r[2]};
+          for (int j = 0; j < 4; ++j)
+            store(out + (static_cast<size_t>(i * 4 + j) * O + o) * C + c, places[j], part<T>(0, C - c));
         }
       }
     };
