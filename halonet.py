@@ -19,7 +19,7 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, pixel_mean, replaceable, use_operators
+from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, MaxPool, pixel_mean, replaceable, use_operators
 
 
 class SqueezeExcite(nn.Layer):
@@ -170,7 +170,7 @@ class Stem(nn.Sequential):
             super().__init__(*layers[0].named_children())
         else:
             named = [(f'conv{i + 1}', layer) for i, layer in enumerate(layers)]
-            super().__init__(*named, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
+            super().__init__(*named, ('pool', MaxPool() if pool else nn.Identity()))
 
 
 class Stage(nn.Sequential):

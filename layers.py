@@ -105,12 +105,27 @@ class ConvNormAct(nn.Layer):
     def is_one_operator(self, *followers):
         """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, the layers are still
         ours, and no hook sees what is between, nor the `followers`, layers that the operator then stands for as well."""
-        return (type(self.conv) is Convolution and type(self.bn) is BatchNormAct and replaceable(self.bn.act)
-                and (not self.bn.training or self.bn._use_global_stats)
-                and self.conv._groups == 1 and paddle.in_dynamic_mode() and not paddle.is_grad_enabled()
-                and not any(map(watched, (self.conv, self.bn, *followers))) and compiled(self.conv))
+        if paddle.is_grad_enabled() or not paddle.in_dynamic_mode():
+            return False
+        conv, norm = self.conv, self.bn             # Paddle looks for a layer's layers and parameters in Python, each time
+        return (type(conv) is Convolution and type(norm) is BatchNormAct and replaceable(norm.act)
+                and (not norm.training or norm._use_global_stats) and conv._groups == 1
+                and not any(map(watched, (conv, norm, *followers))) and compiled(conv))
 
     def at_once(self, x, act, residual=None):
         """act(norm(convolution of x) + residual) by one operator."""
-        return ops.convolution_norm_act(x, self.conv.weight, self.bn, stride=self.conv.stride,
-                                        act=COMPILED_ACTIVATIONS[type(act)], residual=residual)
+        conv = self.conv
+        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv.stride, act=COMPILED_ACTIVATIONS[type(act)],
+                                        residual=residual)
+
+
+class MaxPool(nn.MaxPool2D):
+    """The maximum over windows of 3x3 pixels: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    operators, compiled_for = 'auto', ('cpu',)
+
+    def __init__(self):
+        super().__init__(3, 2, 1)
+
+    def forward(self, x):
+        return ops.max_pool(x) if compiled(self) else super().forward(x)

@@ -58,3 +58,8 @@ def batch_norm_act(x, weight, bias, epsilon, act):
     """
     out, mean, variance = _C_ops._run_custom_op('batch_norm_act', x, weight, bias, epsilon, ACTIVATIONS.index(act))
     return out, mean.detach(), variance.detach()
+
+
+def max_pool(x):
+    """The maximum over windows of 3x3 pixels, two apart, with half padding: x (B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
+    return _C_ops._run_custom_op('max_pool', x)[0]

@@ -1,11 +1,12 @@
-// The Paddle operators `halo_attention`, `convolution` and `batch_norm_act` with their gradients, and `convolution_norm_act` for
-// inference, on a CPU, the attention on a GPU too where this is compiled with PADDLE_WITH_CUDA: shapes are checked here, the headers
+// The Paddle operators `halo_attention`, `convolution`, `batch_norm_act` and `max_pool` with their gradients, and
+// `convolution_norm_act` for inference, on a CPU, the attention on a GPU too where this is compiled with PADDLE_WITH_CUDA: shapes are checked here, the headers
 // do the work.
 #include "paddle/extension.h"
 
 #include "batch_norm.h"
 #include "convolution.h"
 #include "halo_attention.h"
+#include "max_pool.h"
 #ifdef PADDLE_WITH_CUDA
 #include "halo_attention_gpu.h"
 #endif
@@ -251,6 +252,37 @@ std::vector<paddle::DataType> infer_norm_dtype(const paddle::DataType& x, const 
   return {x, x, x};
 }
 
+void check_pool(const Tensor& x) {
+  PD_CHECK(x.is_cpu() && x.shape().size() == 4, "max_pool: x must be (B, C, H, W), on a CPU");
+}
+
+std::vector<Dims> infer_pool_shape(const Dims& x) {
+  const auto half = [](int64_t n) { return n < 0 ? n : (n + 1) / 2; };
+  return {{x[0], x[1], half(x[2]), half(x[3])}};
+}
+
+std::vector<Dims> infer_pool_grad_shape(const Dims& x, const Dims&) { return {x}; }
+
+std::vector<paddle::DataType> infer_pool_dtype(const paddle::DataType& x) { return {x}; }
+
+std::vector<Tensor> pool_forward(const Tensor& x) {
+  check_pool(x);
+  Tensor out = paddle::empty(infer_pool_shape(x.shape())[0], x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "max_pool", [&] {
+    halo::max_pool(map_of(x.data<data_t>(), x.shape()), map_of(out.data<data_t>(), out.shape()));
+  });
+  return {out};
+}
+
+std::vector<Tensor> pool_backward(const Tensor& x, const Tensor& dout) {
+  Tensor dx = paddle::empty(x.shape(), x.dtype(), x.place());
+  PD_DISPATCH_FLOATING_TYPES(x.dtype(), "max_pool_grad", [&] {
+    halo::max_pool_gradient(map_of(x.data<data_t>(), x.shape()), map_of(dout.data<data_t>(), dout.shape()),
+                            map_of(dx.data<data_t>(), x.shape()));
+  });
+  return {dx};
+}
+
 }  // namespace
 
 PD_BUILD_OP(halo_attention)
@@ -305,3 +337,16 @@ PD_BUILD_GRAD_OP(batch_norm_act)
     .Attrs({"epsilon: float", "act: int"})
     .SetKernelFn(PD_KERNEL(norm_backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_norm_grad_shape));
+
+PD_BUILD_OP(max_pool)
+    .Inputs({"X"})
+    .Outputs({"Out"})
+    .SetKernelFn(PD_KERNEL(pool_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pool_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(infer_pool_dtype));
+
+PD_BUILD_GRAD_OP(max_pool)
+    .Inputs({"X", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X")})
+    .SetKernelFn(PD_KERNEL(pool_backward))
+    .SetInferShapeFn(PD_INFER_SHAPE(infer_pool_grad_shape));

@@ -28,7 +28,7 @@ from halonet import (  # noqa: E402
     Stem,
     build_halonet,
 )
-from layers import ConvNormAct, Convolution  # noqa: E402
+from layers import ConvNormAct, Convolution, MaxPool  # noqa: E402
 from tools import cli  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'models.md'
@@ -107,7 +107,7 @@ COUNTED = {                                         # class -> (layer, H, W) -> 
     LambdaLayer: lambdas,
     SqueezeExcite: lambda layer, H, W: (math.prod(layer.fc1.weight.shape) + math.prod(layer.fc2.weight.shape), H, W),
     EfficientChannelAttention: lambda layer, H, W: (math.prod(layer.conv.weight.shape), H, W),
-    nn.MaxPool2D: lambda layer, H, W: (0, -(-H // 2), -(-W // 2)),
+    MaxPool: lambda layer, H, W: (0, -(-H // 2), -(-W // 2)),
 }
 
 
