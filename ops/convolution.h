@@ -333,8 +333,10 @@ void pick(const T* weight, int O, int C, int places, const std::vector<int>& tap
   const ptrdiff_t width = static_cast<ptrdiff_t>(C) * places, count = taps.size();
   parallel((C + 15) / 16, [&] {
     return [&](int block) {
+      const int first = block * 16, last = std::min(C, first + 16);
+      if (places == 1 && count == 1) return transpose(weight + first, C, matrix + static_cast<ptrdiff_t>(first) * O, O, O, last - first);
       for (int o = 0; o < O; ++o)
-        for (int c = block * 16; c < std::min(C, block * 16 + 16); ++c)
+        for (int c = first; c < last; ++c)
           for (int t = 0; t < count; ++t) matrix[(static_cast<ptrdiff_t>(c) * O + o) * count + t] = weight[o * width + c * places + taps[t]];
     };
   });
