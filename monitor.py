@@ -1,4 +1,4 @@
-"""What a person watches: the progress line, TensorBoard's logs, the share of time that goes into waiting for data.
+"""What a person watches: the records of a run, the progress line, TensorBoard's logs, the share of time spent waiting for data.
 
 And what the page of a run (tools/report.py) needs beside its records: the machine, the predictions of the last evaluation.
 """
@@ -29,21 +29,42 @@ SECONDS_TO_JUDGE = 10                               # shorter stretches say litt
 
 # ---- records
 
-class Metrics(utils.Metrics):
-    """metrics.jsonl, and the same figures for TensorBoard below tensorboard/, where each split is a run of its own."""
+class Metrics:
+    """metrics.jsonl of a run folder: one JSON record per logging step and per evaluation, written by rank 0.
+
+    And the same figures for TensorBoard below tensorboard/, where each split is a run of its own.
+    """
 
     def __init__(self, folder):
-        super().__init__(folder)
+        self.path = os.path.join(folder, 'metrics.jsonl')
         self.folder, self.purge_step, self.writers = os.path.join(folder, 'tensorboard'), 1, {}
 
     def write(self, **record):
-        super().write(**record)
-        if utils.rank() == 0 and record['step']:    # an evaluation on its own, step 0, is no curve
+        if utils.rank():
+            return
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}) + '\n')
+        if record['step']:                          # an evaluation on its own, step 0, is no curve
             self._events(record['split']).add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
 
     def rewind(self, step, epochs):
-        super().rewind(step, epochs)
+        """Forget what comes after `step`, and the evaluations after `epochs` whole epochs: a resumed run writes them again.
+
+        Raises ValueError for a line that is no record; the last one may be torn.
+        """
         self.purge_step = step + 1
+        if utils.rank() or not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path, encoding='utf-8', errors='replace') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line) if line.endswith('\n') else {'step': step + 1}
+                    if record['step'] <= step and (record['split'] == 'train' or record['epoch'] <= epochs):
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
+        utils.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def _events(self, split):
         if split not in self.writers:

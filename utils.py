@@ -1,6 +1,5 @@
 """What every part needs and no part owns: processor set-up, rank facts and reductions, logging, run folders, safe files, sums."""
 import ctypes
-import json
 import logging
 import multiprocessing
 import os
@@ -285,36 +284,6 @@ def plain_errors():
         else:
             print(f'rank {rank()}: error: {error}' if rank() else f'error: {error}', file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
-
-
-class Metrics:
-    """metrics.jsonl of a run folder: one JSON record per logging step and per evaluation, written by rank 0."""
-
-    def __init__(self, folder):
-        self.path = os.path.join(folder, 'metrics.jsonl')
-
-    def write(self, **record):
-        if rank() == 0:
-            with open(self.path, 'a', encoding='utf-8') as file:
-                file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}) + '\n')
-
-    def rewind(self, step, epochs):
-        """Forget what comes after `step`, and the evaluations after `epochs` whole epochs: a resumed run writes them again.
-
-        Raises ValueError for a line that is no record; the last one may be torn.
-        """
-        if rank() or not os.path.exists(self.path):
-            return
-        kept = []
-        with open(self.path, encoding='utf-8', errors='replace') as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line) if line.endswith('\n') else {'step': step + 1}
-                    if record['step'] <= step and (record['split'] == 'train' or record['epoch'] <= epochs):
-                        kept.append(line)
-                except (ValueError, TypeError, KeyError):
-                    raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
-        atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
 
 # ---- files

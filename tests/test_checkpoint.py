@@ -107,27 +107,6 @@ def test_run_folders_of_the_same_second_differ(tmp_path):
         utils.make_run_folder(str(tmp_path / 'file'), 'unused', 'name')
 
 
-def test_metrics_rewind_to_a_step_and_its_evaluations(tmp_path):
-    metrics = utils.Metrics(tmp_path)
-    for epoch in (1, 2):
-        for step in (2 * epoch - 1, 2 * epoch):
-            metrics.write(epoch=epoch, step=step, split='train', loss=1 / 3)
-        metrics.write(epoch=epoch, step=2 * epoch, split='val', loss=0.5)
-    lines = open(metrics.path, encoding='utf-8').read().splitlines(keepends=True)
-    assert lines[0] == '{"epoch": 1, "step": 1, "split": "train", "loss": 0.33333333}\n'
-    with open(metrics.path, 'a', encoding='utf-8') as file:
-        file.write('{"step": 4, "lo')                # a kill in the middle of a line
-    for step, epochs, kept in ((9, 9, 6), (4, 2, 6), (4, 1, 5), (3, 1, 4), (2, 1, 3), (2, 0, 2), (0, 0, 0)):
-        metrics.rewind(step, epochs)
-        assert open(metrics.path, encoding='utf-8').read() == ''.join(lines[:kept])
-
-
-def test_a_damaged_metrics_file_is_named(tmp_path):
-    (tmp_path / 'metrics.jsonl').write_bytes(b'{"epoch": 1, "step": 1, "split": "train"}\n\xff\x00\n')
-    with pytest.raises(ValueError, match='metrics.jsonl:2: not a record'):
-        utils.Metrics(tmp_path).rewind(5, 5)
-
-
 def test_totals_sum_what_is_added():
     totals = utils.Totals()
     logits = paddle.to_tensor([[3., 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
