@@ -82,7 +82,8 @@ class BatchNormAct(nn.BatchNorm2D):
         self.act = act()
 
     def forward(self, x):
-        if not self.training or self._use_global_stats or not replaceable(self.act) or not compiled(self):
+        if (not self.training or self._use_global_stats or 0 in x.shape           # of no pixels there are no statistics
+                or not replaceable(self.act) or not compiled(self)):
             return self.act(super().forward(x))
         out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
         for running, new in (self._mean, mean), (self._variance, variance):
@@ -105,7 +106,7 @@ class ConvNormAct(nn.Layer):
     def is_one_operator(self, *followers):
         """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, the layers are still
         ours, and no hook sees what is between, nor the `followers`, layers that the operator then stands for as well."""
-        if paddle.is_grad_enabled() or not paddle.in_dynamic_mode():
+        if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
             return False
         conv, norm = self.conv, self.bn             # Paddle looks for a layer's layers and parameters in Python, each time
         return (type(conv) is Convolution and type(norm) is BatchNormAct and replaceable(norm.act)

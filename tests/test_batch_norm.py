@@ -71,6 +71,14 @@ def test_a_large_mean_does_not_spoil_the_variance():
     np.testing.assert_allclose(variance.numpy(), x.astype('float64').var((0, 2, 3)), rtol=1e-4)
 
 
+def test_no_images_leave_the_statistics_as_they_are():
+    layer = norm(3, 'relu', 'float32', 'fused')
+    before = [value.numpy() for value in (layer._mean, layer._variance)]
+    assert layer(paddle.zeros([0, 3, 4, 4])).shape == [0, 3, 4, 4]
+    for old, new in zip(before, (layer._mean, layer._variance)):
+        assert (old == new.numpy()).all()
+
+
 def test_bits_do_not_depend_on_the_threads():
     random = np.random.default_rng(0)
     x, gradient = (random.standard_normal((4, 24, 16, 16)).astype('float32') for _ in range(2))
