@@ -250,6 +250,22 @@ def test_a_reader_that_has_had_enough_is_no_mistake(run):
     assert done.returncode == 0 and 'rror' not in done.stderr
 
 
+def test_an_interrupt_leaves_what_is_known(run, tmp_path, capsys, monkeypatch):
+    original = predict.read
+
+    def read(picture, *args, **kwargs):
+        if picture.path.endswith('7.png'):
+            raise KeyboardInterrupt
+        return original(picture, *args, **kwargs)
+    monkeypatch.setattr(predict, 'read', read)
+    table = tmp_path / 'table.csv'
+    assert call(predict, run[0] / 'data' / 'val', '-pretrained', run[0] / 'run' / 'final.pdparams', '-batch_size', 2, '-topk', 1,
+                '-quiet', '-csv', table) == 130
+    rows = list(csv.DictReader(table.open()))
+    assert 'interrupted' in (text := capsys.readouterr().err) and f' {len(rows)} of 9 pictures' in text
+    assert [os.path.basename(row['picture']) for row in rows] == [f'{i}.png' for i in range(len(rows))] and 1 <= len(rows) < 8
+
+
 def test_labels_beyond_the_classes_are_refused(run, tmp_path, capsys):
     (tmp_path / 'list.txt').write_text('a.png 4\n')
     assert call(predict, '-pretrained', weights_of(run), tmp_path / 'list.txt') == 2

@@ -10,6 +10,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMAGENET = os.path.join(ROOT, 'data', 'imagenet_classes.txt')
+INTERRUPTED = 130                                   # exit status after Ctrl-C
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
 
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, OSError) as error:
             self.exit(2, f'{self.prog}: error: {told(error)}\n')
         except KeyboardInterrupt:
-            self.exit(130, '\ninterrupted\n')
+            self.exit(INTERRUPTED, '\ninterrupted\n')
         sys.exit(status)
 
 

@@ -8,6 +8,7 @@ relative to the folder of the list). The pixels are those of an evaluation: the 
   python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val/7 -json - -quiet | python -m json.tool
 
 Exit status: 0, or 1 if a picture could not be read (it is named; the others are done), or 2 for a mistake in the command.
+After Ctrl-C it is 130, and the files say what is known so far.
 """
 import csv
 import io
@@ -194,10 +195,17 @@ def main(args):
     start, done = time.perf_counter(), []
     results = predict(model, config, pictures, batch_size=args.batch_size, topk=min(args.topk, len(names)),
                       keep=args.html_most if args.html else 0)
-    for picture in cli.progress(results, len(pictures), 'predicting') if args.quiet else results:
-        done.append(picture)
-        if picture.error or not args.quiet:
-            print(as_text(picture, names), end='', file=sys.stderr if picture.error else sys.stdout)
+    status = 0
+    try:
+        for picture in cli.progress(results, len(pictures), 'predicting') if args.quiet else results:
+            done.append(picture)
+            if picture.error or not args.quiet:
+                print(as_text(picture, names), end='', file=sys.stderr if picture.error else sys.stdout)
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        status = cli.INTERRUPTED
+        print(f'\ninterrupted: what is written is about {len(done)} of {len(pictures)} pictures', file=sys.stderr)
     line = summary(done, time.perf_counter() - start, device)
     facts = {'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'image_size': config.DATA.IMAGE_SIZE,
              'crop_pct': config.DATA.CROP_PCT}
@@ -210,7 +218,7 @@ def main(args):
     if args.html:
         from tools import predict_page
         cli.write_text(args.html, predict_page.page(done[:args.html_most], names, facts, line, len(done)))
-    return int(any(picture.error for picture in done))
+    return status or int(any(picture.error for picture in done))
 
 
 if __name__ == '__main__':
