@@ -235,7 +235,7 @@ class Convolve {
 template <class T>
 void convolve(const std::vector<Product<T>>& products, const Target<T>& to, const Finish<T>* finish = nullptr) {
   if (to.map.empty()) return;
-  const int threads = omp_get_max_threads();           // a thread may be told another, as by OMP_NUM_THREADS=4,1
+  const int threads = thread_count();                  // a thread may be told another, as by OMP_NUM_THREADS=4,1
   parallel(Convolve<T>(products, to, finish, threads).tasks(), [&] { return Convolve<T>(products, to, finish, threads); });
 }
 

@@ -198,7 +198,7 @@ class Backward {
     for (int row = 0; row < s.Y(); ++row)
       for (int column = 0; column < s.X(); ++column) {
         const Block block(s, softmax.b, row, column);
-          softmax.compute(head, block);
+        softmax.compute(head, block);
         const Planes<const T> out{dmap + head * s.v * queries, s.v, s.Hq, s.Wq};
         gather(out, block.qy, block.qx, block.by, block.bx, dout, lanes);
         scale_lanes(dout, s.v, lanes, softmax.inverse);
@@ -300,7 +300,7 @@ class Backward {
 template <class T>
 void forward(const Shape& s, const Inputs<T>& in, T* out) {
   const int heads = s.B * s.N, blocks = s.Y() * s.X();
-  const int run = heads >= 4 * omp_get_max_threads() ? blocks : 1;            // neighbours read the same lines of the maps
+  const int run = heads >= 4 * thread_count() ? blocks : 1;                   // neighbours read the same lines of the maps
   parallel(heads * blocks / run, [&] { return Forward<T>(s, in, out, run); });
 }
 

@@ -19,7 +19,9 @@
 #include <utility>
 #include <vector>
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -271,6 +273,15 @@ class Arena {
  private:
   std::vector<std::unique_ptr<T, decltype(&std::free)>> blocks_;
 };
+
+// As many as `parallel` will run.
+inline int thread_count() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
 
 // Runs prepare() once in every thread and what it returns on the numbers 0 .. count-1, each in one thread. A counter of our
 // own and no `omp for`: of the OpenMP library that Paddle ships (an old one, and two in one process do not mix) that would
