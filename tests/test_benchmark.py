@@ -46,6 +46,31 @@ def test_other_results_are_told(monkeypatch, tmp_path, capsys):
     assert len(rows) == 2 and 'b: results differ by 5.0e-04 of the largest' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('result', [[float('nan'), 2.0], [2.0, float('nan')]])
+def test_what_is_no_number_differs(result):
+    assert not benchmark.difference(result, [2.0, 1.0]) <= 1e-4
+
+
+@pytest.mark.parametrize('words, message', [
+    (['-pretrained', 'nowhere'], 'nowhere: no such file'), (['-csv', 'nowhere/t.csv'], 'cannot be written'),
+    (['-also', 'name'], '-also name: expected NAME=FILE'), (['-exported', '.'], 'neither model.json nor model.onnx')])
+def test_mistakes_are_told_before_anything_is_measured(monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, 'ask', lambda *_: pytest.fail('it measures'))
+    (tmp_path / 'tiny.yaml').write_text('{}\n')
+    with pytest.raises((ValueError, OSError), match=message):
+        benchmark.main(benchmark.parser().parse_args(['eval', '-cfg', 'tiny.yaml', *words, '-opts', *TINY]))
+
+
+def test_a_folder_without_onnx_is_measured(monkeypatch, tmp_path):
+    (tmp_path / 'model.json').write_text('no model')
+    told = []
+    monkeypatch.setattr(benchmark, 'ask', lambda i, name: told.append(name) or [])
+    with pytest.raises(FileNotFoundError):          # no rows, so no table to read
+        run(monkeypatch, tmp_path, 'eval', '-exported', str(tmp_path))
+    assert 'Paddle Inference' in told and not any('onnxruntime' in name for name in told)
+
+
 def touch(size):
     """Take memory from the kernel, and give it back."""
     with mmap.mmap(-1, size) as memory:

@@ -97,6 +97,23 @@ def test_a_file_with_other_logits_is_refused(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ['c.yaml', 'w.pdparams']
 
 
+def test_logits_that_are_no_numbers_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(export.FORMATS, 'onnx', export.FORMATS['paddle'])   # two formats, the second of which is wrong
+    monkeypatch.setattr(export, 'to_onnx', lambda *paths: None)
+    monkeypatch.setattr(export.runtimes, 'need', lambda name: None)
+    real, folders = export.difference, iter([False, True])
+    monkeypatch.setattr(export, 'difference', lambda runtime, expected: real(
+        (lambda x: runtime(x) * (np.nan if len(x) == 3 else 1)) if next(folders) else runtime, expected))
+    assert export.main(arguments(str(tmp_path))) == 1
+    assert 'onnx: differs from the model by nan' in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ['c.yaml', 'w.pdparams']
+
+
+@pytest.mark.parametrize('size', [1, 8, 13, 14, 256])
+def test_small_images_are_compared_as_well(size):
+    assert all(min(x.shape) > 0 for x in export.images(size, dynamic=True))
+
+
 def test_mistakes_are_said_first(tmp_path):
     args = arguments(str(tmp_path), '-dynamic')
     args.opts += ['MODEL.STAGES', "['conv bot', 'halo']"]

@@ -72,6 +72,10 @@ def main(args):
     cases = [case for threads in args.threads or [cores] for case in WHAT[args.what](args, threads)]
     if args.case is not None:
         return measure(cases[args.case], args)
+    cli.check_outputs(args.csv)
+    if args.pretrained:
+        import weights
+        weights.find(args.pretrained)               # raises where there is none
     machine, rows, tasks = describe(), [], []
     print(machine, flush=True)
     for case in cases:
@@ -152,8 +156,9 @@ def resident_mib(reset=False):
 
 
 def difference(result, expected):
-    """The largest difference, over the largest number expected."""
-    return max(abs(x - y) for x, y in zip(result, expected)) / max(map(abs, expected))
+    """The largest difference, over the largest number expected; not a number where one of them is none."""
+    import numpy as np
+    return float(np.abs(np.subtract(result, expected)).max() / np.abs(expected).max())
 
 
 def report(group, answers):
@@ -181,13 +186,18 @@ def report(group, answers):
 def eval_cases(args, threads):
     """Ours in eager mode first, then the exported files in each runtime."""
     cases, side = [], config_of(args).DATA.IMAGE_SIZE
+    exported = os.listdir(args.exported) if args.exported else []
+    if args.exported and 'model.json' not in exported and 'model.onnx' not in exported:
+        raise ValueError(f'{args.exported}: neither model.json nor model.onnx is there; tools/export.py makes them')
     for batch in args.batch:
         makers = {f'eager {kind}': partial(eager, args, kind, threads) for kind in args.attention}
-        if args.exported and os.path.exists(os.path.join(args.exported, 'model.json')):
+        if 'model.json' in exported:
             makers['Paddle Inference'] = partial(runtimes.paddle_inference, args.exported, threads)
-        files = {'': os.path.join(args.exported, 'model.onnx')} if args.exported else {}
+        files = {'': os.path.join(args.exported, 'model.onnx')} if 'model.onnx' in exported else {}
         for text in args.also:
             name, _, path = text.partition('=')
+            if not path:
+                raise ValueError(f'-also {text}: expected NAME=FILE')
             files[f'{name} '] = path.replace('{batch}', str(batch))
         for name, path in files.items():
             if not os.path.isfile(path):
