@@ -14,7 +14,7 @@ from paddle import nn
 from paddle.nn.initializer import Normal, Uniform
 
 import ops
-from layers import Convolution, compiled
+from layers import BatchNormAct, Convolution, compiled
 
 
 def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
@@ -208,8 +208,8 @@ class LambdaLayer(nn.Layer):
         d = query_width(width, num_heads, head_dim or 16, 1.0)              # 16 is timm's
         self.num_heads, self.d, self.v, self.out_width = num_heads, d, width // num_heads, width
         self.qkv = projection(in_width, num_heads * d + d + self.v)
-        self.norm_q = nn.BatchNorm2D(num_heads * d)
-        self.norm_v = nn.BatchNorm2D(self.v)
+        self.norm_q = BatchNormAct(num_heads * d, nn.Identity)
+        self.norm_v = BatchNormAct(self.v, nn.Identity)
         self.conv_lambda = nn.Conv3D(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5),
                                      bias_attr=Uniform(-1 / side, 1 / side))
         self.pool = mean_pool(stride)

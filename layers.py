@@ -19,7 +19,7 @@ def compiled(layer):
     """Whether a layer is to use the compiled operators, by its attribute `operators`: fused, composed (of Paddle's operators)
     or auto, the better of those that serve. A program for inference is traced with Paddle's, to run where ours are not.
 
-    Raises RuntimeError where fused cannot be had.
+    Raises ValueError where fused cannot be had.
     """
     kind, device = layer.operators, paddle.get_device().split(':')[0]
     if kind == 'composed' or device == 'gpu' and 'gpu' not in layer.compiled_for:
@@ -29,8 +29,8 @@ def compiled(layer):
     if device in ops.load():
         return True
     if kind == 'fused':
-        raise RuntimeError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well; '
-                           'auto and composed need neither')
+        raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well (the log says what is '
+                         'amiss); auto and composed need neither')
     return False
 
 
@@ -43,13 +43,13 @@ def use_operators(network, kind):
 
 
 def replaceable(act):
-    """Whether a compiled operator can do an activation's work: it has that one, and no hook sees the layer."""
-    return type(act) in COMPILED_ACTIVATIONS and not watched(act)
+    """Whether a compiled operator can do an activation's work: it has that one, and nobody changed or watches the layer."""
+    return type(act) in COMPILED_ACTIVATIONS and not altered(act)
 
 
-def watched(layer):
-    """Whether a hook sees what goes into a layer or comes out of it."""
-    return bool(layer._forward_pre_hooks or layer._forward_post_hooks)
+def altered(layer):
+    """Whether a hook sees what goes into a layer or comes out of it, or this one layer has got another `forward`."""
+    return bool(layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer))
 
 
 def pixel_mean(x):
@@ -67,9 +67,15 @@ class Convolution(nn.Conv2D):
         self.stride = stride
 
     def forward(self, x):
-        if self._groups == 1 and compiled(self):
+        if self._groups == 1 and self.bias is None and compiled(self):
             return ops.convolution(x, self.weight, self.stride)
         return super().forward(x)
+
+
+def few(x):
+    """Whether a map (B, C, H, W) has no pixels at all, or one, so that there are no statistics. (Paddle then keeps the running
+    ones.) In a program it is not known."""
+    return paddle.in_dynamic_mode() and x.size <= x.shape[1]
 
 
 class BatchNormAct(nn.BatchNorm2D):
@@ -82,7 +88,7 @@ class BatchNormAct(nn.BatchNorm2D):
         self.act = act()
 
     def forward(self, x):
-        if (not self.training or self._use_global_stats or 0 in x.shape           # of no pixels there are no statistics
+        if (not self.training or self._use_global_stats or few(x)
                 or not replaceable(self.act) or not compiled(self)):
             return self.act(super().forward(x))
         out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
@@ -104,14 +110,15 @@ class ConvNormAct(nn.Layer):
         return self.at_once(x, self.bn.act) if self.is_one_operator() else self.bn(self.conv(x))
 
     def is_one_operator(self, *followers):
-        """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, the layers are still
-        ours, and no hook sees what is between, nor the `followers`, layers that the operator then stands for as well."""
+        """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, and the layers are as
+        they were made, as are the `followers`, layers that the operator then stands for as well."""
         if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
             return False
         conv, norm = self.conv, self.bn             # Paddle looks for a layer's layers and parameters in Python, each time
         return (type(conv) is Convolution and type(norm) is BatchNormAct and replaceable(norm.act)
-                and (not norm.training or norm._use_global_stats) and conv._groups == 1
-                and not any(map(watched, (conv, norm, *followers))) and compiled(conv))
+                and (norm._use_global_stats or norm._use_global_stats is None and not norm.training)
+                and conv._groups == 1 and conv.bias is None
+                and not any(map(altered, (conv, norm, *followers))) and compiled(conv))
 
     def at_once(self, x, act, residual=None):
         """act(norm(convolution of x) + residual) by one operator."""

@@ -24,7 +24,7 @@ def load():
     try:
         load_op_meta_info_and_register_op(library(arch))
     except (BuildError, OSError, RuntimeError) as error:
-        logger.warning("no compiled operators, so Paddle's slower ones serve: %s", error)
+        logger.warning("no compiled operators, only Paddle's slower ones: %s", error)
         return ()
     return ('cpu', 'gpu') if arch else ('cpu',)
 

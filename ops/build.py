@@ -49,7 +49,7 @@ def library(arch=''):
 def whole(path):
     """Whether the library is there as it was built: to load one that was cut would end the process."""
     size = path.with_suffix('.size')
-    return path.exists() and size.exists() and size.read_text() == str(path.stat().st_size)
+    return path.exists() and size.exists() and size.read_bytes() == str(path.stat().st_size).encode()
 
 
 def find_compiler():

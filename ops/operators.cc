@@ -1,6 +1,6 @@
 // The Paddle operators `halo_attention`, `convolution`, `batch_norm_act` and `max_pool` with their gradients, and
-// `convolution_norm_act` for inference, on a CPU, the attention on a GPU too where this is compiled with PADDLE_WITH_CUDA: shapes are checked here, the headers
-// do the work.
+// `convolution_norm_act` for inference, on a CPU, the attention on a GPU too where this is compiled with PADDLE_WITH_CUDA: shapes
+// are checked here, the headers do the work.
 #include "paddle/extension.h"
 
 #include "batch_norm.h"
@@ -49,7 +49,10 @@ halo::Inputs<T> inputs_of(const Tensor& q, const Tensor& kv, const Tensor& heigh
 #ifdef PADDLE_WITH_CUDA
 // Calls work(zero), zero being of the type that CUDA has for `dtype`; it returns a cudaError_t.
 template <class Work>
-void on_gpu(paddle::DataType dtype, Work work) {
+void on_gpu(const halo::Shape& s, paddle::DataType dtype, Work work) {
+  if (s.B == 0) return;
+  PD_CHECK(s.d <= 128 && s.v <= 128,
+           "halo_attention: on a GPU heads may have 128 channels at most; MODEL.ATTENTION composed has no limit");
   PD_CHECK(dtype == paddle::DataType::FLOAT32 || dtype == paddle::DataType::FLOAT16 || dtype == paddle::DataType::BFLOAT16,
            "halo_attention: on a GPU q must be float32, float16 or bfloat16");
   const cudaError_t error = dtype == paddle::DataType::FLOAT32   ? work(float())
@@ -65,7 +68,7 @@ std::vector<Tensor> forward(const Tensor& q, const Tensor& kv, const Tensor& hei
   Tensor out = paddle::empty({s.B, s.N * s.v, s.Hq, s.Wq}, q.dtype(), q.place());
 #ifdef PADDLE_WITH_CUDA
   if (q.is_gpu()) {
-    on_gpu(q.dtype(), [&](auto zero) {
+    on_gpu(s, q.dtype(), [&](auto zero) {
       using T = decltype(zero);
       return halo::forward<T>(s, inputs_of<T>(q, kv, height_rel, width_rel), static_cast<T*>(out.data()), q.stream());
     });
@@ -92,7 +95,7 @@ std::vector<Tensor> backward(const Tensor& q, const Tensor& kv, const Tensor& he
 #ifdef PADDLE_WITH_CUDA
   if (q.is_gpu()) {
     Tensor scratch = paddle::empty({static_cast<int64_t>(halo::workspace(s))}, paddle::DataType::FLOAT32, q.place());
-    on_gpu(q.dtype(), [&](auto zero) {
+    on_gpu(s, q.dtype(), [&](auto zero) {
       using T = decltype(zero);
       return halo::backward<T>(s, inputs_of<T>(q, kv, height_rel, width_rel), static_cast<const T*>(dout.data()),
                                gradients_of<T>(grads), scratch.data<float>(), q.stream());
@@ -125,8 +128,9 @@ std::vector<paddle::DataType> infer_dtype(const paddle::DataType& q, const paddl
 void check_convolution(const Tensor& x, const Tensor& weight, int stride) {
   PD_CHECK(x.is_cpu() && weight.is_cpu() && x.dtype() == weight.dtype(), "convolution: needs CPU tensors of one dtype");
   const Dims xs = x.shape(), ws = weight.shape();
-  PD_CHECK(xs.size() == 4 && ws.size() == 4 && ws[1] == xs[1] && ws[2] == ws[3] && ws[2] % 2 && stride > 0,
+  PD_CHECK(xs.size() == 4 && ws.size() == 4 && ws[1] == xs[1] && ws[2] == ws[3] && ws[2] % 2,
            "convolution: x must be (B, C, H, W) and weight (O, C, k, k) with an odd k");
+  PD_CHECK(ws[0] > 0 && ws[1] > 0 && stride > 0, "convolution: O, C and the stride must be positive");
 }
 
 template <class T>

@@ -32,7 +32,7 @@ def run(layer, x, gradient):
 
 
 @pytest.mark.parametrize('act', ACTS)
-@pytest.mark.parametrize('shape', [(4, 24, 16, 16), (3, 5, 7, 3), (1, 2, 1, 5), (16, 3, 33, 30)])
+@pytest.mark.parametrize('shape', [(4, 24, 16, 16), (3, 5, 7, 3), (1, 2, 1, 5), (16, 3, 33, 30), (1, 6, 1, 1)])
 def test_equals_paddle(shape, act):
     random = np.random.default_rng(1)
     x, gradient = (3 + 2 * random.standard_normal(shape), random.standard_normal(shape))
@@ -42,6 +42,14 @@ def test_equals_paddle(shape, act):
         for i, (a, b) in enumerate(zip(ours, theirs)):
             bound = max(tolerance, 1e-7) if i in (1, 2) else tolerance      # Paddle's momentum is a float32 in any case
             assert np.linalg.norm(a - b) <= bound * max(np.linalg.norm(b), 1)
+
+
+@pytest.mark.parametrize('act', ACTS)
+def test_what_is_no_number_stays_so(act):
+    x = np.zeros((2, 3, 4, 4), 'float32')
+    x[1, 2, 3, 0] = np.nan
+    out, *_, gradient, _, _ = run(norm(3, act, 'float32', 'fused'), x, np.ones_like(x))
+    assert np.isnan(out[:, 2]).all() and np.isnan(gradient[:, 2]).all() and np.isfinite(out[:, :2]).all()
 
 
 @pytest.mark.parametrize('act', ACTS)

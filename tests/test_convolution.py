@@ -134,7 +134,26 @@ class Clipped(nn.ReLU):
         return nn.functional.relu6(x)
 
 
+def biased(conv):
+    conv.bias = conv.create_parameter([conv.weight.shape[0]], is_bias=True)
+    conv.bias.set_value(paddle.ones_like(conv.bias))
+    return conv
+
+
+def doubled(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+def by_batch(norm):
+    norm._use_global_stats = False
+    return norm
+
+
 @pytest.mark.parametrize('path, change', [
+    ('conv1_1x1.conv', biased), ('conv1_1x1.conv', doubled), ('conv1_1x1.bn', doubled), ('conv1_1x1.bn.act', doubled),
+    ('conv1_1x1', doubled), ('conv3_1x1', doubled), ('drop_path', doubled), ('act', doubled), ('conv1_1x1.bn', by_batch),
     ('conv1_1x1.conv', Twice), ('conv1_1x1.conv', lambda conv: nn.Conv2D(64, 64, 1)), ('conv1_1x1.bn', Twice),
     ('conv1_1x1.bn.act', lambda act: nn.GELU()), ('conv1_1x1.bn.act', lambda act: Clipped()), ('conv3_1x1', Twice),
     ('conv3_1x1.bn.act', lambda act: nn.ReLU()), ('drop_path', Twice),

@@ -278,6 +278,18 @@ def test_every_parameter_has_a_gradient():
 
 # ---- static graphs
 
+@pytest.mark.parametrize('kind', ['fused', 'composed'])
+def test_training_under_to_static_with_any_batch(kind):
+    images, gradients = paddle.to_tensor(ref.seeded_images((3, 3, 32, 32))), []
+    for spec in None, [paddle.static.InputSpec([None, 3, None, None], 'float32')]:
+        model = ref.fill_seeded(build_halonet(get_config(None, [*ref.TINY, 'MODEL.ATTENTION', kind]))).train()
+        call = paddle.jit.to_static(model.forward, full_graph=True, input_spec=spec) if spec else model
+        call(images).square().sum().backward()
+        gradients.append({name: value.grad.numpy() for name, value in model.named_parameters() if not value.stop_gradient})
+    for name, expected in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], expected, atol=1e-4 * abs(expected).max(), err_msg=name)
+
+
 def test_to_static_is_eager():
     model = ref.fill_seeded(build_tiny()).eval()
     images = ref.seeded_images((2, 3, 32, 32))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from halonet import HaloAttention
+from attention import HaloAttention
 
 
 @dataclass
 class AttentionMap:
-    """The attention of one layer to one picture, with the axes of halonet.py.
+    """The attention of one layer to one picture, with the axes of attention.py.
 
     probabilities (N, Hq, Wq, w, w): of each head and query over the w x w window, whose corner lies `halo_size` pixels
     before the block's. They add up to 1 with those of the zeros around the map; of a map that does not divide into blocks
@@ -51,7 +51,7 @@ class AttentionMap:
 
 @contextmanager
 def replaced(layer, **parts):
-    """Let `layer` have other sublayers for a while."""
+    """Let `layer` have other sublayers and attributes for a while."""
     own = {name: getattr(layer, name) for name in parts}
     try:
         for name, part in parts.items():
@@ -89,7 +89,8 @@ def attention_probabilities(layer, x):
     w = block + 2 * halo
     # a ring of zeros, as wide as blocks that cover the halo, is what the layer pads with; as part of the map it has places
     ring = 0 if x.shape[2] % block or x.shape[3] % block else -(-halo // block) * block
-    with replaced(layer, kv=KeysAndPositions(layer.kv, N, d, w), pool=nn.Identity()):
+    operators = layer.operators if x.place.is_cpu_place() else 'composed'    # a GPU's kernels take 128 values of a head at most
+    with replaced(layer, kv=KeysAndPositions(layer.kv, N, d, w), pool=nn.Identity(), operators=operators):
         out = layer(nn.functional.pad(x, [ring] * 4))                                     # (B, N*w*w, ring+Hq+ring, ...)
     B, (height, width) = x.shape[0], out.shape[2:]
     stride = round((x.shape[2] + 2 * ring) / height)
