@@ -41,9 +41,9 @@ class Progress:
 
 
 def capture(training, progress, facts):
-    """The state of a run, to be called on every process; the model itself gets the average of the buffers."""
+    """The state of a run, to be called on every process; the model itself gets the average of the running statistics."""
     model = training.model.state_dict()
-    own = to_numpy({key: value for key, value in model.items() if value.stop_gradient})
+    own = to_numpy(utils.running_statistics(training.model))
     ranks = utils.gather({'buffers': own, 'totals': progress.totals.state()})
     averages = {key: sum(rank['buffers'][key] for rank in ranks) / len(ranks) for key in own}
     return {'model': {**model, **averages}, 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),
@@ -63,7 +63,7 @@ def put_back(state, training):
         own = ranks[utils.rank()]
         optim.set_values(training.model.state_dict(), own['buffers'])
         progress.totals = utils.Totals.merged([own['totals']])
-    elif utils.rank() == 0:                         # the model has the average of the buffers, rank 0 takes all the sums
+    elif utils.rank() == 0:                         # the model has the average of the statistics, rank 0 takes all the sums
         progress.totals = utils.Totals.merged([rank['totals'] for rank in ranks])
     return progress
 

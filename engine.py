@@ -46,12 +46,12 @@ def run(config, stop=None):
     if config.EVAL:
         table = config.RESULTS or os.path.join(folder, 'results.csv')
         check_table(table)                          # better told now than after the evaluation
-        load_for_evaluation(model, config, folder)
+        path = load_for_evaluation(model, config, folder)
         write_config(config, folder, 'config_eval.yaml')
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
         evaluation.predictions.save('eval')
         monitor.write_report(folder)
-        save_result(table, config, model, result, device)
+        save_result(table, config, model, path, result, device)
         return {'val': result}
     training = build_training(config, model, device)
     saver = build_saver(config, training, folder, stop)
@@ -70,7 +70,7 @@ def main(config):
 # ---- restoring
 
 def load_for_evaluation(model, config, folder):
-    """The weights that -pretrained or -resume names."""
+    """Load the weights that -resume names, or else -pretrained. Returns their path."""
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     if path == 'auto':
         path = utils.on_rank_0(checkpoint.newest, folder)
@@ -79,10 +79,12 @@ def load_for_evaluation(model, config, folder):
     if not path:
         raise ValueError('-eval needs weights: give -pretrained FILE')
     if config.MODEL.RESUME:
-        model.set_state_dict(checkpoint.load(path)['model'])
+        checkpoint.load(path)                       # raises where it is damaged
+        model.set_state_dict(weights.read(path, config.MODEL.PRETRAINED_EMA))
     else:
         weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA)
     log.info('evaluating %s', path)
+    return path
 
 
 def restore(training, saver, config, metrics):
@@ -132,7 +134,7 @@ def train(training, evaluation, progress, saver, metrics):
     results = {}
     while progress.epoch < training.epochs:
         train_one_epoch(training, progress, saver, metrics)
-        utils.average_buffers(training.model)
+        utils.average_statistics(training.model)
         epoch = progress.epoch + 1
         last = epoch == training.epochs
         if last:
@@ -162,6 +164,8 @@ def train_one_epoch(training, progress, saver, metrics):
     """The steps of an epoch that are left."""
     model, rank = training.parallel, utils.rank()
     model.train()
+    if progress.steps_of_epoch == 0:
+        progress.totals = utils.Totals()            # its clock leaves out what was between the epochs
     start = progress.steps_of_epoch * training.accum
     batches_of_epoch = training.monitor.batches(training.loader.epoch(progress.epoch, start), progress)
     for batches in grouped(batches_of_epoch, training.accum):
@@ -259,9 +263,10 @@ def evaluate(model, evaluation):
         losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
         totals.add(losses, logits, labels)
         evaluation.predictions.add(indices, labels, logits)
-    if evaluation.loader.skipped:
-        log.warning('%d unreadable images were left out of the evaluation', evaluation.loader.skipped)
     utils.meet()                                    # some processes may have more to do than others
+    skipped = sum(utils.gather(evaluation.loader.skipped))
+    if skipped:
+        log.warning('%d unreadable images were left out of the evaluation', skipped)
     if any(utils.any_rank(evaluation.stop.requested)):
         raise utils.Stopped('stopped during an evaluation, which has no result: start again, a training by -resume auto')
     result = totals.reduce()

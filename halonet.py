@@ -199,7 +199,7 @@ def run_again_in_backward(block, x):
 @contextmanager
 def statistics_kept(block):
     """Within, batch norms in `block` leave their running statistics as they are: these have seen the batch already."""
-    norms = [layer for layer in block.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    norms = [layer for layer in block.sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))]
     momenta = [norm._momentum for norm in norms]
     for norm in norms:
         norm._momentum = 1.0

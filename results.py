@@ -10,10 +10,11 @@ COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5',
            'parameters_m', 'multiply_adds_g', 'device', 'amp')
 
 
-def row(config, model, result, device):
-    """{column: value} of an evaluation; parameters in millions, multiply-adds of one image in thousand millions."""
+def row(config, model, weights, result, device):
+    """{column: value} of an evaluation of the file `weights`; parameters in millions, multiply-adds of one image in thousand
+    millions."""
     data = config.DATA
-    return {'model': config.MODEL.NAME, 'weights': config.MODEL.RESUME or config.MODEL.PRETRAINED, 'data': data.DATA_PATH,
+    return {'model': config.MODEL.NAME, 'weights': weights, 'data': data.DATA_PATH,
             'image_size': data.IMAGE_SIZE, 'crop_pct': data.CROP_PCT, 'top1': round(result['acc1'], 3),
             'top5': round(result['acc5'], 3), 'loss': round(result['loss'], 5), 'images': result['images'],
             'images_per_s': round(result['images_per_s'], 1),
@@ -44,7 +45,7 @@ def _check_heading(path, heading):
                          '-results')
 
 
-def save_result(path, config, model, result, device):
+def save_result(path, config, model, weights, result, device):
     """Append the `row` of an evaluation to the CSV file `path`, as several may do at once; rank 0 writes.
 
     Raises ValueError for a file with other columns, and OSError.
@@ -60,4 +61,4 @@ def save_result(path, config, model, result, device):
         _check_heading(path, heading)
         if heading is None:
             csv.writer(file, lineterminator='\n').writerow(COLUMNS)
-        csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row(config, model, result, device))
+        csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row(config, model, weights, result, device))

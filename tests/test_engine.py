@@ -3,6 +3,9 @@ import math
 import os
 import re
 import shutil
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -13,6 +16,7 @@ import checkpoint
 import datasets
 import engine
 import optim
+import utils
 from config import get_config
 from halonet import build_halonet
 
@@ -75,6 +79,39 @@ def test_evaluation_of_the_newest_checkpoint(images, full_run, tmp_path):
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     result = run(images, tmp_path, 'EVAL', True, 'MODEL.RESUME', 'auto')['val']
     assert result['loss'] == pytest.approx(records(full_run, 'val')[-1]['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize('ema, split', [(False, 'val'), (True, 'val_ema')])
+def test_the_table_names_the_checkpoint_that_was_evaluated(images, full_run, tmp_path, ema, split):
+    path = str(full_run / 'checkpoints' / 'step_00000012.pdckpt')
+    table = tmp_path / 'table.csv'
+    shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
+    for resume, name in (('auto', str(tmp_path / 'checkpoints' / 'step_00000012.pdckpt')), (path, path)):
+        result = run(images, tmp_path, 'EVAL', True, 'MODEL.RESUME', resume, 'MODEL.PRETRAINED_EMA', ema, 'RESULTS', str(table))
+        assert result['val']['loss'] == pytest.approx(records(full_run, split)[-1]['loss'], rel=1e-6)
+        assert name in table.read_text().splitlines()[-1].split(',')
+
+
+def test_what_is_between_epochs_does_not_slow_the_next_one(images, tmp_path, monkeypatch):
+    ahead, clock, evaluate_all = [0], time.perf_counter, engine.evaluate_all
+
+    def slow(*words):
+        ahead[0] += 1e6
+        return evaluate_all(*words)
+
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock() + ahead[0])
+    monkeypatch.setattr(engine, 'evaluate_all', slow)
+    run(images, tmp_path)
+    assert min(record['images_per_s'] for record in records(tmp_path, 'train')) > 1e-3
+
+
+def test_left_out_images_of_all_processes_are_told(monkeypatch, caplog):
+    loader = SimpleNamespace(epoch=lambda epoch: [(paddle.zeros([2, 3]), paddle.zeros([2], 'int64'), [0, 1])], skipped=0)
+    evaluation = SimpleNamespace(loader=loader, stop=SimpleNamespace(requested=False), autocast=nullcontext, to_input=lambda x: x,
+                                 predictions=SimpleNamespace(add=lambda *words: None))
+    monkeypatch.setattr(utils, 'gather', lambda value: [value, 2, 1])
+    engine.evaluate(paddle.nn.Linear(3, 4), evaluation)
+    assert '3 unreadable images were left out' in caplog.text
 
 
 def test_evaluation_equals_a_plain_loop(images, full_run, tmp_path):

@@ -20,6 +20,7 @@ from runs import ROOT, TINY, make_images, options, processes, program, records, 
 import builders
 import checkpoint
 import engine
+import halonet
 import lifeline
 import utils
 from config import flatten, get_config
@@ -372,6 +373,27 @@ def test_synchronised_norms_keep_the_network(monkeypatch):
     for (name, ours), (other, theirs) in zip(model.state_dict().items(), plain.state_dict().items()):
         assert name == other
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_every_norm_is_synchronised_and_known_to_recomputation():
+    model = build_halonet(get_config(None, [*TINY, 'MODEL.STAGES', ['conv lambda', 'halo bot'], 'MODEL.HEADS', [2, 2]]))
+    builders.synchronise_norms(model, 'gpu')
+    norms = [layer for layer in model.sublayers() if 'BatchNorm' in type(layer).__name__]
+    assert len(norms) > 10 and all(isinstance(norm, paddle.nn.SyncBatchNorm) for norm in norms)
+    with halonet.statistics_kept(model):
+        assert {norm._momentum for norm in norms} == {1.0}
+    assert {norm._momentum for norm in norms} == {0.9}
+
+
+def test_frozen_parts_are_not_averaged(monkeypatch):
+    """A third of three times a number is not always that number."""
+    model = build_halonet(get_config(None, [*TINY, 'MODEL.FREEZE', 1]))
+    before = {key: value.numpy().copy() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(utils, 'world_size', lambda: 3)
+    monkeypatch.setattr(utils, 'all_reduce', lambda value: value.set_value(value * 3 + 1))
+    utils.average_statistics(model)
+    changed = {key for key, value in model.state_dict().items() if not np.array_equal(value.numpy(), before[key])}
+    assert changed == {key for key in before if key.endswith(('._mean', '._variance')) and not key.startswith('stem.')}
 
 
 def test_synchronised_norms_need_a_gpu(images, tmp_path, capsys):
