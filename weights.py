@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import paddle
 
 from utils import log
 from weightfiles import PADDLE_NAME_TABLE, read, read_pickle  # noqa: F401  (checkpoints are read by the latter too)
@@ -109,7 +110,7 @@ def load_state_dict(model, state_dict, load, partial=False):
             f'\n  {title} ({len(keys)}): ' + ', '.join(keys[:20]) + (', ...' if len(keys) > 20 else '')
             for title, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', misshapen)) if keys))
     fitting = {key: state[key] for key in wanted if key in state and list(state[key].shape) == list(wanted[key].shape)}
-    fitting = {key: _cast(key, value, wanted[key].numpy().dtype) for key, value in fitting.items()}
+    fitting = {key: _cast(key, value, wanted[key].dtype) for key, value in fitting.items()}
     load({**wanted, **fitting})                     # with what stays as it is: Paddle warns of each key that is not there
     return [key for key in wanted if key not in fitting], unexpected
 
@@ -118,10 +119,15 @@ def _cast(key, value, dtype):
     """A tensor or array in the model's dtype. Raises ValueError for what it cannot hold, and for what is no number."""
     if 'complex' in str(value.dtype):
         raise ValueError(f'{key} holds complex numbers; nothing was loaded')
+    name = str(dtype).removeprefix('paddle.')
     with np.errstate(over='ignore'):
-        value = value.astype(str(dtype))
-    if not np.isfinite(np.asarray(value)).all():
-        raise ValueError(f'{key} holds numbers that are not finite, or too large for {dtype}; nothing was loaded')
+        if name == 'bfloat16':                      # numpy has none
+            value = paddle.to_tensor(value.astype('float32')).astype(dtype)
+            numbers = value.astype('float32')
+        else:
+            numbers = value = value.astype(name)
+    if not np.isfinite(np.asarray(numbers)).all():
+        raise ValueError(f'{key} holds numbers that are not finite, or too large for {name}; nothing was loaded')
     return value
 
 

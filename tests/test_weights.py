@@ -295,6 +295,19 @@ def test_other_precisions_are_cast(method, dtype):
     assert_holds(model, {key: tensor.numpy().astype('float32') for key, tensor in tensors.items()})
 
 
+def test_a_model_in_bfloat16_gets_the_nearest_numbers():
+    model = build_tiny()
+    state = other_arrays(model)
+    model.to(dtype='bfloat16')
+    model.set_state_dict(state)
+    for key, tensor in model.state_dict().items():
+        if tensor.dtype == paddle.bfloat16:
+            assert np.allclose(tensor.astype('float32').numpy(), state[key], rtol=2 ** -8, atol=0), key
+    assert tensor.dtype == paddle.bfloat16
+    with pytest.raises(ValueError, match='head.fc.bias holds numbers that are not finite, or too large for bfloat16'):
+        model.set_state_dict({**state, 'head.fc.bias': np.full_like(state['head.fc.bias'], np.nan)})
+
+
 # ---- files
 
 def test_own_files_round_trip(tmp_path):
