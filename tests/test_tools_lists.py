@@ -165,6 +165,13 @@ def test_other_mistakes_are_one_line(flowers, imagenet, tmp_path, capsys):
     assert tool(make_lists, flowers, '-force') == 0           # inside a path a space is fine
     picture(flowers / '#misc' / 'x.png')
     assert 'starts with #' in error(flowers, '-force')
+    assert 'has no train/: -val_labels, and' in error(flowers, '-val_labels', 'nowhere')
+    for words in (['-val_share', 0.3], ['-synsets', 'nowhere']):
+        assert 'has train/: -val_labels, and' in error(imagenet, *words)
+    for part in ('train', 'val'):
+        for name in ('#misc', 'plain'):
+            picture(tmp_path / 'both' / part / name / 'x.png')
+    assert "'#misc': a list cannot hold" in error(tmp_path / 'both')          # nor class_names.txt
 
 
 # ---- check_data
@@ -211,6 +218,10 @@ def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
     assert tool(check_data, images, '-workers', -1) == 2
     assert tool(check_data, images, '-classes', 3) == 2
     assert 'label 3 is not in 0..2' in capsys.readouterr().err
+    (tmp_path / 'absurd').mkdir()
+    (tmp_path / 'absurd' / 'train_list.txt').write_text('0.png 30000000\n')
+    assert tool(check_data, tmp_path / 'absurd') == 2
+    assert 'label 30000000 is not in' in capsys.readouterr().err
     assert tool(check_data, images, '-json', tmp_path / 'none' / 'x') == 2
     out, err = capsys.readouterr()
     assert out == '' and 'none/x: cannot be written: No such' in err          # before all is read

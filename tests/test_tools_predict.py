@@ -121,9 +121,9 @@ def test_predictions_equal_a_plain_forward_pass(run, tmp_path, capsys):
 def test_lists_and_their_labels(run, tmp_path, capsys):
     folder = run[0]
     (folder / 'data' / 'one 1').write_bytes((folder / 'data' / 'val' / '0.png').read_bytes())
-    (folder / 'data' / 'some.txt').write_text('# pictures\nval/3.png 3\n\none 1\none 1 2\nval/1.png\n')
+    (folder / 'data' / 'some.txt').write_text('# pictures\nval/3.png 3\n\none 1\none 1 2\nval/1.png\nval/2.png\t0\n')
     found = predict.read_list(str(folder / 'data' / 'some.txt'))
-    expected = [('3.png', 3), ('one 1', None), ('one 1', 2), ('1.png', None)]
+    expected = [('3.png', 3), ('one 1', None), ('one 1', 2), ('1.png', None), ('2.png', 0)]
     assert [(os.path.basename(item.path), item.label) for item in found] == expected
     assert call(predict, '--pretrained', weights_of(run), folder / 'data' / 'val_list.txt', '--quiet', '--json=-') == 0
     content = json.loads(capsys.readouterr().out)

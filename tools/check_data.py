@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli  # noqa: E402
 
+MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all
 
 
@@ -96,7 +97,8 @@ def check(folder, classes, workers):
     parts = [part for part in ('train', 'val') if os.path.isfile(os.path.join(folder, f'{part}_list.txt'))]
     if not parts:
         raise ValueError(f'{folder} has neither train_list.txt nor val_list.txt; tools/make_lists.py writes them')
-    lists = {part: datasets.read_list(os.path.join(folder, f'{part}_list.txt'), folder, classes or 1 << 31) for part in parts}
+    most = classes or MOST_CLASSES
+    lists = {part: datasets.read_list(os.path.join(folder, f'{part}_list.txt'), folder, most) for part in parts}
     classes = classes or 1 + max(int(samples.labels.max()) for samples in lists.values())
     results = {part: read_all(lists[part], workers, part) for part in parts}
     in_both, other_label = compare(lists, results)

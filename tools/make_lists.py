@@ -151,11 +151,16 @@ def read_synsets(path):
 
 def as_list(samples):
     """(path, label) pairs as a list file. Raises ValueError for a name that such a file cannot hold."""
-    for path, _ in samples:
-        if path != path.strip() or path.startswith('#') or not path.isprintable():
-            raise ValueError(f'{ascii(path)}: a list cannot hold a name that starts with # or has spaces around it or control '
-                             'characters; rename it')
+    check_names(path for path, _ in samples)
     return ''.join(f'{path} {label}\n' for path, label in samples)
+
+
+def check_names(names):
+    """Raise ValueError for a name, of a file or a class, that a line of a list cannot hold."""
+    for name in names:
+        if name != name.strip() or name.startswith('#') or not name.isprintable():
+            raise ValueError(f'{ascii(name)}: a list cannot hold a name that starts with # or has spaces around it or control '
+                             'characters; rename it')
 
 
 def readable(names):
@@ -164,10 +169,14 @@ def readable(names):
     return [words[name].split(', ')[0] for name in names] if all(name in words for name in names) else names
 
 
-def make_lists(folder, share=0.2, seed=0, val_labels=None, synsets=None):
+def make_lists(folder, share=None, seed=0, val_labels=None, synsets=None):
     """(class names, training list, validation list) of a folder, as the help says. Raises ValueError, OSError."""
-    if not os.path.isdir(os.path.join(folder, 'train')):
-        names, train, val = split_lists(folder, share, seed)
+    split = not os.path.isdir(os.path.join(folder, 'train'))
+    if split and (val_labels or synsets) or not split and share is not None or synsets and not val_labels:
+        raise ValueError(f'{folder} has {"no " if split else ""}train/: -val_labels, and -synsets with it, are for a folder with '
+                         'train/ and val/, -val_share for one without')
+    if split:
+        names, train, val = split_lists(folder, 0.2 if share is None else share, seed)
     else:
         names = list(class_folders(os.path.join(folder, 'train')))
         train = part_list(folder, 'train', names)
@@ -191,7 +200,7 @@ def parser():
     parser = cli.Parser(__doc__)
     parser.add_argument('folder', metavar='FOLDER', help='the images; the lists are written here, and it becomes -data_path')
     parser.add('val_share', 'share of each class that is held out, where there is no val/ (default: 0.2)', type=float,
-               default=0.2, metavar='X')
+               metavar='X')
     parser.add('seed', 'decides which images are held out', type=int, default=0, metavar='N')
     parser.add('val_labels', 'what the images of a flat val/ show', metavar='FILE')
     parser.add('synsets', 'what the ids in that file mean', metavar='FILE')
@@ -202,12 +211,14 @@ def parser():
 def main(args):
     if not os.path.isdir(args.folder):
         raise ValueError(f'{args.folder}: no such folder')
-    if not 0 < args.val_share < 1 or args.seed < 0:
+    if args.val_share is not None and not 0 < args.val_share < 1 or args.seed < 0:
         raise ValueError(f'-val_share {args.val_share} -seed {args.seed}: the share must lie between 0 and 1, and the seed '
                          'cannot be negative')
     names, train, val = make_lists(args.folder, args.val_share, args.seed, args.val_labels, args.synsets)
+    names = readable(names)
+    check_names(names)
     files = {'train_list.txt': as_list(train), 'val_list.txt': as_list(val),
-             'class_names.txt': ''.join(f'{name}\n' for name in readable(names))}
+             'class_names.txt': ''.join(f'{name}\n' for name in names)}
     for name, text in files.items():
         path = os.path.join(args.folder, name)
         if os.path.exists(path) and not args.force:

@@ -62,9 +62,9 @@ def read_list(path):
     """The Pictures in a list file; a last word that is a whole number is a label, unless the line as a whole names a file."""
     pictures, folder = [], os.path.dirname(path)
     for line in cli.read_names(path, LINES):
-        name, _, label = line.rpartition(' ')
-        if label.isdecimal() and name and not os.path.exists(os.path.join(folder, line)):
-            pictures.append(Picture(os.path.join(folder, name.rstrip()), int(label)))
+        name, *label = line.rsplit(None, 1)
+        if label and label[0].isdecimal() and not os.path.exists(os.path.join(folder, line)):
+            pictures.append(Picture(os.path.join(folder, name), int(label[0])))
         else:
             pictures.append(Picture(os.path.join(folder, line)))
     if not pictures:
