@@ -36,7 +36,7 @@ def accept(listener, callers, patience):
     while callers:
         try:
             line, _ = listener.accept()
-        except TimeoutError:
+        except socket.timeout:                      # another name of TimeoutError, but not in Python 3.9
             return
         try:
             line.settimeout(patience)

@@ -43,7 +43,7 @@ class Metrics:
         if utils.rank():
             return
         with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}) + '\n')
+            file.write(json.dumps({k: float(f'{v:.8g}') if isinstance(v, float) else v for k, v in record.items()}) + '\n')
         if record['step']:                          # an evaluation on its own, step 0, is no curve
             self._events(record['split']).add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
 
@@ -313,9 +313,13 @@ def processor():
 
 
 def commit():
-    """The commit of this code, with a + where files differ from it; '' outside a clone."""
-    done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'], capture_output=True,
-                          text=True, timeout=10, check=False, cwd=os.path.dirname(os.path.abspath(__file__)))
+    """The commit of this code, with a + where files differ from it; '' outside a clone, or without git."""
+    command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False,
+                              cwd=os.path.dirname(os.path.abspath(__file__)))
+    except (OSError, subprocess.TimeoutExpired):    # no git, or one that hangs
+        return ''
     return done.stdout.strip()
 
 

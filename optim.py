@@ -135,17 +135,17 @@ def build_optimizer(config, model):
 
 # ---- gradients
 
-def clip_norm(gradients, limit):
+def clip_norm(parameters, limit):
     """Scale all gradients together so that their joint norm is at most `limit`.
 
     Paddle's own ClipGradByGlobalNorm would take the norm of each parameter group for itself.
     """
-    paddle.nn.utils.clip_grad_norm_(gradients.values(), limit)
+    paddle.nn.utils.clip_grad_norm_(parameters.values(), limit)
 
 
-def clip_value(gradients, limit):
+def clip_value(parameters, limit):
     """Cut each number of the gradients to -limit .. limit."""
-    paddle.nn.utils.clip_grad_value_(gradients.values(), limit)
+    paddle.nn.utils.clip_grad_value_(parameters.values(), limit)
 
 
 @paddle.no_grad()

@@ -306,6 +306,16 @@ def test_images_that_are_left_out_have_no_prediction(full_run, images, tmp_path)
     assert predictions(tmp_path / 'run', 'eval')['index'].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    assert monitor.commit() == ''
+
+
+def test_small_numbers_keep_their_digits(tmp_path):
+    monitor.Metrics(str(tmp_path)).write(step=0, split='train', lr=1.2345678e-9)
+    assert json.loads((tmp_path / 'metrics.jsonl').read_text())['lr'] == 1.2345678e-9
+
+
 def test_the_machine_is_recorded(full_run):
     facts = json.loads((full_run / 'machine.json').read_text())
     assert facts['device'] == 'cpu x 1' and facts['paddle'] == paddle.__version__ and facts['folder'] == os.getcwd()
