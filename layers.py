@@ -72,7 +72,7 @@ class Convolution(nn.Conv2D):
         return super().forward(x)
 
 
-def few(x):
+def lacks_statistics(x):
     """Whether a map (B, C, H, W) has no pixels at all, or one, so that there are no statistics. (Paddle then keeps the running
     ones.) In a program it is not known."""
     return paddle.in_dynamic_mode() and x.size <= x.shape[1]
@@ -88,7 +88,7 @@ class BatchNormAct(nn.BatchNorm2D):
         self.act = act()
 
     def forward(self, x):
-        if (not self.training or self._use_global_stats or few(x)
+        if (not self.training or self._use_global_stats or lacks_statistics(x)
                 or not replaceable(self.act) or not compiled(self)):
             return self.act(super().forward(x))
         out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
