@@ -189,7 +189,7 @@ def train_one_epoch(training, progress, saver, metrics):
         training.ema.update(training.model, progress.step)
         progress.step += 1
         progress.steps_of_epoch += 1
-        training.monitor.step(lr)
+        training.monitor.step(lr, losses.shape[0] * len(batches))        # mixing may leave fewer images than were read
         if progress.step % training.report_freq == 0 or progress.steps_of_epoch == training.steps_per_epoch:
             report_training(training, progress, lr, metrics)
         stop, save = utils.any_rank(*saver.wishes(progress.step))

@@ -172,12 +172,11 @@ class Monitor:
             self.wait += self.clock() - before
             if batch is None:
                 return
-            self.images += batch[0].shape[0] * utils.world_size()
             yield batch
 
-    def step(self, lr):
-        """An optimizer step is done."""
-        self.lr = lr
+    def step(self, lr, images):
+        """An optimizer step is done, on so many images of this process."""
+        self.lr, self.images = lr, self.images + images * utils.world_size()
         self.bar.update()
 
     def report(self, loss, images_per_s, seconds):

@@ -105,6 +105,14 @@ def test_what_is_between_epochs_does_not_slow_the_next_one(images, tmp_path, mon
     assert min(record['images_per_s'] for record in records(tmp_path, 'train')) > 1e-3
 
 
+@pytest.mark.parametrize('mode, images_per_step', [('batch', 8), ('half', 4)])
+def test_the_progress_line_counts_the_images_that_are_trained_on(images, tmp_path, monkeypatch, mode, images_per_step):
+    counts = []
+    monkeypatch.setattr(engine.monitor.Monitor, 'step', lambda self, lr, images: counts.append(images))
+    run(images, tmp_path, 'TRAIN.MIXUP_ALPHA', 1.0, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
+    assert counts == [images_per_step, images_per_step, images_per_step // 2] * 2      # 5 batches an epoch, in pairs
+
+
 def test_left_out_images_of_all_processes_are_told(monkeypatch, caplog):
     loader = SimpleNamespace(epoch=lambda epoch: [(paddle.zeros([2, 3]), paddle.zeros([2], 'int64'), [0, 1])], skipped=0)
     evaluation = SimpleNamespace(loader=loader, stop=SimpleNamespace(requested=False), autocast=nullcontext, to_input=lambda x: x,

@@ -90,7 +90,7 @@ def stretch(watch, clock, wait, work, steps=5):
     start = clock.now
     for _ in watch.batches(clock.loader(wait, steps), Progress()):
         clock.now += work
-        watch.step(0.1)
+        watch.step(0.1, 4)
     return watch.report(1.0, 4 * steps / (clock.now - start), clock.now - start)
 
 
@@ -132,7 +132,7 @@ def test_the_line_says_no_speed_before_there_is_one():
     watch = make_monitor(clock)
     for _ in watch.batches(clock.loader(0.1, 1), Progress()):
         clock.now += 0.5
-        watch.step(0.1)
+        watch.step(0.1, 4)
         assert watch.status().startswith('lr 1.00e-01  ')                    # not 0 images/s
     watch.report(1.0, 6.7, 0.6)
     assert watch.status().startswith('7 images/s  loss 1.0000  lr 1.00e-01  data wait 17%  ')
@@ -185,7 +185,7 @@ def test_the_line_and_the_log_do_not_garble_each_other(terminal, tmp_path):
     with watch.watch(tmp_path):
         for i, _ in enumerate(watch.batches(clock.loader(0.25, 6), Progress(epoch=2, step=88))):
             clock.now += 0.75
-            watch.step(0.002)
+            watch.step(0.002, 4)
             utils.log.info('line %d of the log', i)
         bar = terminal.screen()[-1]
         watch.report(0.9431, 4.0, 6.0)
@@ -204,7 +204,7 @@ def test_an_error_ends_the_line_first(terminal, tmp_path):
     watch = make_monitor(Clock(), terminal=terminal)
     with utils_error(), watch.watch(tmp_path):
         for _ in watch.batches(Clock().loader(1, 3), Progress()):
-            watch.step(0.1)
+            watch.step(0.1, 4)
             raise ValueError('what went wrong')
     bar, error, rest = terminal.screen()
     assert bar.startswith('epoch 1/2   5% |') and (error, rest) == ('error: what went wrong', '')
