@@ -102,6 +102,12 @@ def test_convolution_norm_and_activation_at_once(act, C, H, W, stride):
             assert difference(joined.numpy(), act()(norm + paddle.to_tensor(residual.astype('float64'))).numpy()) < tolerance
 
 
+@pytest.mark.parametrize('x, weight', [([1, 0, 4, 4], [8, 0, 1, 1]), ([1, 4, 4, 4], [0, 4, 3, 3])])
+def test_convolutions_without_channels_are_refused(x, weight):
+    with pytest.raises(Exception, match='O, C and the stride must be positive'):
+        ops.convolution(paddle.ones(x), paddle.ones(weight))
+
+
 def test_one_operator_serves_only_where_nobody_sees_its_parts():
     layer = evaluation_layer(nn.ReLU, 'float32')
     assert not layer.is_one_operator()                          # gradients may be wanted
