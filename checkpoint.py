@@ -12,6 +12,7 @@ import paddle
 
 import optim
 import weights
+from layers import running_statistics
 
 FOLDER = 'checkpoints'
 NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
@@ -43,7 +44,7 @@ class Progress:
 def capture(training, progress, facts):
     """The state of a run, to be called on every process; the model itself gets the average of the running statistics."""
     model = training.model.state_dict()
-    own = to_numpy(utils.running_statistics(training.model))
+    own = to_numpy(running_statistics(training.model))
     ranks = utils.gather({'buffers': own, 'totals': progress.totals.state()})
     averages = {key: sum(rank['buffers'][key] for rank in ranks) / len(ranks) for key in own}
     return {'model': {**model, **averages}, 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),

@@ -18,6 +18,7 @@ import weights
 from builders import build_evaluation, build_saver, build_training
 from checkpoint import Progress
 from halonet import build_halonet, count_parameters
+from layers import running_statistics
 from results import check_table, save_result
 from utils import log
 
@@ -134,7 +135,7 @@ def train(training, evaluation, progress, saver, metrics):
     results = {}
     while progress.epoch < training.epochs:
         train_one_epoch(training, progress, saver, metrics)
-        utils.average_statistics(training.model)
+        utils.average(running_statistics(training.model).values())           # every rank evaluates and saves the same model
         epoch = progress.epoch + 1
         last = epoch == training.epochs
         if last:

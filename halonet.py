@@ -19,7 +19,7 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, MaxPool, pixel_mean, replaceable, use_operators
+from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, MaxPool, batch_norms, pixel_mean, replaceable, use_operators
 
 
 class SqueezeExcite(nn.Layer):
@@ -199,7 +199,7 @@ def run_again_in_backward(block, x):
 @contextmanager
 def statistics_kept(block):
     """Within, batch norms in `block` leave their running statistics as they are: these have seen the batch already."""
-    norms = [layer for layer in block.sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))]
+    norms = batch_norms(block).values()
     momenta = [norm._momentum for norm in norms]
     for norm in norms:
         norm._momentum = 1.0
@@ -316,9 +316,8 @@ def freeze(network, parts):
 
 def freeze_norms(layer):
     """Let the batch norms in `layer` use and keep their running statistics in training too."""
-    for norm in layer.sublayers():
-        if isinstance(norm, nn.BatchNorm2D):
-            norm._use_global_stats = True
+    for norm in batch_norms(layer).values():
+        norm._use_global_stats = True
 
 
 def build_halonet(config):

@@ -72,6 +72,17 @@ class Convolution(nn.Conv2D):
         return super().forward(x)
 
 
+def batch_norms(network):
+    """{name: layer} of the batch norms in a network, those that SYNC_BN made of ours among them."""
+    return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))}
+
+
+def running_statistics(network):
+    """{key: tensor} of those entries of the state dict that a process's own batches change: batch norms', unless frozen."""
+    return {f'{name}.{key}': getattr(norm, key) for name, norm in batch_norms(network).items() if not norm._use_global_stats
+            for key in ('_mean', '_variance')}
+
+
 def lacks_statistics(x):
     """Whether a map (B, C, H, W) has no pixels at all, or one, so that there are no statistics. (Paddle then keeps the running
     ones.) In a program it is not known."""

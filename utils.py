@@ -21,7 +21,6 @@ _USER_THREADS = os.environ.get('OMP_NUM_THREADS')
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402  (its import sets OMP_NUM_THREADS to 1 where the user did not)
 import paddle.distributed as dist  # noqa: E402
-from paddle import nn  # noqa: E402
 
 if _USER_THREADS is None:
     os.environ.pop('OMP_NUM_THREADS', None)  # child processes see the user's environment
@@ -175,17 +174,10 @@ def broadcast(value):
     return values[0]
 
 
-def running_statistics(model):
-    """{key: tensor} of those entries of the state dict that a process's own batches change: batch norms', unless frozen."""
-    norms = {f'{name}.': layer for name, layer in model.named_sublayers()
-             if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm)) and not layer._use_global_stats}
-    return {prefix + key: getattr(norm, key) for prefix, norm in norms.items() for key in ('_mean', '_variance')}
-
-
-def average_statistics(model):
-    """Bring the running statistics of all processes together, so that every rank evaluates and saves the same model."""
+def average(tensors):
+    """Give every tensor its mean over all processes, in place."""
     if world_size() > 1:
-        for value in running_statistics(model).values():
+        for value in tensors:
             all_reduce(value)
             value.scale_(1 / world_size())
 

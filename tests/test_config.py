@@ -354,11 +354,12 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'pixels_cv2': {'augment'},
     'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
-    'checkpoint': {'optim', 'utils', 'weights'},
+    'checkpoint': {'layers', 'optim', 'utils', 'weights'},
     'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'utils', 'tools'},          # tools.report, when a training ends
     'builders': {'augment', 'checkpoint', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
-    'engine': {'augment', 'builders', 'checkpoint', 'halonet', 'monitor', 'optim', 'results', 'utils', 'weights'},
+    'engine': {'augment', 'builders', 'checkpoint', 'halonet', 'layers', 'monitor', 'optim', 'results', 'utils',
+               'weights'},
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }
