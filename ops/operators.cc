@@ -287,7 +287,23 @@ std::vector<Tensor> pool_backward(const Tensor& x, const Tensor& dout) {
   return {dx};
 }
 
+// Paddle calls this for the gradient of a gradient. Without it that would be None, and no error.
+std::vector<Tensor> refuse_second_derivative(const Tensor&) {
+  PD_THROW("the compiled operators have no second derivatives. MODEL.ATTENTION composed, or layers.use_operators(model, "
+           "'composed'), takes Paddle's operators: there convolution and batch norm in training have them; max pooling, "
+           "softmax and einsum have none in Paddle 3.3.1");
+}
+
+std::vector<Dims> infer_refused_shape(const Dims& given) { return {given}; }
+
 }  // namespace
+
+#define REFUSE_SECOND_DERIVATIVE(op, output)                             \
+  PD_BUILD_DOUBLE_GRAD_OP(op)                                            \
+      .Inputs({paddle::Grad(output)})                                    \
+      .Outputs({paddle::Grad(paddle::Grad(output))})                     \
+      .SetKernelFn(PD_KERNEL(refuse_second_derivative))                  \
+      .SetInferShapeFn(PD_INFER_SHAPE(infer_refused_shape))
 
 PD_BUILD_OP(halo_attention)
     .Inputs({"Q", "KV", "HeightRel", "WidthRel"})
@@ -354,3 +370,8 @@ PD_BUILD_GRAD_OP(max_pool)
     .Outputs({paddle::Grad("X")})
     .SetKernelFn(PD_KERNEL(pool_backward))
     .SetInferShapeFn(PD_INFER_SHAPE(infer_pool_grad_shape));
+
+REFUSE_SECOND_DERIVATIVE(halo_attention, "Out");
+REFUSE_SECOND_DERIVATIVE(convolution, "Out");
+REFUSE_SECOND_DERIVATIVE(batch_norm_act, "Out");
+REFUSE_SECOND_DERIVATIVE(max_pool, "Out");

@@ -168,6 +168,27 @@ def test_wrong_arguments_are_named(change, message):
         ops.halo_attention(*tensors, **{**sizes(shape), **change})
 
 
+SECOND_DERIVATIVES = {                               # operator -> (its call, the shapes of its inputs)
+    'halo_attention': (lambda *x: ops.halo_attention(*x, num_heads=2, block_size=4, halo_size=1),
+                       [(1, 8, 8, 8), (1, 16, 8, 8), (11, 4), (11, 4)]),
+    'convolution': (ops.convolution, [(2, 3, 8, 8), (4, 3, 3, 3)]),
+    'batch_norm_act': (lambda *x: ops.batch_norm_act(*x, 1e-5, 'silu')[0], [(2, 3, 8, 8), (3,), (3,)]),
+    'max_pool': (ops.max_pool, [(2, 3, 8, 8)]),
+}
+
+
+@pytest.mark.parametrize('operator, which', [(name, i) for name, (_, shapes) in SECOND_DERIVATIVES.items()
+                                             for i in range(len(shapes))])
+def test_second_derivatives_are_refused(operator, which):
+    call, shapes = SECOND_DERIVATIVES[operator]
+    inputs = [paddle.randn(shape) for shape in shapes]
+    for x in inputs:
+        x.stop_gradient = False
+    first, = paddle.grad(call(*inputs).square().sum(), [inputs[which]], create_graph=True)   # the first one is no error
+    with pytest.raises(OSError, match='no second derivatives. MODEL.ATTENTION composed'):
+        first.square().sum().backward()
+
+
 def test_layer_trains_alike_under_to_static_with_any_batch():
     def run(kind, static):
         paddle.seed(0)
