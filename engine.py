@@ -49,6 +49,7 @@ def run(config, stop=None):
         check_table(table)                          # better told now than after the evaluation
         path = load_for_evaluation(model, config, folder)
         write_config(config, folder, 'config_eval.yaml')
+        monitor.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
         result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
         evaluation.predictions.save('eval')
         monitor.write_report(folder)
@@ -58,6 +59,7 @@ def run(config, stop=None):
     saver = build_saver(config, training, folder, stop)
     progress = restore(training, saver, config, metrics)
     write_config(config, folder, 'config.yaml')
+    monitor.keep_class_names(folder, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES, resumed=progress.step > 0)
     with training.monitor.watch(folder):
         return train(training, evaluation, progress, saver, metrics)
 

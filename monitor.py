@@ -19,6 +19,7 @@ import paddle.distributed as dist
 from paddle.nn import functional as F
 from tqdm import tqdm
 
+import class_names
 from utils import log
 
 SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')
@@ -289,6 +290,46 @@ def write_machine(path, device):
         with harmless(os.path.basename(path)):
             text = json.dumps(machine(device), indent=1)
             utils.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def keep_class_names(folder, data_path, count, resumed=False):
+    """Put the class names of the data folder, of `count` classes, into a training's run folder; rank 0 writes.
+
+    A resumed run keeps its own: they are those of the labels that it has learned. The log names a difference.
+    """
+    if utils.rank() == 0:
+        with harmless(class_names.FILE):
+            names, path = class_names.for_a_run(data_path, count), os.path.join(folder, class_names.FILE)
+            if resumed and os.path.exists(path):
+                _warn_of_other_names(path, names, data_path)
+            else:
+                _write_class_names(path, names)
+
+
+def keep_names_of_weights(folder, weights, data_path, count):
+    """Put the class names of a weight file, or else those of the data, into the folder of an evaluation; rank 0 writes."""
+    if utils.rank() == 0:
+        with harmless(class_names.FILE):
+            names_of_data, path = class_names.for_a_run(data_path, count), os.path.join(folder, class_names.FILE)
+            own = os.path.join(class_names.run_folder_of(weights), class_names.FILE)
+            if os.path.exists(own):
+                _warn_of_other_names(own, names_of_data, data_path)
+            if not os.path.exists(os.path.join(folder, 'config.yaml')):      # else it belongs to a training
+                _write_class_names(path, class_names.read_names(own) if os.path.exists(own) else names_of_data)
+
+
+def _warn_of_other_names(path, names, data_path):
+    difference = names and class_names.first_difference(class_names.read_names(path), names)
+    if difference:
+        log.warning('class names differ between %s and %s: %s; the labels may not mean the same', path,
+                    os.path.join(data_path, class_names.FILE), difference)
+
+
+def _write_class_names(path, names):
+    """Write class names, one per line, unless the file has them already."""
+    if names and not (os.path.exists(path) and class_names.read_names(path) == names):
+        text = ''.join(f'{name}\n' for name in names)
+        utils.atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def machine(device):

@@ -65,33 +65,6 @@ def weights_of(run):
     return run[0] / 'run' / 'final.pdparams'
 
 
-# ---- class names
-
-def test_imagenet_s_names():
-    classes = cli.imagenet_classes()
-    assert len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r'n\d{8}', key) for key in classes)
-    names = cli.class_names(get_config(None, ['DATA.DATA_PATH', 'nowhere']))
-    assert len({*names}) == 1000
-    for label, name in {0: 'tench', 1: 'goldfish', 134: 'crane (bird)', 207: 'golden retriever', 281: 'tabby', 388: 'giant panda',
-                        463: 'bucket', 517: 'crane (machine)', 639: 'tank suit', 724: 'pirate', 817: 'sports car',
-                        933: 'cheeseburger', 954: 'banana', 985: 'daisy', 999: 'toilet tissue'}.items():
-        assert names[label] == name
-    assert classes['n02099601'] == 'golden retriever' and list(classes)[985] == 'n11939491'
-
-
-def test_where_class_names_come_from(run, tmp_path):
-    folder, _, config = run
-    opts = [*TINY, 'MODEL.PRETRAINED', str(tmp_path / 'x.pdparams'), 'DATA.DATA_PATH', str(folder / 'data')]
-    assert cli.class_names(get_config(None, opts)) == NAMES
-    (tmp_path / 'class_names.txt').write_text('# beside the weights\na\nb\n\nc\nd\n')
-    assert cli.class_names(get_config(None, opts)) == ['a', 'b', 'c', 'd']
-    (tmp_path / 'own.txt').write_text('e\nf\ng\nh\n')
-    assert cli.class_names(get_config(None, opts), str(tmp_path / 'own.txt')) == ['e', 'f', 'g', 'h']
-    assert cli.class_names(get_config(None, [*TINY, 'DATA.DATA_PATH', 'nowhere']))[3] == 'class 3'
-    with pytest.raises(ValueError, match='has 4 names and the model 5 classes'):
-        cli.class_names(get_config(None, [*opts, 'MODEL.NUM_CLASSES', 5]))
-
-
 # ---- predict
 
 def test_predictions_equal_a_plain_forward_pass(run, tmp_path, capsys):
@@ -201,7 +174,7 @@ def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
     (['-pretrained', 'RUN/run/final', '-html_most', '-3', 'RUN/data/val'], 'at least 1'),
     (['-pretrained', 'RUN/run/final', 'RUN/binary.txt'], "not a UTF-8 text file; expected lines 'relative/path'"),
     (['-pretrained', 'RUN/run/final', '-opts', 'MODEL.NUM_CLASSES', '3', 'DATA.SEED', '1'], 'required: PICTURE'),
-    (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-classes', 'RUN/data/val_list.txt'], 'has 9 names and the model 4'),
+    (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-classes', 'RUN/data/val_list.txt'], '9 names for 4 classes'),
     (['-pretrained', 'RUN/run/final', 'RUN/data/val', '-image_size', 'big'], 'DATA.IMAGE_SIZE must be a whole number'),
     (['RUN/data/val'], 'required: -pretrained')])
 def test_mistakes_are_one_line(run, capsys, words, message):

@@ -7,9 +7,12 @@ import errno
 import os
 import sys
 import time
+from typing import Any, Optional
+
+import class_names
+from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-IMAGENET = os.path.join(ROOT, 'data', 'imagenet_classes.txt')
 INTERRUPTED = 130                                   # exit status after Ctrl-C
 PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
@@ -35,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         self.add('image_size', 'side of the square input, pixels (default: as the config says)', metavar='N')
         self.add('crop_pct', 'side of the centre crop over the resized shorter side (default: as the config says)', metavar='X')
         self.add('device', 'auto, gpu or cpu')
-        self.add('classes', "class names, one per line in the labels' order (default: the class_names.txt beside the weights "
-                 "or in DATA.DATA_PATH, else ImageNet's for 1000 classes)", metavar='FILE')
+        self.add('classes', "class names, one per line in the labels' order (default: the class_names.txt beside the weights, "
+                 "else the names of DATA.DATA_PATH, else ImageNet's for 1000 classes)", metavar='FILE')
         self.add('opts', 'any options of config.py', nargs='+', action='extend', default=[], metavar='KEY VALUE')
 
     def run(self, main, argv=None):
@@ -89,37 +92,21 @@ def load_model(config):
 
 # ---- class names
 
-def read_names(path, what='a class name per line'):
-    """The lines of a text file with `what`, but for those that are empty or start with #."""
-    with open(path, encoding='utf-8-sig') as file:
-        try:
-            lines = [line.strip() for line in file]
-        except UnicodeDecodeError:
-            raise ValueError(f'{path}: not a UTF-8 text file; expected {what}') from None
-    return [line for line in lines if line and not line.startswith('#')]
+def find_class_names(config: Any, path: Optional[str] = None) -> Optional[list[str]]:
+    """Return the class names of a config's weights, or None; `path` is the file of -classes.
 
-
-def imagenet_classes():
-    """ImageNet's 1000 classes in the order of its labels: {WordNet id: names, the usual one first}."""
-    return dict(line.split(' ', 1) for line in read_names(IMAGENET))
-
-
-def class_names(config, path=None):
-    """A name for each label: of the file `path`, else of a class_names.txt, else ImageNet's, else 'class 0' and so on.
-
-    Raises ValueError for a file with another number of names than MODEL.NUM_CLASSES.
+    Raises as class_names.find, whose warnings go to the standard error.
     """
-    places = (os.path.dirname(config.MODEL.PRETRAINED), config.DATA.DATA_PATH)
-    path = path or next(filter(os.path.isfile, (os.path.join(place, 'class_names.txt') for place in places)), None)
-    count = config.MODEL.NUM_CLASSES
-    if path:
-        names = read_names(path)
-        if len(names) != count:
-            raise ValueError(f'{path} has {len(names)} names and the model {count} classes; name another file by -classes')
-        return names
-    if count == 1000:
-        return [name.split(', ')[0] for name in imagenet_classes().values()]
-    return [f'class {i}' for i in range(count)]
+    def warn(text):
+        print(f'warning: {text}; -classes FILE gives others', file=sys.stderr)
+    return class_names.find(
+        config.MODEL.NUM_CLASSES, file=path, run_folder=class_names.run_folder_of(config.MODEL.PRETRAINED),
+        data_path=config.DATA.DATA_PATH, warn=warn)
+
+
+def class_names_or_numbers(config: Any, path: Optional[str] = None) -> list[str]:
+    """Return the class names as `find_class_names` does, or else 'class 0', 'class 1' and so on."""
+    return find_class_names(config, path) or class_names.numbered(config.MODEL.NUM_CLASSES)
 
 
 # ---- files

@@ -4,8 +4,9 @@
   python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams -output exported -dynamic
 
 Batch norms are folded, and any batch size may be given. DIR gets model.json and model.pdiparams (Paddle), model.onnx and
-meta.json: how images are prepared, and the class names. The logits of each file are compared with the model's for 1, 3 and 8
-images; where they differ by more than 1e-4 of the largest, nothing is written. ONNX needs requirements-export.txt.
+meta.json: how images are prepared, and the class names (null if they are not known). The logits of each file are compared with
+the model's for 1, 3 and 8 images; where they differ by more than 1e-4 of the largest, nothing is written. ONNX needs
+requirements-export.txt.
 Exit status: 0, 1 if the check fails, or 2 for a mistake in the command.
 """
 import json
@@ -45,7 +46,9 @@ def main(args):
     if 'onnx' in args.format:
         for name in ('paddle2onnx', 'onnx', 'onnxruntime'):
             runtimes.need(name)
-    names = cli.class_names(config, args.classes)
+    names = cli.find_class_names(config, args.classes)
+    if names is None and config.MODEL.NUM_CLASSES:
+        print('no class names are known: "classes" in meta.json will be null (-classes FILE gives names)', file=sys.stderr)
     parent = os.path.dirname(os.path.abspath(args.output))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from class_names import readable  # noqa: E402
 from tools import cli  # noqa: E402
 
 
@@ -161,12 +162,6 @@ def check_names(names):
         if name != name.strip() or name.startswith('#') or not name.isprintable():
             raise ValueError(f'{ascii(name)}: a list cannot hold a name that starts with # or has spaces around it or control '
                              'characters; rename it')
-
-
-def readable(names):
-    """Class folders as names for people: WordNet ids by their words, if all of them are ImageNet's."""
-    words = cli.imagenet_classes()
-    return [words[name].split(', ')[0] for name in names] if all(name in words for name in names) else names
 
 
 def make_lists(folder, share=None, seed=0, val_labels=None, synsets=None):

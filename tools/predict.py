@@ -189,7 +189,7 @@ def main(args):
     cli.check_outputs(args.json, args.csv, args.html)
     config = cli.config_of(args)
     pictures = find_pictures(args.pictures)
-    names = cli.class_names(config, args.classes)
+    names = cli.class_names_or_numbers(config, args.classes)
     check_labels(pictures, names)
     model, device = cli.load_model(config)
     start, done = time.perf_counter(), []

@@ -34,7 +34,8 @@ def parser():
     parser = cli.Parser(__doc__)
     parser.add_argument('run', nargs='+', metavar='RUN', help='run folder')
     parser.add('output', 'the page (default: RUN/report.html, or compare.html for several)', metavar='FILE')
-    parser.add('classes', 'class names, one per line in the order of the labels (default: the image folders)', metavar='FILE')
+    parser.add('classes', "class names, one per line in the labels' order (default: the run's class_names.txt, else the data's)",
+               metavar='FILE')
     return parser
 
 

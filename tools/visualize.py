@@ -251,7 +251,7 @@ def main(args):
     if args.npz and not args.npz.endswith('.npz'):
         raise ValueError(f'-npz {args.npz}: its name must end with .npz')
     cli.check_outputs(args.output, args.npz)
-    names = cli.class_names(config, args.classes)
+    names = cli.class_names_or_numbers(config, args.classes)
     model, _ = cli.load_model(config)
     seen = [look(model, config, path) for path in args.pictures]
     chosen = [choose_layers(maps, args.layer) for _, maps, _ in seen]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import yaml
 
+import class_names
 import config as options
 import datasets
-from tools import cli
+from utils import log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # as in metrics.jsonl -> as in the page
@@ -86,7 +87,7 @@ def read_run(folder, classes=None):
     _, judged = run.judged
     if judged:
         run.samples = _samples(run, judged)
-        run.classes = class_names(run, judged, classes)
+        run.classes = names_of_classes(run, judged, classes)
     return run
 
 
@@ -112,22 +113,14 @@ def differences(config, other):
                   if key not in WHERE and key != 'BASE' and config.get(key) != other.get(key))
 
 
-def class_names(run, judged, file=None):
-    """Names by label: from `file`; else the folders of the images, where they and the labels are one to one; else the labels."""
+def names_of_classes(run, judged, file=None):
+    """Return the class names of a run in the order of the labels; labels as numbers, where names are not known.
+
+    Raises as class_names.find, for `file`.
+    """
     count = max(run.config.get('MODEL.NUM_CLASSES', 0), int(max(judged['label'].max(), judged['top1'].max())) + 1)
-    names = [str(label) for label in range(count)]
-    if file:
-        given = cli.read_names(file)
-        if len(given) < count:
-            raise ValueError(f'{file}: {len(given)} names for {count} classes; one per line, in the order of the labels')
-        return given
-    for list_name in ('val_list.txt', 'train_list.txt'):
-        found = _folders(os.path.join(_data_path(run), list_name))
-        if len(found) > 1 and all(len(folders) == 1 for folders in found.values()):
-            folders = {label: next(iter(folders)) for label, folders in found.items()}
-            if len({*folders.values()}) == len(folders):
-                return [folders.get(label, name) for label, name in enumerate(names)]
-    return names
+    names = class_names.find(count, file=file, run_folder=run.folder, data_path=_data_path(run), warn=log.warning)
+    return names or [str(label) for label in range(count)]
 
 
 # ---- files
@@ -215,17 +208,3 @@ def _samples(run, judged):
     index = judged['index']
     same = index.max() < len(samples) and np.array_equal(samples.labels[index], judged['label'])
     return samples if same else None
-
-
-def _folders(list_file):
-    """{label: names of the folders that its images are in} by a list file; {} without one."""
-    found = {}
-    try:
-        with open(list_file, encoding='utf-8-sig') as file:
-            for line in file:
-                path, _, label = line.strip().rpartition(' ')
-                if label.isdecimal() and not line.startswith('#'):
-                    found.setdefault(int(label), set()).add(os.path.basename(os.path.dirname(path)))
-    except (OSError, UnicodeDecodeError):
-        return {}
-    return found
