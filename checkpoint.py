@@ -12,6 +12,7 @@ import paddle
 
 import optim
 import weights
+from config import OF_ONE_START
 from layers import running_statistics
 
 FOLDER = 'checkpoints'
@@ -19,11 +20,9 @@ NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
 FOOTER = b'sha256:'                                 # follows the pickle, with 64 hex digits; unpicklers stop before it
 CONTENT = {'model', 'ema', 'optimizer', 'scaler', 'progress', 'ranks', 'facts'}
 FREE = {                                            # options that may change on the way: they do not enter the mathematics
-    'where things are': ('DATA.DATA_PATH', 'OUTPUT', 'SAVE', 'RESULTS', 'MODEL.NAME'),
-    'what is asked for': ('EVAL', 'MODEL.RESUME', 'MODEL.RESUME_FORCE', 'MODEL.PRETRAINED', 'MODEL.PRETRAINED_EMA',
-                          'TRAIN.LAST_EPOCH'),
-    'what it runs on': ('DEVICE', 'NPROCS', 'DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.ATTENTION', 'TRAIN.RECOMPUTE',
-                        'TRAIN.TO_STATIC'),
+    'of one start': OF_ONE_START,
+    'where things are': ('DATA.DATA_PATH', 'MODEL.NAME'),
+    'what it runs on': ('DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.ATTENTION', 'TRAIN.RECOMPUTE', 'TRAIN.TO_STATIC'),
     'what is told and kept': ('REPORT_FREQ', 'VALIDATE_FREQ', 'SAVE_FREQ', 'SAVE_KEEP', 'SAVE_STEPS', 'SAVE_MINUTES'),
     'or a broken image could not be left out later': ('DATA.ON_ERROR',),
     'as long as their product with the processes stays': ('DATA.BATCH_SIZE', 'TRAIN.ACCUM_ITER'),
@@ -38,6 +37,7 @@ class Progress:
     step: int = 0                                   # optimizer steps done
     steps_of_epoch: int = 0                         # those in the epoch under way
     best: dict = field(default_factory=dict)        # split -> [accuracy, epoch]
+    moved_to: int = -1                              # the last epoch that -last_epoch has chosen, or -1
     totals: utils.Totals = field(default_factory=utils.Totals)  # since the last report
 
 

@@ -6,7 +6,11 @@ not exist here, or a value of another type, is an error that names the file and 
 """
 import argparse
 import ast
+import difflib
+import logging
+import math
 import os
+import re
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -76,11 +80,11 @@ _C.MODEL.FREEZE_NORM = False            # batch norms use and keep their running
 _C.MODEL.PRETRAINED = ''                # weights to start from or to evaluate: a file, or a hub's timm/halonet26t.a1h_in1k
 _C.MODEL.PRETRAINED_EMA = False         # of a training checkpoint take the moving average of the weights, not the weights
 _C.MODEL.RESUME = ''                    # a checkpoint to go on from; auto: the newest good one of the run folder, if any
-_C.MODEL.RESUME_FORCE = False           # go on from a checkpoint of a run with other mathematics (docs/reliability.md)
+_C.MODEL.RESUME_FORCE = False           # resume although options or images differ from those of the checkpoint
 
 _C.TRAIN = CN()
 _C.TRAIN.NUM_EPOCHS = 300
-_C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), whatever the checkpoint says; -1: as it says
+_C.TRAIN.LAST_EPOCH = -1                # go on after this epoch (counted from 1), once in a run; -1: where the checkpoint is
 _C.TRAIN.ACCUM_ITER = 1                 # forward passes per optimizer step
 _C.TRAIN.RECOMPUTE = 0                  # first stages that save memory by computing their activations a second time
 _C.TRAIN.TO_STATIC = False              # run the forward and backward passes as programs traced by paddle.jit.to_static
@@ -122,6 +126,13 @@ _C.TRAIN.MIXUP_MODE = 'batch'           # what shares a draw: batch, pair, elem;
 _C.TRAIN.MIXUP_PROB = 1.0               # probability that what shares a draw is mixed at all
 _C.TRAIN.MIXUP_SWITCH_PROB = 0.5        # probability of cutmix where both are on
 
+OF_ONE_START = (                                    # asked of one start: RUN/config.yaml does not hold these
+    'DEVICE', 'NPROCS', 'EVAL', 'RESULTS', 'OUTPUT', 'SAVE', 'MODEL.PRETRAINED', 'MODEL.PRETRAINED_EMA', 'MODEL.RESUME',
+    'MODEL.RESUME_FORCE', 'TRAIN.LAST_EPOCH')
+OLDEST_OF_ONE_START = (                             # those that every version had
+    'DEVICE', 'NPROCS', 'EVAL', 'OUTPUT', 'SAVE', 'MODEL.PRETRAINED', 'MODEL.RESUME', 'TRAIN.LAST_EPOCH')
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configs')
+PATHS = ('RESULTS', 'OUTPUT', 'SAVE', 'DATA.DATA_PATH', 'MODEL.PRETRAINED', 'MODEL.RESUME')      # where ~ is a home folder
 CHOICES = {
     'DEVICE': ('auto', 'gpu', 'cpu'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
@@ -147,12 +158,27 @@ AT_LEAST = {
     'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
     'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.WARMUP_LR': 0, 'TRAIN.END_LR': 0, 'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.GRAD_CLIP': 0,
-    'TRAIN.EPS': 0, 'TRAIN.COOLDOWN_EPOCHS': 0, 'TRAIN.BCE_THRESHOLD': -1, 'TRAIN.EMA_WARMUP': 0, 'TRAIN.AUG_REPEATS': 1,
+    'TRAIN.COOLDOWN_EPOCHS': 0, 'TRAIN.MOMENTUM': 0, 'TRAIN.SMOOTHING': 0,
+    'TRAIN.BCE_THRESHOLD': -1, 'TRAIN.EMA_WARMUP': 0, 'TRAIN.AUG_REPEATS': 1,
     'TRAIN.COLOR_JITTER': 0, 'TRAIN.MIXUP_ALPHA': 0, 'TRAIN.CUTMIX_ALPHA': 0,
 }
+AT_MOST = {'NPROCS': 1024, 'DATA.NUM_WORKERS': 1024, 'DATA.IMAGE_SIZE': 16384, 'DATA.CROP_PCT': 1}
+ABOVE = {                                           # the value itself is not allowed
+    'DATA.CROP_PCT': 0, 'MODEL.BOTTLENECK_RATIO': 0, 'MODEL.SE_RATIO': 0, 'MODEL.QK_RATIO': 0, 'MODEL.VALUE_RATIO': 0,
+    'TRAIN.DECAY_EPOCHS': 0, 'TRAIN.EPS': 0,
+}
+BELOW = {                                           # nor is it here
+    'MODEL.DROPOUT': 1,                             # at 1 nothing would be left to learn from
+    'MODEL.DROPPATH': 1,
+    'TRAIN.SMOOTHING': 1,                           # at 1 all labels would be the same
+    'TRAIN.MOMENTUM': 1,                            # at 1 nothing would ever slow down
+    'TRAIN.EMA_DECAY': 1,                           # at 1 the average would never move
+    'TRAIN.BCE_THRESHOLD': 1,
+}
+LARGEST = 2 ** 63 - 1                               # of whole numbers: what 64 bits hold
 PROBABILITIES = (
-    'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.SMOOTHING', 'TRAIN.EMA_DECAY', 'TRAIN.HFLIP', 'TRAIN.RANDOM_ERASE_PROB',
-    'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.LAYER_DECAY', 'TRAIN.DECAY_RATE', 'TRAIN.RMSPROP_ALPHA',
+    'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.EMA_DECAY', 'TRAIN.HFLIP', 'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB',
+    'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.LAYER_DECAY', 'TRAIN.DECAY_RATE', 'TRAIN.RMSPROP_ALPHA',
 )
 
 
@@ -163,25 +189,72 @@ def get_config(cfg_file=None, opts=()):
     """
     config = _C.clone()
     if cfg_file:
-        _merge_file(config, cfg_file, above=())
+        _merge_file(config, find_config(cfg_file), above=())
     opts = list(opts)
     if len(opts) % 2:
         raise ValueError(f'-opts takes pairs KEY VALUE; {opts[-1]!r} has no value')
     for key, value in zip(opts[::2], opts[1::2]):
         _set(config, key, value, 'command line')
+    for key in PATHS:
+        _put(config, key, _expand_home(key, _get(config, key)))
+    _choose_weights(config, explicit=opts[::2])
     _validate(config)
     config.freeze()
     return config
 
 
+def find_config(name):
+    """The path of the config file `name`: a file, or the name of a file or a model in configs/, such as halonet_26t.
+
+    Raises FileNotFoundError.
+    """
+    path = os.path.expanduser(os.fspath(name))
+    if os.path.isfile(path):
+        return path
+    folder, stem = os.path.split(path.removesuffix('.yaml'))
+    known = sorted(file.removesuffix('.yaml') for file in os.listdir(CONFIGS) if file.endswith('.yaml'))
+    if folder in ('', 'configs'):
+        found = [file for file in known if file == stem or re.fullmatch(rf'{re.escape(stem)}_\d+', file)]
+        if len(found) == 1:
+            return os.path.join(CONFIGS, f'{found[0]}.yaml')
+    names = {**{re.sub(r'_\d+$', '', file): file for file in known}, **{file: file for file in known}}
+    close = difflib.get_close_matches(stem, names, n=1)
+    hint = f'; did you mean configs/{names[close[0]]}.yaml?' if close else ''
+    raise FileNotFoundError(f'{os.path.abspath(path)}: no such config file{hint}')
+
+
+def changed(config, key, value):
+    """A frozen copy of a config in which the option `key` has another value."""
+    copy = config.clone()
+    copy.defrost()
+    _put(copy, key, value)
+    copy.freeze()
+    return copy
+
+
+def dump_run(config):
+    """The text of RUN/config.yaml, or of an evaluation's config_eval.yaml: all options but those of one start.
+
+    An evaluation keeps EVAL, so that nobody starts a training with its file by mistake.
+    """
+    left = config.clone()
+    left.defrost()
+    for key in OF_ONE_START:
+        if key != 'EVAL' or not config.EVAL:
+            *groups, name = key.split('.')
+            del _node(left, groups)[name]
+    return left.dump()
+
+
 def parse_args(argv=None):
     """The command line (default: sys.argv) -> config. A wrong option or value ends the program with one clear line."""
-    parser = argparse.ArgumentParser(description='Train or evaluate a HaloNet.', allow_abbrev=False)
+    parser = Parser(description='Train or evaluate a HaloNet.')
+    parser.elsewhere = {key.split('.')[-1].lower(): f'-opts {key}' for key in flatten(_C)}
 
     def add(name, key, help, **kwargs):
-        parser.add_argument(f'-{name}', f'--{name}', dest=key, help=help, default=None, **kwargs)
+        parser.add(name, help, dest=key, default=None, **kwargs)
 
-    parser.add_argument('-cfg', '--cfg', metavar='FILE', help='config file, such as configs/halonet_26t_256.yaml')
+    parser.add('cfg', 'config file, or the name of one in configs/, such as halonet_26t', metavar='FILE')
     add('data_path', 'DATA.DATA_PATH', 'folder with train_list.txt and val_list.txt', metavar='DIR')
     add('dataset', 'DATA.DATASET', 'imagenet2012: the list-file layout of the README')
     add('batch_size', 'DATA.BATCH_SIZE', 'training images per process', metavar='N')
@@ -225,6 +298,33 @@ def with_opts(flags, opts):
     return [item for pair in flags.items() for item in pair] + list(opts)
 
 
+class Parser(argparse.ArgumentParser):
+    """Options with one dash or two; a mistake is one line that names the nearest option, and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.elsewhere = {}                         # other words that users try -> what they mean
+
+    def add(self, name, help, **kwargs):
+        self.add_argument(f'-{name}', f'--{name}', help=help, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{self._hint(unknown)}')
+        return args
+
+    def _hint(self, unknown):
+        word = next((word for word in unknown if word.startswith('-')), '')
+        known = {name.lstrip('-'): name for name in self._option_string_actions if not name.startswith('--')}
+        known = {**self.elsewhere, **known}
+        close = difflib.get_close_matches(word.lstrip('-').split('=')[0], known, n=1, cutoff=0.7)
+        return f'; did you mean {known[close[0]]}?' if close else ''
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message} (-h shows the options)\n')
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error: the first would be lost."""
 
@@ -250,6 +350,7 @@ def _merge_file(config, path, above):
             raise ValueError(f'{path}: not valid YAML: ' + ' '.join(str(error).split())) from None
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected KEY: VALUE lines, found {type(content).__name__}')
+    _leave_out_an_old_start(content, path)
     base = content.pop('BASE', None) or []
     told = {}
     for name in _coerce([base] if isinstance(base, str) else base, [''], f'{path}: BASE'):
@@ -258,6 +359,28 @@ def _merge_file(config, path, above):
             _refuse_undoing(told, more, name, path)
             told.update(more)
     return {**told, **_merge_dict(config, content, path, prefix='')}
+
+
+def _leave_out_an_old_start(content, path):
+    """Remove from a file that a run of an earlier version wrote the options that say which weights that start used.
+
+    Such a file states every option. In files that people write, which state some, these options stay.
+    """
+    values = dict(_flat(content))
+    if not {'BASE', *OLDEST_OF_ONE_START} <= values.keys():
+        return
+    for key in OF_ONE_START[-5:]:
+        *groups, name = key.split('.')
+        default = _get(_C, key)
+        if values.get(key, default) != default:
+            logging.getLogger('halonet').warning(
+                '%s: %s %s was asked of the start that wrote this file, and is left out', path, key, values[key])
+        _node(content, groups).pop(name, None)
+
+
+def _flat(tree, prefix=''):
+    for key, value in tree.items():
+        yield from _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else [(f'{prefix}{key}', value)]
 
 
 def _merge_dict(config, content, source, prefix):
@@ -307,8 +430,8 @@ def _coerce(value, default, where):
     if isinstance(value, str) and not isinstance(default, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass                                    # the check of the type below names it
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)                          # a folder may be called 7
     if isinstance(default, float) and type(value) is int:
@@ -325,16 +448,53 @@ def _kind(value):
 
 
 def _similar(key):
-    import difflib
     return ', '.join(difflib.get_close_matches(key, flatten(_C), n=1))
 
 
-def flatten(config, prefix=''):
+def flatten(config):
     """A config as {'GROUP.KEY': value}."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f'{prefix}{key}.') if isinstance(value, CN) else {prefix + key: value})
-    return flat
+    return dict(_flat(config))
+
+
+def _node(tree, groups):
+    for group in groups:
+        tree = tree[group]
+    return tree
+
+
+def _get(config, key):
+    *groups, name = key.split('.')
+    return _node(config, groups)[name]
+
+
+def _put(config, key, value):
+    *groups, name = key.split('.')
+    _node(config, groups)[name] = value
+
+
+def _expand_home(key, path):
+    """`path` with the home folder for ~ or ~user at its start. Raises ValueError where there is no such user."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith('~'):
+        raise ValueError(f'{key} is {path}: there is no such user; write ./{path} for a file of that name')
+    return expanded
+
+
+def _choose_weights(config, explicit):
+    """Let the command line, whose keys are `explicit`, decide between MODEL.PRETRAINED and MODEL.RESUME.
+
+    Raises ValueError where neither or both of the two are explicit. A training may have both with RESUME auto: it starts
+    from PRETRAINED if its run folder holds no checkpoint.
+    """
+    model = config.MODEL
+    if not model.PRETRAINED or not model.RESUME or model.RESUME == 'auto' and not config.EVAL:
+        return
+    named = {key for key in ('PRETRAINED', 'RESUME') if f'MODEL.{key}' in explicit}
+    if len(named) != 1:
+        hint = '' if config.EVAL else ' (-resume auto uses -pretrained if there is no checkpoint yet)'
+        raise ValueError(f'-pretrained {model.PRETRAINED} and -resume {model.RESUME} name different weights; '
+                         f'leave one of them out{hint}')
+    model['RESUME' if 'PRETRAINED' in named else 'PRETRAINED'] = ''
 
 
 def _validate(config):
@@ -342,36 +502,64 @@ def _validate(config):
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
             raise ValueError(f'{key} is {flat[key]!r}; it can be ' + ' or '.join(choices))
+    for key, value in flat.items():
+        _refuse_absurd_numbers(key, value)
     for key, least in AT_LEAST.items():
-        if not flat[key] >= least:
+        if flat[key] < least:
             raise ValueError(f'{key} is {flat[key]}; it must be at least {least}')
+    for key, most in AT_MOST.items():
+        if flat[key] > most:
+            raise ValueError(f'{key} is {flat[key]}; it must be at most {most}')
+    for key, limit in ABOVE.items():
+        if flat[key] <= limit:
+            raise ValueError(f'{key} is {flat[key]}; it must be above {limit}')
+    for key, limit in BELOW.items():
+        if flat[key] >= limit:
+            raise ValueError(f'{key} is {flat[key]}; it must be below {limit}')
     for key in PROBABILITIES:
         if not 0 <= flat[key] <= 1:
             raise ValueError(f'{key} is {flat[key]}; it must lie between 0 and 1')
-    if not 0 < config.DATA.CROP_PCT <= 1:
-        raise ValueError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}; it must lie above 0 and not above 1')
-    if min(config.DATA.STD) <= 0 or len(config.DATA.STD) != 3 or len(config.DATA.MEAN) != 3:
-        raise ValueError(f'DATA.MEAN {config.DATA.MEAN} and DATA.STD {config.DATA.STD} need three values each, STD above 0')
+    _validate_data(config, flat)
+    _validate_training(config)
+    _validate_model(config, flat)
+
+
+def _refuse_absurd_numbers(key, value):
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f'{key} is {value}; it must be a finite number')
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise ValueError(f'{key} is {value}; whole numbers must be at most {LARGEST}')
+
+
+def _validate_data(config, flat):
+    mean, std = config.DATA.MEAN, config.DATA.STD
+    if len(mean) != 3 or not all(0 <= value <= 1 for value in mean):
+        raise ValueError(f'DATA.MEAN is {mean}; it must be three numbers from 0 to 1, of RGB. Divide by 255 those of pixels '
+                         'from 0 to 255')
+    if len(std) != 3 or not all(0 < value <= 1 for value in std):
+        raise ValueError(f'DATA.STD is {std}; it must be three numbers above 0 and not above 1, of RGB. Divide by 255 those of '
+                         'pixels from 0 to 255')
     for key in ('TRAIN.CROP_SCALE', 'TRAIN.CROP_RATIO'):
         if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
             raise ValueError(f'{key} is {flat[key]}; it must be [smallest, largest], both above 0')
     if config.TRAIN.CROP_SCALE[1] > 1:
         raise ValueError(f'TRAIN.CROP_SCALE is {config.TRAIN.CROP_SCALE}; a crop cannot exceed the image (1.0)')
+
+
+def _validate_training(config):
     if not config.TRAIN.WARMUP_EPOCHS + config.TRAIN.COOLDOWN_EPOCHS < config.TRAIN.NUM_EPOCHS:
         raise ValueError(f'TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} and TRAIN.COOLDOWN_EPOCHS '
                          f'{config.TRAIN.COOLDOWN_EPOCHS} leave none of TRAIN.NUM_EPOCHS {config.TRAIN.NUM_EPOCHS}; '
                          'lower them or raise it')
-    if not config.TRAIN.BCE_THRESHOLD < 1:
-        raise ValueError(f'TRAIN.BCE_THRESHOLD is {config.TRAIN.BCE_THRESHOLD}; it must be below 1 (below 0: off)')
-    if not config.TRAIN.DECAY_EPOCHS > 0:
-        raise ValueError(f'TRAIN.DECAY_EPOCHS is {config.TRAIN.DECAY_EPOCHS}; it must be above 0 (2.4 is usual)')
+    if config.TRAIN.LAST_EPOCH > config.TRAIN.NUM_EPOCHS:
+        raise ValueError(f'TRAIN.LAST_EPOCH is {config.TRAIN.LAST_EPOCH}, after the last of TRAIN.NUM_EPOCHS '
+                         f'{config.TRAIN.NUM_EPOCHS}; nothing would be trained')
     if len(config.TRAIN.BETAS) != 2 or not all(0 <= beta < 1 for beta in config.TRAIN.BETAS):
         raise ValueError(f'TRAIN.BETAS is {config.TRAIN.BETAS}; it must be two numbers from 0 up to and without 1')
-    if config.TRAIN.EMA_DECAY == 1:
-        raise ValueError('TRAIN.EMA_DECAY is 1; the average would never move (0.9999 is usual, 0 is off)')
-    for key in ('MODEL.DROPOUT', 'MODEL.DROPPATH'):
-        if flat[key] == 1:
-            raise ValueError(f'{key} is 1; nothing would be left to learn from')
+
+
+def _validate_model(config, flat):
     for key in ('MODEL.WIDTHS', 'MODEL.STRIDES'):
         if min(flat[key], default=0) < 1:
             raise ValueError(f'{key} is {flat[key]}; each stage, at least one, needs a number of 1 or more')
@@ -383,9 +571,8 @@ def _validate(config):
     inner = config.MODEL.INNER_WIDTHS
     if inner and (len(inner) != stages or not all(type(width) is int and width > 0 for width in inner)):
         raise ValueError(f'MODEL.INNER_WIDTHS is {inner}; it must be [], or a whole number above 0 for each of {stages} stages')
-    for key in ('MODEL.BOTTLENECK_RATIO', 'MODEL.SE_RATIO', 'MODEL.QK_RATIO', 'MODEL.VALUE_RATIO'):
-        if not flat[key] > 0:
-            raise ValueError(f'{key} is {flat[key]}; it must be above 0')
+    if min(config.MODEL.HEADS, default=0) < 0:
+        raise ValueError(f'MODEL.HEADS is {config.MODEL.HEADS}; no number of heads can be below 0')
     if config.MODEL.LAMBDA_SIZE < 1 or config.MODEL.LAMBDA_SIZE % 2 == 0:
         raise ValueError(f'MODEL.LAMBDA_SIZE is {config.MODEL.LAMBDA_SIZE}; it must be an odd number, to have a middle')
     if config.TRAIN.RECOMPUTE > stages:

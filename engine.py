@@ -17,6 +17,7 @@ import optim
 import weights
 from builders import build_evaluation, build_saver, build_training
 from checkpoint import Progress
+from config import dump_run
 from halonet import build_halonet, count_parameters
 from layers import running_statistics
 from results import check_table, save_result
@@ -104,13 +105,25 @@ def restore(training, saver, config, metrics):
         log.info('starting from the weights of %s', config.MODEL.PRETRAINED)
     else:
         log.info('no checkpoint in %s: starting from scratch' if resume else '%s: starting from scratch', folder)
-    epoch = config.TRAIN.LAST_EPOCH
-    if epoch >= 0:                                  # steps count on, for the newest checkpoint is the one with most of them
-        progress = Progress(epoch, max(progress.step, epoch * training.steps_per_epoch), best=progress.best)
-        log.info('going on after epoch %d (-last_epoch)', epoch)
+    progress = move_to_epoch(progress, config.TRAIN.LAST_EPOCH, training.steps_per_epoch, once=resume == 'auto')
     metrics.rewind(progress.step, progress.epoch)
     utils.on_rank_0(checkpoint.tidy, folder, progress.step)
     return progress
+
+
+def move_to_epoch(progress, epoch, steps_per_epoch, once):
+    """Apply -last_epoch: the Progress after `epoch` epochs, or the given one for -1.
+
+    With `once`, a run that an earlier start has moved there stays where it is: a restart has the same options.
+    """
+    if epoch < 0:
+        return progress
+    if once and progress.moved_to == epoch:
+        log.info('-last_epoch %d: an earlier start of this run did that', epoch)
+        return progress
+    log.info('going on after epoch %d (-last_epoch)', epoch)
+    step = max(progress.step, epoch * steps_per_epoch)    # never back: the newest checkpoint is the one of most steps
+    return Progress(epoch, step, best=progress.best, moved_to=epoch)
 
 
 def load_checkpoint(training, saver, path, force):
@@ -316,11 +329,12 @@ def save_checkpoint(training, progress, saver):
 
 
 def write_config(config, folder, name):
-    utils.on_rank_0(utils.atomic_write, os.path.join(folder, name), lambda file: file.write(config.dump().encode()))
+    utils.on_rank_0(utils.atomic_write, os.path.join(folder, name), lambda file: file.write(dump_run(config).encode()))
 
 
 def describe(config, device, folder):
-    """Say what runs where."""
+    """Log what runs where, and how it was started."""
+    log.debug('started by: %s', monitor.command())
     monitor.write_machine(os.path.join(folder, 'machine_eval.json' if config.EVAL else 'machine.json'), device)
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')

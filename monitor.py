@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -341,9 +342,14 @@ def machine(device):
         facts['cuda'], facts['cudnn'] = paddle.version.cuda(), paddle.version.cudnn()
     facts.update({'memory': f'{os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30:.0f} GB',
                   'system': platform.platform(), 'python': platform.python_version(), 'paddle': paddle.__version__,
-                  'numpy': np.__version__, 'code': commit(), 'command': ' '.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                  'numpy': np.__version__, 'code': commit(), 'command': command(),
                   'folder': os.getcwd()})
     return facts
+
+
+def command():
+    """The program's name and arguments, as a shell takes them."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def processor():

@@ -132,6 +132,13 @@ case('config', 'an unknown option', 'stops: unknown option TRIAN.BASE_LR; did yo
     config_file(b'TRIAN: {BASE_LR: 1}'))
 case('config', 'another type', 'stops: SEED must be a whole number')(config_file(b'SEED: many'))
 case('config', 'a value out of range', 'stops: it must be at least 1')(lambda data: ['-opts', 'SAVE_KEEP', 0])
+case('config', 'an infinite number', 'stops: it must be a finite number')(config_file(b'TRAIN: {BASE_LR: .inf}'))
+case('config', 'mean of pixels from 0 to 255', 'stops: Divide by 255')(
+    lambda data: ['-opts', 'DATA.MEAN', '[123.675, 116.28, 103.53]'])
+case('config', 'a name that is nearly right', 'stops: did you mean configs/halonet_26t_256.yaml?')(
+    lambda data: ['-cfg', 'halonet_26'])
+case('config', 'two sources of weights', 'stops: name different weights')(
+    lambda data: ['-pretrained', 'a.pdparams', '-resume', 'a.pdckpt'])
 
 
 # ---- checkpoints and weight files

@@ -191,7 +191,47 @@ def test_frozen():
 
 
 def test_every_range_is_of_an_option():
-    assert {*module.CHOICES, *module.AT_LEAST, *module.PROBABILITIES} <= DEFAULTS.keys()
+    tables = (module.CHOICES, module.AT_LEAST, module.AT_MOST, module.ABOVE, module.BELOW, module.PROBABILITIES,
+              module.PATHS, module.OF_ONE_START)
+    assert {key for table in tables for key in table} <= DEFAULTS.keys()
+    assert {*module.OLDEST_OF_ONE_START} <= {*module.OF_ONE_START}
+
+
+# Every value of these types has a meaning, or is checked by what reads it
+WITHOUT_RANGE = {'DATA.MEAN', 'DATA.STD', 'TRAIN.CROP_SCALE', 'TRAIN.CROP_RATIO', 'TRAIN.BETAS', 'MODEL.WIDTHS', 'MODEL.STRIDES',
+                 'MODEL.HEADS', 'MODEL.LAMBDA_SIZE'}                         # have checks of their own
+
+
+def test_every_number_has_a_range():
+    numbers = {key for key, value in DEFAULTS.items() if type(value) in (int, float)
+               or isinstance(value, list) and value and type(value[0]) in (int, float)}
+    assert numbers - WITHOUT_RANGE <= {*module.AT_LEAST, *module.ABOVE, *module.PROBABILITIES}
+
+
+@pytest.mark.parametrize('key', [key for key, value in DEFAULTS.items() if type(value) in (int, float, list) and value])
+def test_no_number_is_absurd(key):
+    """Neither infinite nor no number, and no whole number that 64 bits do not hold, alone or in a list."""
+    default = DEFAULTS[key]
+    absurd = {int: [2 ** 70, -2 ** 70], float: [float('inf'), -float('inf'), float('nan')], str: []}
+    many = isinstance(default, list)
+    for value in absurd[type(default[0] if many else default)]:
+        with pytest.raises(ValueError, match=key.replace('.', r'\.')):
+            get_config(None, [key, [*default[1:], value] if many else value])
+
+
+@pytest.mark.parametrize('opts, message', [
+    (['DATA.MEAN', [123.675, 116.28, 103.53]], r'DATA.MEAN is \[123.675, 116.28, 103.53\].* 0 to 1.*[Dd]ivide by 255'),
+    (['DATA.STD', [58.395, 57.12, 57.375]], r'DATA.STD is .* not above 1.*[Dd]ivide by 255'),
+    (['DATA.MEAN', [0.5, 0.5, -0.1]], 'DATA.MEAN is'), (['DATA.STD', [0.5, 0.5, 0]], 'DATA.STD is'),
+    (['TRAIN.LAST_EPOCH', 301], 'TRAIN.LAST_EPOCH is 301, after the last of TRAIN.NUM_EPOCHS 300')])
+def test_values_that_make_no_sense_say_what_to_do(opts, message):
+    with pytest.raises(ValueError, match=message):
+        get_config(None, opts)
+
+
+def test_mean_and_std_of_other_projects_are_accepted():
+    for mean, std in (([0, 0, 0], [1, 1, 1]), ([0.5] * 3, [0.5] * 3), ([0.48145466, 0.4578275, 0.40821073], [0.26862954] * 3)):
+        assert get_config(None, ['DATA.MEAN', mean, 'DATA.STD', std]).DATA.MEAN == mean
 
 
 @pytest.mark.parametrize('key, value', [
@@ -201,7 +241,8 @@ def test_every_range_is_of_an_option():
     ('DATA.MEAN', [0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', [0.5]), ('TRAIN.CROP_SCALE', [0.5, 0.4]),
     ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
     ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5), ('TRAIN.EMA_DECAY', 1.0),
-    ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]),
+    *((key, most + 1) for key, most in module.AT_MOST.items()), *module.ABOVE.items(), *module.BELOW.items(),
+    ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]), ('MODEL.HEADS', [0, 0, -8, 8]), ('SEED', 2 ** 63),
     ('MODEL.INNER_WIDTHS', [8]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 0]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 8.5]),
     ('MODEL.BOTTLENECK_RATIO', 0.0), ('MODEL.SE_RATIO', -1.0), ('MODEL.QK_RATIO', 0.0), ('MODEL.VALUE_RATIO', 0.0),
     ('MODEL.LAMBDA_SIZE', 4), ('MODEL.LAMBDA_SIZE', -1), ('MODEL.FREEZE', 6), ('TRAIN.RECOMPUTE', 5),
@@ -214,6 +255,7 @@ def test_out_of_range(key, value):
 
 @pytest.mark.parametrize('key, value', [
     *((key, choice) for key, choices in module.CHOICES.items() for choice in choices), *module.AT_LEAST.items(),
+    *module.AT_MOST.items(), ('SEED', 2 ** 63 - 1),
     *((key, value) for key in module.PROBABILITIES for value in (0, 1) if (key, value) not in (
         ('TRAIN.EMA_DECAY', 1), ('MODEL.DROPOUT', 1), ('MODEL.DROPPATH', 1))),
     ('DATA.CROP_PCT', 1)])
@@ -297,12 +339,62 @@ def test_the_program_s_own_arguments_are_the_default(monkeypatch):
     (['-cfg', 'none.yaml'], 'none.yaml: no such config file'),
     (['-opts', 'SED', '1'], 'unknown option SED; did you mean SEED?'),
     (['-opts', 'SEED'], "'SEED' has no value"),
-    (['-batchsize', '3'], 'unrecognized arguments: -batchsize 3'),
+    (['-batchsize', '3'], 'unrecognized arguments: -batchsize 3; did you mean -batch_size?'),
+    (['--batchsize=3'], 'unrecognized arguments: --batchsize=3; did you mean -batch_size?'),
+    (['-opts', 'SEED', '1', '-data-path', 'x'], 'unrecognized arguments: -data-path x; did you mean -data_path?'),
+    (['-num_classes', '3'], 'did you mean -opts MODEL.NUM_CLASSES?'),
+    (['-cfg', 'halonet_26'], 'halonet_26: no such config file; did you mean configs/halonet_26t_256.yaml?'),
+    (['-data_path=~nobody_of_that_name/x'], 'there is no such user; write ./~nobody_of_that_name/x'),
     (['--batch', '3'], 'unrecognized arguments: --batch 3'),           # no abbreviations
     (['-batch_size'], 'expected one argument'),
     (['train'], 'unrecognized arguments: train')])
 def test_errors_end_with_one_line(argv, message, capsys):
     assert message in refuses(argv, capsys)
+
+
+@pytest.mark.parametrize('argv', [['-batchsize', '3'], ['-batch_size'], ['-batch_size', 'x'], ['-cfg', 'none']])
+def test_a_mistake_is_one_line_without_the_usage(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.parametrize('name, file', [
+    ('halonet_26t', 'halonet_26t_256'), ('halonet_26t_256', 'halonet_26t_256'), ('halonet_26t_256.yaml', 'halonet_26t_256'),
+    ('configs/halonet_50ts_256.yaml', 'halonet_50ts_256'), ('halonet_h1', 'halonet_h1_256'), ('halonet_digits', 'halonet_digits'),
+    ('halonet_h7_conv1', 'halonet_h7_conv1_600'), ('_a1h', '_a1h')])
+def test_configs_are_found_by_name(name, file, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    assert module.find_config(name) == str(request.config.rootpath / 'configs' / f'{file}.yaml')
+    assert parse_args(['-cfg', name, '-opts', 'SEED', '4']).SEED == 4
+
+
+def test_every_model_is_found_by_its_name(request):
+    for path in (request.config.rootpath / 'configs').glob('[!_]*.yaml'):
+        assert module.find_config(get_config(path).MODEL.NAME) == str(path) or path.stem.endswith('timm_256')
+
+
+def test_a_file_of_the_user_comes_before_a_name(write, tmp_path, monkeypatch):
+    write('halonet_26t', 'SEED: 7')
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(['-cfg', 'halonet_26t']).SEED == 7
+
+
+@pytest.mark.parametrize('key', module.PATHS)
+def test_a_tilde_is_the_home_folder(key, monkeypatch, write):
+    monkeypatch.setenv('HOME', '/home/someone')
+    assert flatten(get_config(None, [key, '~/x']))[key] == '/home/someone/x'
+    *group, name = key.split('.')
+    content = {name: '~'}
+    path = write('tilde.yaml', yaml.safe_dump({group[0]: content} if group else content))
+    assert flatten(get_config(path))[key] == '/home/someone'
+    assert flatten(get_config(None, [key, './~']))[key] == './~'
+
+
+def test_a_tilde_before_the_config_file(write, tmp_path, monkeypatch):
+    write('own.yaml', 'SEED: 6')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert parse_args(['-cfg=~/own.yaml']).SEED == 6
 
 
 @pytest.mark.parametrize('content', ['DATA: {IMAGE_SIZE: 3', 'TRIAN: {BASE_LR: 1}', 'SEED: x', 'BASE: none.yaml'])
@@ -354,11 +446,11 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'pixels_cv2': {'augment'},
     'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
-    'checkpoint': {'layers', 'optim', 'utils', 'weights'},
+    'checkpoint': {'config', 'layers', 'optim', 'utils', 'weights'},
     'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'utils', 'tools'},          # tools.report, when a training ends
-    'builders': {'augment', 'checkpoint', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
-    'engine': {'augment', 'builders', 'checkpoint', 'halonet', 'layers', 'monitor', 'optim', 'results', 'utils',
+    'builders': {'augment', 'checkpoint', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
+    'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results', 'utils',
                'weights'},
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},

@@ -76,8 +76,9 @@ def words_of(value):
 
 def place(folder, name):
     """A path of the LIST; a name that is no file beside it, such as one that stands for weights elsewhere, stays as it is."""
-    path = os.path.join(folder, str(name))
-    return path if os.path.exists(path) or os.path.exists(f'{path}.pdparams') else str(name)
+    name = os.path.expanduser(str(name))
+    path = os.path.join(folder, name)
+    return path if os.path.exists(path) or os.path.exists(f'{path}.pdparams') else name
 
 
 def jobs_of(path, sizes, crops):
@@ -115,9 +116,12 @@ def run(job, args, folder):
 
 
 def last_line(path, pretrained):
-    """{column: text} of the last line about these weights in a results CSV."""
+    """{column: text} of the last line about these weights in a results CSV. Raises ValueError if there is none."""
     with open(path, encoding='utf-8', newline='') as file:
-        return [row for row in csv.DictReader(file) if row['weights'] == pretrained][-1]
+        rows = [row for row in csv.DictReader(file) if row['weights'] == pretrained]
+    if not rows:
+        raise ValueError(f'{path} has no line about {pretrained}; does the cfg or opts name other weights?')
+    return rows[-1]
 
 
 def table(rows):

@@ -18,7 +18,7 @@ from utils import log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # as in metrics.jsonl -> as in the page
-WHERE = ('OUTPUT', 'SAVE', 'DATA.DATA_PATH', 'DEVICE', 'NPROCS', 'MODEL.RESUME', 'EVAL')   # options that change no result
+WHERE = ('DATA.DATA_PATH', *(key for key in options.OF_ONE_START if key != 'MODEL.PRETRAINED'))  # these change no result
 
 
 @dataclass
@@ -79,10 +79,13 @@ def read_run(folder, classes=None):
     if not config and not os.path.exists(os.path.join(folder, 'metrics.jsonl')):
         raise ValueError(f'{folder}: no run folder (neither config.yaml nor metrics.jsonl in it)')
     records, torn = _records(os.path.join(folder, 'metrics.jsonl'))
+    log = _log(os.path.join(folder, 'log.txt'))
+    if config:
+        config['MODEL.PRETRAINED'] = log.get('pretrained') or config.get('MODEL.PRETRAINED', '')
     base_name, base = nearest_config(config)
     run = Run(folder=folder, records=[r for r in records if r['step']], torn=torn, config=config, base=base,
               base_name=base_name, machine=_json(folder, 'machine.json') or _json(folder, 'machine_eval.json'),
-              log=_log(os.path.join(folder, 'log.txt')), predictions=_predictions(folder),
+              log=log, predictions=_predictions(folder),
               finished=os.path.exists(os.path.join(folder, 'final.pdparams')))
     _, judged = run.judged
     if judged:
@@ -163,7 +166,7 @@ def _records(path):
 
 
 def _log(path):
-    facts = {'resumed': 0}
+    facts, start = {'resumed': 0}, 'starting from the weights of '
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as file:
             for line in file:
@@ -171,6 +174,8 @@ def _log(path):
                     facts.setdefault('first', line[:19])
                     facts['last'] = line[:19]
                 facts['resumed'] += ' resumed from ' in line
+                if 'starting from' in line:
+                    facts['pretrained'] = line.partition(start)[2].rstrip('\n')
                 found = re.search(r'training: (\d+) steps per epoch', line)
                 facts.update({'steps_per_epoch': int(found[1])} if found else {})
     if 'first' in facts:
