@@ -100,7 +100,7 @@ def build_training(config, model, device):
     world = utils.world_size()
     loader = datasets.build_train(config, utils.rank(), world)
     train, data = config.TRAIN, config.DATA
-    log.info('%s: %d images to train on in %s', data.DATASET, len(loader.dataset), data.DATA_PATH)
+    log.info('%s: %d images to train on', data.DATA_PATH, len(loader.dataset))
     global_batch = data.BATCH_SIZE * world * train.ACCUM_ITER
     base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
     steps_per_epoch = -(-len(loader) // train.ACCUM_ITER)

@@ -34,8 +34,8 @@ _C.REPORT_FREQ = 50                     # optimizer steps between log lines
 _C.VALIDATE_FREQ = 1                    # epochs between evaluations
 
 _C.DATA = CN()
-_C.DATA.DATASET = 'imagenet2012'        # a folder with train_list.txt and val_list.txt, lines 'relative/path label'
-_C.DATA.DATA_PATH = './Light_ILSVRC2012'  # that folder
+_C.DATA.DATASET = 'imagenet2012'        # only for the predecessor's commands: every data set has the layout below
+_C.DATA.DATA_PATH = './Light_ILSVRC2012'  # a folder with train_list.txt and val_list.txt, lines 'relative/path label'
 _C.DATA.BATCH_SIZE = 256                # training images per process and forward pass
 _C.DATA.BATCH_SIZE_EVAL = 0             # evaluation images per process and forward pass; 0: as BATCH_SIZE
 _C.DATA.IMAGE_SIZE = 256                # side of the square input, pixels

@@ -3,7 +3,7 @@ import math
 import os
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import utils  # isort: skip  (first: it prepares for Paddle's import)
 
@@ -51,9 +51,10 @@ def run(config, stop=None):
         path = load_for_evaluation(model, config, folder)
         write_config(config, folder, 'config_eval.yaml')
         monitor.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-        result = report(evaluate(model, evaluation), metrics, 'val', epoch=0, step=0)
+        result = evaluate(model, evaluation)
         evaluation.predictions.save('eval')
         monitor.write_report(folder)
+        report(result, metrics, 'val', epoch=0, step=0)                      # the last line on the console
         save_result(table, config, model, path, result, device)
         return {'val': result}
     training = build_training(config, model, device)
@@ -206,7 +207,7 @@ def train_one_epoch(training, progress, saver, metrics):
         progress.step += 1
         progress.steps_of_epoch += 1
         training.monitor.step(lr, losses.shape[0] * len(batches))        # mixing may leave fewer images than were read
-        if progress.step % training.report_freq == 0 or progress.steps_of_epoch == training.steps_per_epoch:
+        if is_report_due(progress.steps_of_epoch, training.steps_per_epoch, training.report_freq):
             report_training(training, progress, lr, metrics)
         stop, save = utils.any_rank(*saver.wishes(progress.step))
         if stop or save:
@@ -248,6 +249,12 @@ def refuse_non_finite(training, progress):
             'lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP or look at the data. The checkpoints before it are intact')
 
 
+def is_report_due(steps, steps_per_epoch, freq):
+    """True after each `freq` steps of an epoch and at its end. A rest of less than half of `freq` gets no line of its own."""
+    left = steps_per_epoch - steps
+    return left == 0 or (steps % freq == 0 and 2 * left >= freq)
+
+
 def report_training(training, progress, lr, metrics):
     """Log the stretch since the last report, and begin another."""
     refuse_non_finite(training, progress)
@@ -264,21 +271,24 @@ def report_training(training, progress, lr, metrics):
 # ---- evaluation
 
 @paddle.no_grad()
-def evaluate(model, evaluation):
+def evaluate(model, evaluation, split='val'):
     """Loss and accuracy over the whole list, exact for any number of processes; adds 'images_per_s' to Totals.reduce().
+
+    A terminal shows a progress line, named `split`.
 
     Raises utils.Stopped on every process where one is asked to stop, and FloatingPointError where the loss is no number.
     """
     model.eval()
     totals = utils.Totals()
-    for images, labels, indices in evaluation.loader.epoch(0):
-        if evaluation.stop.requested:
-            break
-        with evaluation.autocast():
-            logits = model(evaluation.to_input(images))
-        losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
-        totals.add(losses, logits, labels)
-        evaluation.predictions.add(indices, labels, logits)
+    with closing(monitor.evaluation_batches(evaluation.loader, split)) as batches:
+        for images, labels, indices in batches:
+            if evaluation.stop.requested:
+                break
+            with evaluation.autocast():
+                logits = model(evaluation.to_input(images))
+            losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
+            totals.add(losses, logits, labels)
+            evaluation.predictions.add(indices, labels, logits)
     utils.meet()                                    # some processes may have more to do than others
     skipped = sum(utils.gather(evaluation.loader.skipped))
     if skipped:
@@ -296,7 +306,7 @@ def evaluate_all(training, evaluation, progress, folder, metrics):
     results = {}
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
-            result = results[split] = evaluate(training.model, evaluation)
+            result = results[split] = evaluate(training.model, evaluation, split)
             report(result, metrics, split, progress.epoch + 1, progress.step)
             evaluation.predictions.save(split)
             if result['acc1'] > progress.best.get(split, [-1])[0]:
@@ -306,8 +316,8 @@ def evaluate_all(training, evaluation, progress, folder, metrics):
 
 
 def report(result, metrics, split, epoch, step):
-    log.info('%sacc@1 %.2f  acc@5 %.2f  loss %.4f  (%d images)', 'ema ' if split == 'val_ema' else '',
-             result['acc1'], result['acc5'], result['loss'], result['images'])
+    log.info('%s  acc@1 %.2f  acc@5 %.2f  loss %.4f  (%d images)', split, result['acc1'], result['acc5'], result['loss'],
+             result['images'])
     metrics.write(epoch=epoch, step=step, split=split, lr=None, **{k: v for k, v in result.items() if k != 'images'})
     return result
 

@@ -118,6 +118,38 @@ class Bar(tqdm):
         return {**super().format_dict, 'status': self.status()}
 
 
+class EvaluationBar(tqdm):
+    """tqdm's line for the batches of an evaluation; it leaves nothing behind."""
+
+    monitor_interval = 0                            # as in Bar
+
+    def __init__(self, **options):
+        super().__init__(bar_format='{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} batches  ETA {remaining}',
+                         leave=False, dynamic_ncols=True, **options)
+
+
+def evaluation_batches(loader, split, terminal=None):
+    """Yield the batches of an evaluation; rank 0 shows in a terminal, and only there, how far it is."""
+    terminal = terminal or sys.stderr
+    shown = utils.rank() == 0 and terminal.isatty()
+    with lines_beside_bars(shown), EvaluationBar(desc=split, total=len(loader), file=terminal, disable=not shown) as bar:
+        for batch in loader.epoch(0):
+            yield batch
+            bar.update()
+
+
+@contextmanager
+def lines_beside_bars(shown):
+    """Within, log lines for the console go above the progress lines, if these are `shown`."""
+    handlers = [handler for handler in log.handlers if shown and type(handler) is logging.StreamHandler]
+    streams = [handler.setStream(BesideBar(handler.stream)) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, streams):
+            handler.setStream(stream)
+
+
 class BesideBar:
     """A stream for a log handler: lines go above the bar, and neither garbles the other."""
 
@@ -151,14 +183,13 @@ class Monitor:
     @contextmanager
     def watch(self, folder):
         """Around the training: ends the progress line and writes the run's page, however the training ends."""
-        handlers = [handler for handler in log.handlers if self.shown and type(handler) is logging.StreamHandler]
-        streams = [handler.setStream(BesideBar(handler.stream)) for handler in handlers]
         try:
-            yield
+            with lines_beside_bars(self.shown):
+                try:
+                    yield
+                finally:
+                    self.bar.close()
         finally:
-            self.bar.close()
-            for handler, stream in zip(handlers, streams):
-                handler.setStream(stream)
             write_report(folder)
 
     def batches(self, batches, progress):
@@ -374,7 +405,7 @@ def write_report(folder):
     if utils.rank() == 0:
         with harmless('report.html'):
             from tools import report  # late: a tool, which nothing in a training depends on
-            report.write([folder], os.path.join(folder, 'report.html'))
+            log.info('page: %s', report.write([folder], os.path.join(folder, 'report.html')))
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def test_two_processes_equal_one(images, tmp_path):
     two = program('main_multi_gpu.py', *flags, tmp_path / 'two', '-nprocs', 2, '-batch_size', 4, *options(drop_batch(common)))
     one = program('main_single_gpu.py', *flags, tmp_path / 'one', '-batch_size', 8, *options(drop_batch(common)))
     compare(tmp_path / 'one', tmp_path / 'two', 1e-5)
-    results = [[line for line in done.stdout.splitlines() if line.startswith(('acc@1', 'ema acc@1'))] for done in (one, two)]
+    results = [[line for line in done.stdout.splitlines() if line.startswith(('val  ', 'val_ema  '))] for done in (one, two)]
     assert results[0] == results[1] and len(results[0]) == 4 and '(11 images)' in results[0][0]
     again = program('main_multi_gpu.py', *flags, tmp_path / 'eval', '-nprocs', 2, '-eval', '-pretrained',
                     tmp_path / 'two' / 'final', *options(drop_batch(common)))
@@ -215,7 +215,7 @@ def test_main_programs_take_the_predecessors_flags(images, full_run, tmp_path):
     assert done.stdout.count('no GPU: running on the CPU') == 1
     assert done.stdout.count('mixed precision needs a GPU') == 1
     last = records(full_run, 'val')[-1]
-    assert done.stdout.splitlines()[-1] == (f'acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
+    assert done.stdout.splitlines()[-1] == (f'val  acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
                                             '  (11 images)')
 
 

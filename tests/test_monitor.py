@@ -1,8 +1,10 @@
 """What is shown and kept of a training: progress line, TensorBoard logs, waiting for data, predictions, machine."""
+import contextlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import sys
@@ -224,6 +226,46 @@ def utils_error():
 def test_files_and_ci_get_plain_lines(images, tmp_path):
     done = program('main_single_gpu.py', '-data_path', images, '-output', tmp_path, *options(TINY))
     assert '\r' not in done.stdout and 'ETA' not in done.stdout + done.stderr and 'epoch 1/2  step 1/4  loss' in done.stdout
+
+
+def test_an_evaluation_moves_a_line_of_its_own(terminal):
+    class Loader(list):
+        def epoch(self, epoch):
+            yield from self
+    batches = []
+    for batch in monitor.evaluation_batches(Loader('abcd'), 'val_ema', terminal):
+        batches.append(batch)
+        utils.log.warning('left out: %s', batch)
+    assert ''.join(batches) == 'abcd'
+    assert re.findall(r'val_ema +(\d+)% \|.*?\| (\d/4) batches  ETA ', terminal.getvalue())[-1] == ('75', '3/4')
+    screen = [line for line in terminal.screen() if line]
+    assert screen == [f'left out: {batch}' for batch in batches], 'the line garbles the log, or stays behind'
+
+
+def test_an_evaluation_that_fails_ends_its_line_first(terminal):
+    class Loader(list):
+        def epoch(self, epoch):
+            yield from self
+    with pytest.raises(ValueError), contextlib.closing(monitor.evaluation_batches(Loader('abcd'), 'val', terminal)) as batches:
+        next(batches)
+        raise ValueError
+    assert [line for line in terminal.screen() if line] == []
+
+
+@pytest.mark.parametrize('steps_per_epoch, freq, expected', [
+    (56, 50, [56]), (44, 50, [44]), (101, 50, [50, 101]), (80, 50, [50, 80]), (150, 50, [50, 100, 150]), (75, 50, [50, 75]),
+    (4, 1, [1, 2, 3, 4]), (5, 2, [2, 4, 5]), (1, 50, [1])])
+def test_an_epoch_ends_with_one_line(steps_per_epoch, freq, expected):
+    due = [step for step in range(1, steps_per_epoch + 1) if engine.is_report_due(step, steps_per_epoch, freq)]
+    assert due == expected
+
+
+def test_the_log_names_the_data_the_splits_and_the_page(images, full_run):
+    lines = [line.split(' ', 2)[2] for line in (full_run / 'log.txt').read_text(encoding='utf-8').splitlines()]
+    assert f'{images}: 20 images to train on' in lines and 'imagenet2012' not in ''.join(lines)
+    assert lines[-1] == f'page: {full_run}/report.html'
+    last = records(full_run, 'val_ema')[-1]
+    assert lines[-5].startswith(f'val_ema  acc@1 {last["acc1"]:.2f}  acc@5 ') and lines[-6].startswith('val  acc@1 ')
 
 
 # ---- TensorBoard

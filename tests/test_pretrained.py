@@ -206,7 +206,7 @@ def test_two_processes_evaluate_a_model_of_the_hub(images, trained, timm_state, 
                        '-pretrained', 'timm/tiny.a1h_in1k', *options(TINY), **hub_environment(tmp_path / 'home', hub.url))
         assert hub.asked['GET', '/timm/tiny.a1h_in1k/resolve/main/model.safetensors'] == 1
     last = records(trained, 'val')[-1]
-    assert done.stdout.splitlines()[-1] == (f'acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
+    assert done.stdout.splitlines()[-1] == (f'val  acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
                                             '  (11 images)')
 
 

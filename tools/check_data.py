@@ -4,7 +4,7 @@ Bad files with their line, the sizes, the balance of the classes, images (by the
 training and validation, and those that have two labels.
 
   python tools/check_data.py flowers
-  python tools/check_data.py imagenet -workers 16 -classes 1000 -json report.json
+  python tools/check_data.py imagenet -workers 16 -classes 1000 -json imagenet/report.json
 
 Exit status: 0, or 1 if a file cannot be read, or 2 for a mistake in the command or a bad line in a list.
 """

@@ -7,7 +7,7 @@ config.py as 'KEY VALUE ...'). Paths are relative to the folder of the LIST.
   - {cfg: configs/halonet_26t_256.yaml, pretrained: halonet_26t_256.pdparams, image_size: [256, 288], crop_pct: [0.95, 1.0]}
   - {cfg: configs/halonet_50ts_256.yaml, pretrained: halonet_50ts_256.pdparams}
 
-  python tools/eval_all.py models.yaml -data_path imagenet -results results.csv
+  python tools/eval_all.py models.yaml -data_path imagenet -results runs/results.csv
   python tools/eval_all.py models.csv -data_path imagenet -image_size 224 256 288 -crop_pct 0.875 1.0 -opts DATA.NUM_WORKERS 8
 
 Each evaluation is a main_multi_gpu.py of its own, on all GPUs; one that fails is reported, and the others go on. The lines are

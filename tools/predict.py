@@ -4,7 +4,7 @@ PICTURE is an image file, a folder (with its subfolders) or a list file (.txt, l
 relative to the folder of the list). The pixels are those of an evaluation: the centre crop of the resized picture.
 
   python tools/predict.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams dog.jpg holidays/
-  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val_list.txt -csv digits.csv -html digits.html
+  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val_list.txt -csv demo/digits.csv -html demo/digits.html
   python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val/7 -json - -quiet | python -m json.tool
 
 Exit status: 0, or 1 if a picture could not be read (it is named; the others are done), or 2 for a mistake in the command.

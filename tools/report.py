@@ -4,7 +4,7 @@ RUN is a run folder. One gives RUN/report.html, as a training does at its end; s
 Whatever a run has not written yet is missing in the page and said to be. Needs no GPU and no model.
 
   python tools/report.py demo/run
-  python tools/report.py demo/run demo/other -output compare.html
+  python tools/report.py demo/run demo/other -output demo/compare.html
 
 Prints the name of the page. Exit status: 0, or 2 for a mistake in the command or a folder that holds no run.
 """

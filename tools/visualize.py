@@ -3,7 +3,7 @@
 One row per picture and layer. On the left the picture as the network saw it, with the query (white), its block (solid
 line) and its window (dashed); then a panel per head, bright where the weight is large, each on a scale of its own.
 
-  python tools/visualize.py -pretrained demo/run/final.pdparams demo/digits/val/3/0059.png -output attention.png
+  python tools/visualize.py -pretrained demo/run/final.pdparams demo/digits/val/3/0059.png -output demo/attention.png
   python tools/visualize.py -pretrained demo/run/final.pdparams demo/digits/val/3/0059.png -layer stages.2.0 -head 2 -query 12 20
   python tools/visualize.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams dog.jpg -head mean
 
