@@ -66,7 +66,8 @@ class Training:
 class Saver:
     """When and where checkpoints are written."""
     folder: str
-    facts: dict                                     # what decides the mathematics
+    facts: dict                                     # what decides the results: options, images per step, the list
+    older_facts: dict                               # those that earlier versions wrote differently
     stop: utils.Stop
     freq: int                                       # epochs
     steps: int                                      # optimizer steps; 0: never within an epoch for their number
@@ -132,12 +133,13 @@ def build_training(config, model, device):
 
 
 def build_saver(config, training, folder, stop):
+    samples = training.loader.dataset.samples
     facts = checkpoint.facts(
         config, **{'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)':
                    config.DATA.BATCH_SIZE * utils.world_size() * training.accum,
-                   'train_list.txt': training.loader.dataset.samples.digest()})
-    return Saver(folder, facts, stop, freq=config.SAVE_FREQ, steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES,
-                 keep=config.SAVE_KEEP, written=time.monotonic())
+                   'train_list.txt': samples.digest()})
+    return Saver(folder, facts, {'train_list.txt': samples.file_digest()}, stop, freq=config.SAVE_FREQ,
+                 steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP, written=time.monotonic())
 
 
 class Traced(nn.Layer):

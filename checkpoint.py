@@ -166,7 +166,7 @@ def newest(folder):
 
 
 def facts(config, **derived):
-    """What decides the mathematics of a run: every option of a config that is not FREE, and the `derived` numbers."""
+    """Return what decides the results of a run: every option of a config that is not FREE, and the `derived` numbers."""
     free = {key for keys in FREE.values() for key in keys} | {'BASE'}
     return {**{key: value for key, value in _flat(config) if key not in free}, **derived}
 
@@ -176,7 +176,8 @@ def _flat(tree, prefix=''):
         yield from _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def differences(before, now):
-    """One line for each of the facts that is not what it was."""
-    return [f'{key} was {before.get(key, "not there")}, is {now.get(key, "not there")}'
-            for key in {**before, **now} if before.get(key) != now.get(key)]
+def differences(before, now, older=()):
+    """Return a text for each of the facts that changed; `older` has values that earlier versions wrote for the same."""
+    older = dict(older)
+    return [f'{key} was {before.get(key, "not there")}, is {now.get(key, "not there")}' for key in {**before, **now}
+            if before.get(key) != now.get(key) and (key not in older or before.get(key) != older[key])]

@@ -2,6 +2,7 @@
 import math
 import os
 import platform
+import shlex
 import time
 from contextlib import closing, nullcontext
 
@@ -128,12 +129,11 @@ def move_to_epoch(progress, epoch, steps_per_epoch, once):
 
 
 def load_checkpoint(training, saver, path, force):
-    """Put a checkpoint's state everywhere. Returns its Progress. Raises ValueError where other facts decide this run."""
+    """Put a checkpoint's state everywhere. Returns its Progress. Raises ValueError if options or images have changed."""
     state = checkpoint.load(path)
-    changes = checkpoint.differences(state['facts'], saver.facts)
+    changes = checkpoint.differences(state['facts'], saver.facts, saver.older_facts)
     if changes and not force:
-        raise ValueError(f'{path} is of a run with other mathematics:\n  ' + '\n  '.join(changes) + '\ngo back to what was '
-                         '(config.yaml beside it has the options), or go on all the same with -opts MODEL.RESUME_FORCE True')
+        raise ValueError(refusal(path, changes))
     for change in changes:
         log.warning('MODEL.RESUME_FORCE: %s', change)
     progress = checkpoint.put_back(state, training)
@@ -142,6 +142,18 @@ def load_checkpoint(training, saver, path, force):
         log.warning('an epoch has %d steps now and had another number of them; the learning rate follows the epochs',
                     training.steps_per_epoch)
     return progress
+
+
+def refusal(path, changes):
+    """Return why a run does not go on from the checkpoint at `path`, and what to do, in one line."""
+    text = f'{path} was written with other settings: {"; ".join(changes)}.'
+    epochs, run_folder = 'TRAIN.NUM_EPOCHS was ', os.path.dirname(os.path.dirname(path))
+    if any(change.startswith(epochs) for change in changes):
+        final = shlex.quote(os.path.join(run_folder, 'final.pdparams'))
+        text += (' The learning rate of every step depends on TRAIN.NUM_EPOCHS: to train longer, finish this run as it is and '
+                 f'start another in a new folder with -pretrained {final}.')
+    return (f'{text} Go back to the old settings (config.yaml of the run has them), or resume with the new ones by '
+            '-opts MODEL.RESUME_FORCE True')
 
 
 # ---- training

@@ -12,6 +12,7 @@ import numpy as np
 LIST_FORMAT = "lines of 'relative/path label'"
 SHOWN = 10                                          # bad lines quoted in an error
 CHUNK = 1 << 24                                     # bytes parsed at a time: the memory of the intermediate arrays
+SAMPLES_AT_A_TIME = 1 << 20                         # hashed at a time
 LABEL_DIGITS = 9                                    # of a usual line
 BOM = b'\xef\xbb\xbf'
 
@@ -38,8 +39,25 @@ class ImageList:
     def path(self, index):
         return os.path.join(self.data_path, self.name(index))
 
-    def digest(self):
-        """A fingerprint of the file."""
+    def digest(self) -> str:
+        """Describe the names and labels, in their order; comments, empty lines and line endings do not count."""
+        digest = hashlib.sha256(self.labels.astype('<i8').tobytes() + self.lengths.astype('<i4').tobytes())
+        for first in range(0, len(self), SAMPLES_AT_A_TIME):
+            digest.update(self._names(first, min(first + SAMPLES_AT_A_TIME, len(self))))
+        return f'{len(self)} images, sha256 {digest.hexdigest()[:16]}'
+
+    def _names(self, first, last):
+        """Return the names of the samples first..last-1, one after another, as bytes."""
+        begin, end = self.starts[first], self.starts[last - 1] + self.lengths[last - 1]
+        starts, lengths = self.starts[first:last] - begin, self.lengths[first:last]
+        edges = np.zeros(end - begin + 1, np.int8)
+        edges[starts] += 1
+        edges[starts + lengths] -= 1
+        inside = np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
+        return np.frombuffer(self.text, np.uint8, end - begin, begin)[inside].tobytes()
+
+    def file_digest(self) -> str:
+        """Return the fingerprint of the whole file, which checkpoints of earlier versions hold."""
         return hashlib.sha256(self.text).hexdigest()[:16]
 
     def where(self, index):
