@@ -36,7 +36,7 @@ def random_resized_crop(image, size, rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3
 def resized_crop(image, box, size):
     """The (left, top, width, height) of an image, resized to (size, size); bicubic."""
     left, top, width, height = box
-    # resize(box=) would be one call, but its filter looks beyond the crop and gives other pixels
+    # resize(box=) would be one call, but its filter looks outside the crop and gives other pixels
     return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -45,8 +45,8 @@ def _crop_box(width, height, rng, scale, ratio):
         h, w = _random_sides(rng, width * height, scale, (1 / ratio[1], 1 / ratio[0]))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    w = min(width, round(height * ratio[1]))         # the largest centre crop that keeps to `ratio`
-    h = min(height, round(width / ratio[0]))
+    w = max(min(width, round(height * ratio[1])), 1)  # the largest centre crop that keeps to `ratio`
+    h = max(min(height, round(width / ratio[0])), 1)
     return (width - w) // 2, (height - h) // 2, w, h
 
 

@@ -12,7 +12,7 @@ import paddle
 
 import optim
 import weights
-from config import OF_ONE_START
+from config import OF_ONE_START, defaults
 from layers import running_statistics
 
 FOLDER = 'checkpoints'
@@ -24,7 +24,7 @@ FREE = {                                            # options that may change on
     'where things are': ('DATA.DATA_PATH', 'MODEL.NAME'),
     'what it runs on': ('DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.ATTENTION', 'TRAIN.RECOMPUTE', 'TRAIN.TO_STATIC'),
     'what is told and kept': ('REPORT_FREQ', 'VALIDATE_FREQ', 'SAVE_FREQ', 'SAVE_KEEP', 'SAVE_STEPS', 'SAVE_MINUTES'),
-    'or a broken image could not be left out later': ('DATA.ON_ERROR',),
+    'or a broken image could not be left out later': ('DATA.ON_ERROR', 'DATA.MAX_PIXELS', 'DATA.TIMEOUT'),
     'as long as their product with the processes stays': ('DATA.BATCH_SIZE', 'TRAIN.ACCUM_ITER'),
 }
 
@@ -177,7 +177,11 @@ def _flat(tree, prefix=''):
 
 
 def differences(before, now, older=()):
-    """Return a text for each of the facts that changed; `older` has values that earlier versions wrote for the same."""
+    """Return a text for each of the facts that changed; `older` has values that earlier versions wrote for the same.
+
+    An option that `before` lacks, because it is newer, had its default.
+    """
     older = dict(older)
+    before = {**{key: value for key, value in defaults().items() if key in now}, **before}
     return [f'{key} was {before.get(key, "not there")}, is {now.get(key, "not there")}' for key in {**before, **now}
             if before.get(key) != now.get(key) and (key not in older or before.get(key) != older[key])]

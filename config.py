@@ -13,6 +13,7 @@ import os
 import re
 
 import yaml
+from PIL import ImageColor
 from yacs.config import CfgNode as CN
 
 _C = CN()
@@ -45,6 +46,9 @@ _C.DATA.STD = [0.229, 0.224, 0.225]
 _C.DATA.NUM_WORKERS = 2                 # data processes per training process; 0: load in the training process
 _C.DATA.BACKEND = 'pillow'              # for training: pillow, or cv2 (OpenCV): faster, not equal; see docs/performance.md
 _C.DATA.ON_ERROR = 'raise'              # an unreadable image: raise (stop, naming it) or skip (leave out and count)
+_C.DATA.BACKGROUND = 'white'            # colour behind transparent pixels: a name or '#rrggbb'; drop: ignore alpha, as timm
+_C.DATA.MAX_PIXELS = 89478485           # larger images are unreadable; one of this size takes 0.8 GB in its data process
+_C.DATA.TIMEOUT = 600                   # seconds that a data process may take for one image; 0: no limit
 
 _C.MODEL = CN()
 _C.MODEL.NAME = 'halonet_26t'           # for logs and run folders
@@ -154,6 +158,7 @@ AT_LEAST = {
     'NPROCS': 0, 'SEED': 0, 'SAVE_FREQ': 1, 'SAVE_STEPS': 0, 'SAVE_MINUTES': 0, 'SAVE_KEEP': 1, 'REPORT_FREQ': 1,
     'VALIDATE_FREQ': 1,
     'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
+    'DATA.MAX_PIXELS': 1, 'DATA.TIMEOUT': 0,
     'MODEL.NUM_CLASSES': 0, 'MODEL.STEM_WIDTH': 8, 'MODEL.GROUP_SIZE': 0, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
     'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
@@ -451,6 +456,11 @@ def _similar(key):
     return ', '.join(difflib.get_close_matches(key, flatten(_C), n=1))
 
 
+def defaults():
+    """{'GROUP.KEY': default} of every option."""
+    return flatten(_C)
+
+
 def flatten(config):
     """A config as {'GROUP.KEY': value}."""
     return dict(_flat(config))
@@ -497,6 +507,17 @@ def _choose_weights(config, explicit):
     model['RESUME' if 'PRETRAINED' in named else 'PRETRAINED'] = ''
 
 
+def _check_color(key, value):
+    if value == 'drop':
+        return
+    try:
+        known = len(ImageColor.getrgb(value)) == 3
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"{key} is {value!r}; it can be a colour such as white or '#808080', or drop")
+
+
 def _validate(config):
     flat = flatten(config)
     for key, choices in CHOICES.items():
@@ -540,6 +561,7 @@ def _validate_data(config, flat):
     if len(std) != 3 or not all(0 < value <= 1 for value in std):
         raise ValueError(f'DATA.STD is {std}; it must be three numbers above 0 and not above 1, of RGB. Divide by 255 those of '
                          'pixels from 0 to 255')
+    _check_color('DATA.BACKGROUND', config.DATA.BACKGROUND)
     for key in ('TRAIN.CROP_SCALE', 'TRAIN.CROP_RATIO'):
         if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1]:
             raise ValueError(f'{key} is {flat[key]}; it must be [smallest, largest], both above 0')

@@ -5,20 +5,24 @@ and go on at any batch, with another number of processes or workers, and see the
 copy c of image i has the index i + c * len(list).
 """
 import math
+import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from functools import partial
 from operator import itemgetter
 
 import numpy as np
 import paddle
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import augment
+import imagefiles
 import utils
 from listfile import read_list
 
+IDLE = -1                                           # instead of the index of an image that is read
 WORKER_PATIENCE = 10                                # seconds a worker gets to finish its batch when nobody wants it any more
 
 
@@ -28,14 +32,14 @@ class DataError(ValueError):
 
 # Pixels
 
-def read_pillow(path):
-    """The image in a file, as RGB."""
-    with Image.open(path) as file:
-        return file.convert('RGB')
+read_pillow = imagefiles.read                           # the image in a file, as RGB
 
 
 def reader(backend):
-    """What reads training images, by DATA.BACKEND; the transforms go by what it returns. Raises ValueError without OpenCV."""
+    """Choose the function that reads training images, by DATA.BACKEND; the transforms dispatch on the type it returns.
+
+    It takes a path, DATA.BACKGROUND and DATA.MAX_PIXELS. Raises ValueError without OpenCV.
+    """
     if backend == 'pillow':
         return read_pillow
     try:
@@ -46,20 +50,21 @@ def reader(backend):
     return pixels_cv2.read
 
 
-def eval_pixels(image, image_size, crop_pct):
+def eval_pixels(image: Image.Image, image_size: int, crop_pct: float, background: str = imagefiles.BACKGROUND) -> np.ndarray:
     """A PIL image of any mode -> uint8 (H, W, 3): shorter side to floor(image_size / crop_pct), bicubic, then the centre.
 
-    Equal to torchvision's Resize and CenterCrop as timm puts them together, pixel by pixel.
+    Equal to torchvision's Resize and CenterCrop as timm combines them, pixel by pixel; for images of another mode than RGB
+    see imagefiles.to_rgb.
     """
-    image = image.convert('RGB')
+    image = imagefiles.to_rgb(image, background)
     width, height = image.size
     side = math.floor(image_size / crop_pct)
     if width <= height:
-        image = image.resize((side, int(side * height / width)), Image.Resampling.BICUBIC)
+        size = side, int(side * height / width)
     else:
-        image = image.resize((int(side * width / height), side), Image.Resampling.BICUBIC)
-    left, top = (_centre(length, image_size) for length in image.size)
-    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))  # beyond the border are zeros
+        size = int(side * width / height), side
+    left, top = (_centre(length, image_size) for length in size)
+    return np.asarray(imagefiles.resize_and_crop(image, size, (left, top, left + image_size, top + image_size)))
 
 
 def _centre(length, size):
@@ -86,11 +91,12 @@ class ListDataset:
     """dataset[epoch, index] -> uint8 pixels (3, S, S), label, index; or, for an image that cannot be read, what is wrong.
 
     The text goes to the consumer as data: an exception in a reading process reaches it without its message.
-    `read` makes an image of a path, `transform` uint8 (S, S, 3) of an image and a generator.
+    `read` makes an image of a path and the options `reading`, `transform` uint8 (S, S, 3) of an image and a generator.
     """
 
-    def __init__(self, samples, transform, image_size, seed, read=read_pillow):
-        self.samples, self.transform, self.image_size, self.seed, self.read = samples, transform, image_size, seed, read
+    def __init__(self, samples, transform, image_size, seed, read=read_pillow, **reading):
+        self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
+        self.read, self.reading = read, reading
 
     def __len__(self):
         return len(self.samples)
@@ -100,23 +106,27 @@ class ListDataset:
         image_index = index % len(self.samples)
         path = self.samples.path(image_index)
         try:
-            image = self.read(path)
+            image = self.read(path, **self.reading)
         except Exception as error:                  # Pillow may raise nearly anything for a damaged file
             return self._problem(image_index, path, error)
         try:
             pixels = self.transform(image, augment.rng_for(self.seed, augment.TRANSFORM, epoch, index))
-        except OSError as error:                    # a reader that decodes what the crop needs may find damage only now
+        except (OSError, MemoryError) as error:     # a reader that decodes what the crop needs may find damage only now
             return self._problem(image_index, path, error)
         return pixels.transpose(2, 0, 1), self.samples.labels[image_index], index
 
     def _problem(self, index, path, error):
-        return f'{self.samples.where(index)} {path}: {_reason(error, path)}'
+        return f'{self.samples.where(index)} {path}: {imagefiles.reason(error)}'
 
-    def batch(self, keys):
-        """Images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere."""
+    def batch(self, keys, note=lambda index: None):
+        """Images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere.
+
+        `note` gets the index of each image before it is read.
+        """
         images = np.zeros((len(keys), 3, self.image_size, self.image_size), np.uint8)
         labels, indices, texts = np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), [''] * len(keys)
         for i, key in enumerate(keys):
+            note(key[1] % len(self.samples))
             item = self[key]
             if isinstance(item, str):
                 texts[i] = item
@@ -128,17 +138,48 @@ class ListDataset:
 class _Batches:
     """A dataset whose samples are the batches of another one: a data process fills a batch sample by sample."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, dataset, watch):
+        self.dataset, self.watch = dataset, watch
 
     def __getitem__(self, keys):
-        return self.dataset.batch(keys)
+        worker = paddle.io.get_worker_info().id
+        batch = self.dataset.batch(keys, partial(self.watch.note, worker))
+        self.watch.note(worker, IDLE)
+        return batch
 
 
-def _reason(error, path):
-    if isinstance(error, UnidentifiedImageError):
-        return 'the file is empty' if os.path.getsize(path) == 0 else 'not an image in a format that Pillow knows'
-    return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
+class Watch:
+    """A time limit for the reading of one image, in seconds; 0: none. `late` is the index of one that exceeded it, or IDLE.
+
+    Each data process notes in shared memory which image it reads. A thread of the trainer looks at the notes every second
+    and kills a process whose note stays too long: a read from a network mount that is gone never returns.
+    """
+
+    def __init__(self, workers: int, limit: float):
+        self.notes = np.frombuffer(multiprocessing.RawArray('q', 3 * workers), np.int64).reshape(workers, 3)
+        self.notes[:, 1] = IDLE                     # each row: process, index, number of notes so far
+        self.limit, self.late, self._done = limit, IDLE, threading.Event()
+        if limit:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def note(self, worker: int, index: int):
+        """Note, in a data process, that it begins to read the image `index`, or that it is IDLE."""
+        self.notes[worker] = os.getpid(), index, self.notes[worker, 2] + 1
+
+    def stop(self):
+        """Look no longer."""
+        self._done.set()
+
+    def _look(self):
+        before, seconds = self.notes.copy(), np.zeros(len(self.notes))
+        while not self._done.wait(1):
+            now = self.notes.copy()
+            unchanged = (now == before).all(axis=1) & (now[:, 1] != IDLE)
+            before, seconds = now, np.where(unchanged, seconds + 1, 0)       # a clock would count the time of a stopped trainer
+            if seconds.max() >= self.limit:
+                process, self.late, _ = now[seconds.argmax()].tolist()
+                os.kill(process, signal.SIGKILL)
+                return
 
 
 # Order
@@ -209,8 +250,9 @@ class Loader:
     An unreadable image raises DataError, or with on_error='skip' is left out, counted, and logged once.
     """
 
-    def __init__(self, dataset, sampler, *, num_workers=0, on_error='raise'):
+    def __init__(self, dataset, sampler, *, num_workers=0, on_error='raise', timeout=0):
         self.dataset, self.sampler, self.num_workers, self.on_error = dataset, sampler, num_workers, on_error
+        self.timeout = timeout
         self.skipped, self._logged = 0, set()
 
     def __len__(self):
@@ -219,7 +261,7 @@ class Loader:
     def epoch(self, epoch, start=0):
         """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
-        Raises DataError, and utils.Failure where a data process died.
+        Raises DataError, and utils.Failure where a data process died or read one image for more than `timeout` seconds.
         """
         self.skipped = 0
         batches = self.sampler.batches(epoch, start)
@@ -251,7 +293,8 @@ class Loader:
 
     def _read_in_workers(self, batches):
         handler = signal.getsignal(signal.SIGCHLD)
-        reader = iter(paddle.io.DataLoader(_Batches(self.dataset), batch_sampler=([keys] for keys in batches),
+        watch = Watch(self.num_workers, self.timeout)
+        reader = iter(paddle.io.DataLoader(_Batches(self.dataset, watch), batch_sampler=([keys] for keys in batches),
                                            collate_fn=itemgetter(0), num_workers=self.num_workers, worker_init_fn=_init_worker))
         # Paddle's handler raises a worker's death in whatever the trainer is doing, such as writing a checkpoint; without it
         # the next batch raises, after at most 5 s
@@ -259,10 +302,16 @@ class Loader:
         try:
             yield from reader
         except SystemError as error:                # all that Paddle tells, whatever happened
+            if watch.late != IDLE:
+                samples = self.dataset.samples
+                raise utils.Failure(
+                    f'{samples.where(watch.late)} {samples.path(watch.late)}: it could not be read within DATA.TIMEOUT '
+                    f'{self.timeout} s; look at its disk or network mount, or raise DATA.TIMEOUT where it is slow') from error
             raise utils.Failure(
                 'a data worker died; if nothing above says why, it probably ran out of memory: look at free memory and '
                 'at /dev/shm (df -h /dev/shm), lower DATA.NUM_WORKERS or DATA.BATCH_SIZE') from error
         finally:
+            watch.stop()
             reader._try_shutdown_all(WORKER_PATIENCE)  # its own thread holds on to it: left alone, its workers stay for good
 
 
@@ -286,7 +335,7 @@ def build_train(config, rank=0, world=1):
     dataset = _dataset(config, 'train_list.txt', transform, reader(data.BACKEND))
     sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world, repeats=train.AUG_REPEATS,
                            accum=train.ACCUM_ITER)
-    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
+    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR, timeout=data.TIMEOUT)
 
 
 def build_eval(config, rank=0, world=1):
@@ -298,9 +347,10 @@ def build_eval(config, rank=0, world=1):
 
     dataset = _dataset(config, 'val_list.txt', transform, read_pillow)
     sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
-    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR)
+    return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR, timeout=data.TIMEOUT)
 
 
 def _dataset(config, name, transform, read):
     samples = read_list(os.path.join(config.DATA.DATA_PATH, name), config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-    return ListDataset(samples, transform, config.DATA.IMAGE_SIZE, config.SEED, read)
+    return ListDataset(samples, transform, config.DATA.IMAGE_SIZE, config.SEED, read,
+                       background=config.DATA.BACKGROUND, max_pixels=config.DATA.MAX_PIXELS)

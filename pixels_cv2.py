@@ -15,10 +15,13 @@ import numpy as np
 from PIL import Image
 
 import augment
+import imagefiles
 
 cv2.setNumThreads(0)                                # data processes are the parallelism; and its threads do not survive a fork
 
-START_OF_FRAME, START_OF_SCAN, END = {0xC0, 0xC1, 0xC2}, 0xDA, b'\xff\xd9'   # JPEG markers; frames that are Huffman coded
+START, START_OF_SCAN, END = b'\xff\xd8', 0xDA, b'\xff\xd9'                 # JPEG markers
+START_OF_FRAME = {0xC0, 0xC1, 0xC2}                 # of frames that are Huffman coded
+LARGEST_FILE = 2 ** 30                              # bytes that are read; a longer JPEG lacks its end and goes through Pillow
 REDUCTIONS = (8, 4, 2, 1)                           # at which a JPEG can be decoded, at a fraction of the time
 FILTERS = {Image.Resampling.BILINEAR: cv2.INTER_LINEAR, Image.Resampling.BICUBIC: cv2.INTER_CUBIC}
 RAMP = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)   # every value of every channel, (1, 256, 3)
@@ -35,14 +38,18 @@ class Photo:
     reductions: tuple = (1,)
 
 
-def read(path):
-    """A Photo. A file that is no ordinary, complete JPEG goes through Pillow, and so meets the same errors as there."""
-    with open(path, 'rb') as file:
-        data = file.read()
-    size = _jpeg_size(data)
-    if size and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf):
-        return Photo(size, partial(_decode_jpeg, data), REDUCTIONS)
-    pixels = _decode_by_pillow(data)
+def read(path, background=imagefiles.BACKGROUND, max_pixels=imagefiles.MAX_PIXELS):
+    """Read a Photo, with the arguments of imagefiles.read.
+
+    A file that is no ordinary, complete JPEG goes through Pillow, with its pixels and its errors.
+    """
+    with imagefiles.open_file(path) as file:
+        data = file.read(LARGEST_FILE) if file.read(2) == START and file.seek(0) == 0 else b''
+        size = _jpeg_size(data)
+        if size and size[0] * size[1] <= max_pixels:
+            return Photo(size, partial(_decode_jpeg, data), REDUCTIONS)
+        file.seek(0)
+        pixels = _decode_by_pillow(file, background, max_pixels)
     return Photo(pixels.shape[1::-1], lambda reduction: pixels)
 
 
@@ -52,7 +59,7 @@ def _jpeg_size(data):
     OpenCV fills what is missing of a cut file with grey and does not say so.
     """
     at, size = 2, None
-    while data[:2] == b'\xff\xd8' and at + 9 < len(data) and data[at] == 0xFF:
+    while data[:2] == START and at + 9 < len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], 'big')
         if marker in START_OF_FRAME and data[at + 4] == 8 and data[at + 9] in (1, 3):
             size = int.from_bytes(data[at + 7:at + 9], 'big'), int.from_bytes(data[at + 5:at + 7], 'big')
@@ -71,14 +78,14 @@ def _decode_jpeg(data, reduction):
     if pixels is not None:
         return pixels
     try:                                            # Pillow's reason, or its pixels
-        return _decode_by_pillow(data)[::reduction, ::reduction]
+        return _decode_by_pillow(io.BytesIO(data))[::reduction, ::reduction]
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         raise error if isinstance(error, OSError) else OSError(f'{type(error).__name__}: {error}') from error
 
 
-def _decode_by_pillow(data):
-    with Image.open(io.BytesIO(data)) as file:
-        return cv2.cvtColor(np.asarray(file.convert('RGB')), cv2.COLOR_RGB2BGR)
+def _decode_by_pillow(file, background=imagefiles.BACKGROUND, max_pixels=math.inf):
+    image = imagefiles.to_rgb(imagefiles.open_image(file, max_pixels), background)
+    return cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR)
 
 
 @augment.resized_crop.register

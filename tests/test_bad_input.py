@@ -103,15 +103,22 @@ def rotated(path):
 
 image('missing', SKIP + 'No such file')(lambda path: None)
 image('no bytes', SKIP + 'the file is empty')(lambda path: path.touch())
-image('text', SKIP + 'not an image in a format that Pillow knows')(lambda path: path.write_text('404 not found'))
+image('text', SKIP + 'not an image in a format that is read here')(lambda path: path.write_text('404 not found'))
 image('a folder in its place', SKIP + 'Is a directory')(lambda path: path.mkdir())
 image('truncated', SKIP + 'truncated')(lambda path: (png('RGB', (200, 200))(path), os.truncate(path, 100)))
-image('a bomb of 30,000 x 30,000 pixels', SKIP + 'DecompressionBombError')(lambda path: path.write_bytes(header(30000, 30000)))
+image('EPS, named .png', SKIP + 'EPS or PostScript: not an image in a format that is read here')(
+    lambda path: path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n'))
+image('a FIFO in its place', SKIP + 'a FIFO, not a regular file')(os.mkfifo)
+image('30,000 x 30,000 pixels', SKIP + '900000000 pixels are more than DATA.MAX_PIXELS')(
+    lambda path: path.write_bytes(header(30000, 30000)))
 image('1 x 1 pixel', RUNS)(png('RGB', (1, 1)))
 image('animated GIF', RUNS + ', its first frame')(gif)
-image('16 bits', RUNS + ' as Pillow does: values above 255 become white')(png('I;16'))
+image('1 x 20,000 pixels', RUNS)(png('L', (1, 20000)))
+image('16-bit grey', RUNS + ', scaled to 8 bits')(png('I;16'))
+image('32-bit values', SKIP + '32-bit values (mode F) have no range that is known')(
+    lambda path: Image.new('F', (20, 24)).save(path, 'TIFF'))
 image('palette', RUNS)(png('P'))
-image('grey with alpha', RUNS)(png('LA'))
+image('transparency', RUNS + ', on `DATA.BACKGROUND`')(png('LA'))
 image('rotated by EXIF', RUNS + ' as it is stored, as timm does')(rotated)
 
 

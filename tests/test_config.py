@@ -444,8 +444,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'attention': {'layers', 'ops'},
     'halonet': {'attention', 'layers', 'weights'},
     'hubconf': {'config', 'halonet', 'weights'},
-    'listfile': set(), 'pixels_cv2': {'augment'},
-    'datasets': {'augment', 'listfile', 'pixels_cv2', 'utils'},
+    'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
+    'datasets': {'augment', 'imagefiles', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'config', 'layers', 'optim', 'utils', 'weights'},
     'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'utils', 'tools'},          # tools.report, when a training ends

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 import augment
 import datasets
+import utils
 from config import get_config
 
 FIXTURES = Path(__file__).parent / 'fixtures' / 'eval_pixels'
@@ -98,8 +100,8 @@ def test_evaluation_pixels_are_timms(key):
 
 
 @pytest.mark.parametrize('mode, color, expected', [
-    ('L', 7, (7, 7, 7)), ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('RGBA', (10, 20, 30, 0), (10, 20, 30)), ('P', 0, (1, 2, 3)),
-    ('I;16', 9, (9, 9, 9)), ('LA', (5, 0), (5, 5, 5)), ('1', 1, (255, 255, 255))])
+    ('L', 7, (7, 7, 7)), ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('P', 0, (1, 2, 3)),
+    ('I;16', 9 * 257, (9, 9, 9)), ('LA', (5, 0), (255, 255, 255)), ('1', 1, (255, 255, 255))])
 def test_every_mode_becomes_rgb(mode, color, expected):
     image = Image.new(mode, (12, 9), color)
     if mode == 'P':
@@ -343,9 +345,37 @@ def test_the_reason_is_told(data, number, name):
     assert text.startswith(f'{data}/bad_list.txt:{number + 1} {data}/{name}: ') and BAD[name] in text
 
 
-def test_a_decompression_bomb_is_unreadable(data, monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    assert 'DecompressionBombError' in datasets.build_train(config(data)).dataset[0, 0]
+def test_too_many_pixels_are_unreadable(data):
+    text = datasets.build_train(config(data, 'DATA.MAX_PIXELS', 799)).dataset[0, 0]
+    assert text.endswith('0.png: 20 x 40 = 800 pixels are more than DATA.MAX_PIXELS 799, which can be raised')
+    assert not isinstance(datasets.build_train(config(data, 'DATA.MAX_PIXELS', 800)).dataset[0, 0], str)
+
+
+class Hanging:
+    """A reader that never returns from one file, in a data process."""
+
+    def __init__(self, read, name):
+        self.read, self.name, self.trainer = read, name, os.getpid()
+
+    def __call__(self, path, **options):
+        if os.path.basename(path) == self.name and os.getpid() != self.trainer:
+            signal.pause()
+        return self.read(path, **options)
+
+
+def test_a_hanging_read_is_ended_and_named(data):
+    loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2, 'DATA.TIMEOUT', 2))
+    loader.dataset.read = Hanging(loader.dataset.read, '7.png')
+    with pytest.raises(utils.Failure, match=r'val_list.txt:8 .*/7.png: .* within DATA.TIMEOUT 2 s'):
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+
+
+def test_slow_consumers_do_not_end_data_processes(data):
+    batches = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 1, 'DATA.TIMEOUT', 1)).epoch(0)
+    next(batches)
+    time.sleep(2.5)                                           # the data process waits with full hands
+    assert len(list(batches)) == 5
 
 
 @pytest.mark.parametrize('workers', [0, 2])

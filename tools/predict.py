@@ -72,16 +72,15 @@ def read_list(path):
     return pictures
 
 
-def read(picture, image_size, crop_pct):
-    """Fill in the pixels of a Picture, or its error. Any number of threads may do so."""
-    from PIL import Image
-
+def read(picture, data):
+    """Fill in the pixels of a Picture by the options `data`, config.DATA, or its error. Any number of threads may do so."""
     import datasets
+    import imagefiles
     try:
-        with Image.open(picture.path) as file:
-            picture.pixels = datasets.eval_pixels(file, image_size, crop_pct)
+        image = datasets.read_pillow(picture.path, data.BACKGROUND, data.MAX_PIXELS)
+        picture.pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        picture.error = cli.reason(error)
+        picture.error = imagefiles.reason(error)
     return picture
 
 
@@ -91,7 +90,7 @@ def predict(model, config, pictures, *, batch_size, topk, keep=0):
     import paddle
 
     import datasets
-    prepare = partial(read, image_size=config.DATA.IMAGE_SIZE, crop_pct=config.DATA.CROP_PCT)
+    prepare = partial(read, data=config.DATA)
     pictures, kept = iter(pictures), 0
     with ThreadPoolExecutor() as pool, paddle.no_grad():
         coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]

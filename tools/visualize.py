@@ -224,12 +224,13 @@ def look(model, config, path):
     import paddle
 
     import datasets
+    import imagefiles
     from tools.attention_maps import attention_maps
     try:
-        with Image.open(path) as file:
-            pixels = datasets.eval_pixels(file, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
+        image = datasets.read_pillow(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
+        pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        raise ValueError(f'{path}: {cli.reason(error)}') from None
+        raise ValueError(f'{path}: {imagefiles.reason(error)}') from None
     images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])
     maps, logits = attention_maps(model, datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
     if not maps:

@@ -2,7 +2,7 @@
 import base64
 import io
 
-from PIL import Image
+import imagefiles
 
 SIDE = 160                                          # longest side of a thumbnail, pixels: twice as sharp as it is shown
 TINY = 64                                           # images up to this side are kept as they are and shown with their pixels
@@ -11,8 +11,7 @@ TINY = 64                                           # images up to this side are
 def thumbnail(path):
     """(data URI, whether to show it pixel by pixel) of an image file; ('', False) where it cannot be read."""
     try:
-        with Image.open(path) as file:
-            image = file.convert('RGB')
+        image = imagefiles.read(path)
     except Exception:                               # Pillow may raise nearly anything for a damaged file
         return '', False
     tiny = max(image.size) <= TINY
