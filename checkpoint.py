@@ -14,6 +14,7 @@ import optim
 import weights
 from config import OF_ONE_START, defaults
 from layers import running_statistics
+from safepickle import shown
 
 FOLDER = 'checkpoints'
 NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
@@ -139,19 +140,52 @@ def load(path):
     """The state in a checkpoint, tensors as numpy arrays. Raises ValueError for a damaged file, FileNotFoundError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such checkpoint')
+    if not _is_whole(path):
+        raise ValueError(f'{path}: this is no checkpoint of this project, or it is damaged (its checksum does not match)')
+    state = weights.read_pickle(path)
+    if not _has_parts(state):
+        raise ValueError(f'{path}: this checkpoint is of another version of this project, or of another project')
+    return state
+
+
+def _is_whole(path):
+    """True if a file ends with the checksum of what is before."""
     digest = hashlib.sha256()
     left = os.path.getsize(path) - len(FOOTER) - 64
     with open(path, 'rb') as file:
+        file.seek(max(left, 0))
+        footer = file.read()
+        if not footer.startswith(FOOTER):           # not worth reading, however large it is
+            return False
+        file.seek(0)
         while left > 0 and (data := file.read(min(left, 1 << 20))):
             digest.update(data)
             left -= len(data)
-        footer = file.read()
-    if footer != FOOTER + digest.hexdigest().encode():
-        raise ValueError(f'{path}: this is no checkpoint of this project, or it is damaged (its checksum does not match)')
-    state = weights.read_pickle(path)
-    if not isinstance(state, dict) or set(state) != CONTENT:
-        raise ValueError(f'{path}: this checkpoint is of another version of this project, or of another project')
-    return state
+    return footer == FOOTER + digest.hexdigest().encode()
+
+
+def _has_parts(state):
+    """True if `state` has the parts of CONTENT, of the types that `capture` gives them."""
+    if type(state) is not dict or set(state) != CONTENT or type(state['ranks']) is not list:
+        return False
+    parts = [state[name] for name in CONTENT - {'ranks'}] + state['ranks']
+    if not all(type(part) is dict and all(type(key) is str for key in part) for part in parts):
+        return False
+    arrays = [value for name in ('model', 'ema', 'optimizer') for value in state[name].values()]
+    best = state['progress'].get('best', {})
+    if not all(isinstance(value, np.ndarray) for value in arrays) or type(best) is not dict:
+        return False
+    counts = [value for key, value in state['progress'].items() if key != 'best']
+    totals = [rank['totals'] for rank in state['ranks'] if 'totals' in rank]
+    return (state['progress'].keys() <= {'epoch', 'step', 'steps_of_epoch', 'best'}
+            and all(type(value) is int and 0 <= value < 1 << 48 for value in counts)
+            and all(_are_numbers(pair, 2) for pair in best.values())
+            and all(type(part) is dict and _are_numbers(part.get('sums'), 4) for part in totals))
+
+
+def _are_numbers(values, count):
+    """True for a list of `count` numbers."""
+    return type(values) is list and len(values) == count and all(type(value) in (int, float) for value in values)
 
 
 def newest(folder):
@@ -183,5 +217,6 @@ def differences(before, now, older=()):
     """
     older = dict(older)
     before = {**{key: value for key, value in defaults().items() if key in now}, **before}
-    return [f'{key} was {before.get(key, "not there")}, is {now.get(key, "not there")}' for key in {**before, **now}
-            if before.get(key) != now.get(key) and (key not in older or before.get(key) != older[key])]
+    return [f'{shown(key)} was {shown(str(before.get(key, "not there")), 200)}, is {now.get(key, "not there")}'
+            for key in {**before, **now} if before.get(key) != now.get(key)
+            and (key not in older or before.get(key) != older[key])]

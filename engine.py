@@ -22,6 +22,7 @@ from config import dump_run
 from halonet import build_halonet, count_parameters
 from layers import running_statistics
 from results import check_table, save_result
+from safepickle import shown
 from utils import log
 
 
@@ -86,9 +87,7 @@ def load_for_evaluation(model, config, folder):
         raise ValueError('-eval needs weights: give -pretrained FILE')
     if config.MODEL.RESUME:
         checkpoint.load(path)                       # raises where it is damaged
-        model.set_state_dict(weights.read(path, config.MODEL.PRETRAINED_EMA))
-    else:
-        weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA)
+    weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA)
     log.info('evaluating %s', path)
     return path
 
@@ -136,7 +135,11 @@ def load_checkpoint(training, saver, path, force):
         raise ValueError(refusal(path, changes))
     for change in changes:
         log.warning('MODEL.RESUME_FORCE: %s', change)
-    progress = checkpoint.put_back(state, training)
+    try:
+        progress = checkpoint.put_back(state, training)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = shown(str(error) or type(error).__name__, 200)
+        raise ValueError(f'{path}: this checkpoint does not fit the run: {reason}') from error
     log.info('resumed from %s: %d epochs, %d steps done', path, progress.epoch, progress.step)
     if progress.step != progress.epoch * training.steps_per_epoch + progress.steps_of_epoch:
         log.warning('an epoch has %d steps now and had another number of them; the learning rate follows the epochs',

@@ -1,301 +1,260 @@
-"""Weight files of Paddle, PyTorch and safetensors -> {key: numpy array}; also back into PyTorch's. Only numpy and safetensors
-are needed.
+"""Weight files of Paddle, PyTorch and safetensors -> {key: numpy array}. Only numpy is needed.
 
-What a file is follows from its content, not from its ending, and nothing in it is ever run: of the globals that a pickle
-names, arrays and containers are allowed, PyTorch's tensors become stand-ins of ours, and anything else is refused by name.
+What a file is follows from its content, not from its ending, and nothing in it is ever run: safepickle reads the pickles, and
+arrays are made afterwards, from bytes whose number was checked. Whatever a file holds, reading it ends within seconds, and
+memory is bounded.
 """
-import argparse
-import io
 import math
 import os
-import pickle
-import pickletools
 import zipfile
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
-import safetensors
 
+import safepickle
+import weightformats
+from safepickle import Blob, Call, Global, Reference, shown
 from utils import log
 
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'   # paddle.save adds it; it is no parameter
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C                # the first pickle of a file by torch.save before PyTorch 1.6
-TORCH_STORAGES = {'FloatStorage': 'float32', 'DoubleStorage': 'float64', 'HalfStorage': 'float16', 'BFloat16Storage': 'bfloat16',
-                  'LongStorage': 'int64', 'IntStorage': 'int32', 'ShortStorage': 'int16', 'CharStorage': 'int8',
-                  'ByteStorage': 'uint8', 'BoolStorage': 'bool'}
-SAFETENSORS = {'F32': 'float32', 'F64': 'float64', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
-               'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool'}
-WHOLE, AVERAGED = ('state_dict', 'model'), ('state_dict_ema', 'model_ema', 'ema')  # timm's, PaddleViT's, our checkpoints' entries
-PREFIXES = ('module.', '_orig_mod.')                # of a parallel and of a compiled model
-NOT_WEIGHTS = (                                     # how files begin that people take for weights
-    (b'version https://git-lfs', 'it is a git-lfs pointer; fetch the file behind it with git lfs pull'),
-    (b'<', 'it is a web page; download the file itself, not the page that shows it'),
-    (b'{', 'it is JSON text'), (b'\x1f\x8b', 'it is gzip-compressed; unpack it first'), (b'\x89HDF', 'it is HDF5 (Keras)'),
-    (b'PK', 'it is a damaged or incomplete zip file'),
-)
+AVERAGE_COUNTER = 'n_averaged'                      # torch.optim.swa_utils.AveragedModel adds it; torchvision saves such
+WHOLE, AVERAGED = ('state_dict', 'model', 'model_state_dict'), ('state_dict_ema', 'model_ema', 'ema')  # entries of checkpoints
+OWN_PARTS = {'stem', 'stages', 'final_conv', 'head', 'stage1', 'stage2', 'stage3', 'stage4', 'classifier'}  # keys begin so
+WRAPPERS = {'module', '_orig_mod', 'model', 'timm_model'}   # parallel, compiled and other models around the model
+LIMIT = 1 << 32                                     # bytes of the arrays of a file, where the caller gives no other limit
+SLACK = 1 << 26                                     # bytes that arrays may take beyond 4 times their file
+KEY = 256                                           # characters of the longest key
+PARAMETERS = ('torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state')
+NUMPY = {'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'}       # the types of numbers in its pickles
 
 
-def read(path, ema=False):
-    """The state dict {key: numpy array} in a weight file or a training checkpoint, under the file's own keys.
+def read(path: str, ema: bool = False, limit: int = LIMIT) -> dict:
+    """Read the state dict {key: numpy array} of a weight file or a training checkpoint, under the file's own keys.
 
-    A checkpoint's weights are the raw ones, or with `ema` their moving average. Raises FileNotFoundError, and ValueError,
-    naming the file, for one that is damaged, holds something else, or has no moving average when that is asked for.
+    A checkpoint's weights are the raw ones, or with `ema` their moving average. A prefix that all keys share before the names
+    of a HaloNet is taken off. limit: bytes that the arrays may take. Raises FileNotFoundError, and ValueError, naming the
+    file, for one that is damaged, holds something else or too much, or has no moving average when that is asked for.
     """
     with open(path, 'rb') as file:
         try:
-            content = _open(file)
-            state = _choose(content, ema, path) if isinstance(content, dict) else {}
-            arrays = {key: _array(value) for key, value in state.items() if key != PADDLE_NAME_TABLE}
+            content, find = weightformats.open_file(file)
+            if isinstance(content, (Global, Call)):
+                raise ValueError(f'it contains {_name(content)}, and a weight file may hold arrays only')
+            state = _choose(content, ema, path) if type(content) is dict else {}
+            state = _take_arrays(state, _Arrays(_budget(file, limit), find), path)
         except Exception as error:                  # a damaged file may raise nearly anything
-            raise ValueError(f'{path}: not a readable weight file: {str(error) or type(error).__name__}') from None
-    if not arrays or not all(isinstance(key, str) and value is not None for key, value in arrays.items()):
+            raise ValueError(f'{path}: not a readable weight file: {_reason(error)}') from None
+    if not state:
         raise ValueError(f'{path}: expected a state dict of arrays, as model.state_dict() gives, or a checkpoint with one')
-    return arrays
+    return state
 
 
-def read_pickle(path):
-    """What paddle.save wrote to `path`, tensors as numpy arrays. Raises ValueError, naming the file, for anything else."""
+def read_pickle(path: str) -> Any:
+    """Read nested containers of arrays, text and numbers, as checkpoints are, under the budget of their size.
+
+    Raises ValueError, naming the file, for a damaged file and for one that holds anything else.
+    """
     with open(path, 'rb') as file:
         try:
-            return _Unpickler(file).load()
+            arrays = _Arrays(_budget(file))
+            return safepickle.plain(safepickle.load(file), arrays.require)
         except Exception as error:                  # a damaged pickle may raise nearly anything
-            raise ValueError(f'{path}: not a readable weight file: {str(error) or type(error).__name__}') from None
+            raise ValueError(f'{path}: not a readable weight file: {_reason(error)}') from None
 
 
-def _open(file):
-    """The content of an open file of any known format; tensors of PyTorch stay in the file for now."""
-    head, size = file.read(512), os.path.getsize(file.name)
-    file.seek(0)
-    if head[4:9] == b'\0\0\0\0{':                   # the length of the header, 8 bytes, then the header
-        return {name: _numbers(entry['data'], SAFETENSORS.get(entry['dtype'], entry['dtype'])).reshape(entry['shape'])
-                for name, entry in safetensors.deserialize(file.read())}
-    if head[:2] == b'PK' and zipfile.is_zipfile(file):
-        return _open_torch_zip(zipfile.ZipFile(file))
-    if head[:1] == b'\x80':
-        file.seek(0)
-        content = _Unpickler(file).load()
-        return _open_torch_legacy(file, size) if content == TORCH_MAGIC and type(content) is int else content
-    if not head.strip(b'\0'):
-        raise ValueError('it holds nothing but zeros' if head else 'it is empty')
-    if head[257:262] == b'ustar':
-        raise ValueError('it is a tar file; PyTorch of 2017 and before wrote such: save it again with a newer one')
-    raise ValueError(next((what for start, what in NOT_WEIGHTS if head.lstrip().startswith(start)),
-                          'it is none of .pdparams, .pdckpt, .safetensors, .pth'))
+def _budget(file: BinaryIO, limit: float = math.inf) -> float:
+    """Bytes that the arrays of a file may take: bfloat16 doubles, and a few keys may share an array."""
+    return min(limit, 4 * os.fstat(file.fileno()).st_size + SLACK)
 
 
-def _choose(content, ema, path):
+def _reason(error: Exception) -> str:
+    """One line that says what is wrong: the text of an error that is made for people, else its type."""
+    text = str(error) if isinstance(error, (ValueError, zipfile.BadZipFile)) else ''
+    return shown(text or type(error).__name__, 400)
+
+
+def _name(value) -> str:
+    """The name of a stand-in or the type of a value, for a message. Values of a file are never shown: they may be endless."""
+    name = value.name if isinstance(value, (Global, Call)) else ''
+    return shown(name or f'a {type(value).__name__}')
+
+
+# ---- choosing the weights
+
+def _choose(content: dict, ema: bool, path: str) -> dict:
     """The state dict in what a file holds: itself, or a checkpoint's weights or moving average."""
-    whole, averaged = (next((content[name] for name in names if isinstance(content.get(name), dict) and content[name]), None)
+    whole, averaged = (next((content[name] for name in names if type(content.get(name)) is dict and content[name]), None)
                        for names in (WHOLE, AVERAGED))
     if ema and not averaged:
         raise ValueError('it holds no moving average of the weights (EMA); leave MODEL.PRETRAINED_EMA, ema or --ema out')
     if averaged and not ema:
         log.info('%s holds weights and their moving average (EMA): taking the weights; MODEL.PRETRAINED_EMA True is for the EMA',
                  path)
-    # our checkpoints average the parameters only: batch-norm statistics are those of the weights
-    return {**_bare(whole or {}), **_bare(averaged)} if ema else _bare(whole or content)
+    if ema:                                         # our checkpoints average the parameters only, not the statistics
+        return {**_bare(whole or {}, path), **_bare(averaged, path)}
+    return _bare(whole or content, path)
 
 
-def _bare(state):
-    """`state` without the prefix of a parallel or compiled model."""
-    for prefix in PREFIXES:
-        if state and all(isinstance(key, str) and key.startswith(prefix) for key in state if key != PADDLE_NAME_TABLE):
-            state = {key[len(prefix):]: value for key, value in state.items() if key != PADDLE_NAME_TABLE}
-    return state
+def _bare(state: dict, path: str) -> dict:
+    """`state` without the prefix that all its keys have before the names of a HaloNet, such as `module.`"""
+    keys = [key for key in state if type(key) is str and '.' in key and key != PADDLE_NAME_TABLE]
+    parts = keys[0].split('.') if keys else []
+    count = next((n for n, part in enumerate(parts) if part in OWN_PARTS), None)
+    if count is None:                               # no name of a HaloNet
+        count = next((n for n, part in enumerate(parts) if part not in WRAPPERS), 0)
+    prefix = ''.join(f'{part}.' for part in parts[:count])
+    if not prefix or not all(key.startswith(prefix) for key in keys):
+        return state
+    log.info('%s: all keys begin with %s, which is taken off', path, shown(prefix))
+    return {key[len(prefix):] if type(key) is str and key.startswith(prefix) else key: value for key, value in state.items()}
 
 
-def _array(value):
-    """The array of a leaf; None where it is no tensor of numbers."""
-    if isinstance(value, _Tensor):
-        return value.array()
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in 'biuf':
-        return None
-    return _from_bfloat16(value) if value.dtype == np.uint16 else value      # so writes paddle.save
+def _take_arrays(state: dict, arrays: '_Arrays', path: str) -> dict:
+    """The arrays of a state dict. Entries beside them that are none, such as `epoch`, are left out and logged."""
+    found, others = {}, []
+    for key, value in state.items():
+        if key in (PADDLE_NAME_TABLE, AVERAGE_COUNTER):
+            continue
+        if type(key) is not str or len(key) > KEY or not key.isprintable():
+            raise ValueError('its state dict has a key that is no name')
+        array = arrays.take(value)
+        if array is None and '.' in key:            # as the names of weights have
+            raise ValueError(f'{shown(key)} is no array of numbers: it contains {_name(value)}')
+        if array is None:
+            others.append(key)
+        else:                                       # paddle.save writes bfloat16 as uint16
+            found[key] = _from_bfloat16(array) if array.dtype == np.uint16 else array
+    if found and others:
+        log.info('%s: left out, being no arrays: %s', path, shown(', '.join(others), 200))
+    return found
 
 
-def _numbers(data, kind):
-    """Little-endian bytes -> array (count,); bfloat16 becomes float32."""
-    if kind not in SAFETENSORS.values():
-        raise ValueError(f'its numbers are {kind}; known are {", ".join(SAFETENSORS.values())}')
-    if kind == 'bfloat16':
-        return _from_bfloat16(np.frombuffer(data, '<u2'))
-    return np.frombuffer(data, np.dtype(kind).newbyteorder('<'))
+# ---- arrays
+
+class _Arrays:
+    """Makes arrays of stand-ins, within a budget of bytes. find: the function from PyTorch's Storage to its bytes, if any."""
+
+    def __init__(self, budget, find=None):
+        self.budget, self.left, self.find, self.made, self.storages = budget, budget, find, {}, {}
+
+    def take(self, value) -> Optional[np.ndarray]:
+        """The array that a stand-in means, or None where it means none. Raises ValueError for a damaged one."""
+        if type(value) is tuple and len(value) == 2 and type(value[0]) is str:
+            value = value[1]                        # Paddle's tensors in nested containers: (name, array)
+        while type(value) is Call and value.name in PARAMETERS and value.args:
+            value = value.args[0]
+        if type(value) is weightformats.Raw:
+            return self.numbers(value.data, value.kind, value.shape)
+        make = MAKERS.get(value.name) if type(value) is Call else None
+        if make and id(value) not in self.made:     # `value` is kept so that its id stays its own
+            self.made[id(value)] = value, make(self, value)
+        return self.made[id(value)][1] if make else None
+
+    def require(self, value) -> np.ndarray:
+        """As take. Raises ValueError where a stand-in means no array."""
+        array = self.take(value)
+        if array is None:
+            raise ValueError(f'it contains {_name(value)}, and a checkpoint may hold arrays, text and numbers only')
+        return array
+
+    def numbers(self, data, kind, shape):
+        """Bytes or a Blob -> array of `shape` in native byte order; bfloat16 becomes float32."""
+        count = _size(shape)
+        dtype = np.dtype('<u2' if kind == 'bfloat16' else kind)
+        length = data.length if type(data) is Blob else len(data)
+        if length != count * dtype.itemsize:
+            raise ValueError(f'an array of {count} numbers has {length} bytes and not {count * dtype.itemsize}')
+        self.left -= 2 * length if dtype == np.uint16 else length        # that may be bfloat16, which becomes float32
+        if self.left < 0:
+            raise ValueError(f'its arrays take more than {self.budget / 2 ** 20:.0f} MB, too much for the model or for this file')
+        array = data.array(dtype) if type(data) is Blob else np.frombuffer(data, dtype)
+        array = array.reshape(shape).astype(dtype.newbyteorder('='), copy=False)
+        return _from_bfloat16(array) if kind == 'bfloat16' else array
+
+    def reconstructed(self, call):
+        """numpy's _reconstruct with the state (version, shape, dtype, True for Fortran's order, bytes)."""
+        if type(call.state) is not tuple or len(call.state) != 5:
+            raise ValueError('an array of numpy is damaged')
+        _, shape, dtype, fortran, data = call.state
+        return self.ordered(data, dtype, shape, fortran is True)
+
+    def from_buffer(self, call):
+        """numpy's _frombuffer(bytes, dtype, shape, order[, axes]) of protocol 5."""
+        data, dtype, shape, order, *axes = call.args
+        array = self.ordered(data, dtype, shape, type(order) is str and order == 'F')
+        if axes and axes[0] is not None:
+            _size(axes[0])
+            array = array.transpose(axes[0])
+        return array
+
+    def scalar(self, call):
+        """numpy's scalar(dtype, bytes), as an array ()."""
+        dtype, data = call.args
+        return self.ordered(data, dtype, (), fortran=False)
+
+    def ordered(self, data, dtype, shape, fortran):
+        _size(shape)
+        array = self.numbers(_numpy_bytes(data), _numpy_type(dtype), shape[::-1] if fortran else shape)
+        return array.transpose() if fortran else array
+
+    def tensor(self, call):
+        """torch's _rebuild_tensor(storage, offset, shape, strides, ...): a view of a storage, within its bounds."""
+        reference, offset, shape, strides = call.args[:4]
+        if type(reference) is not Reference or not self.find:
+            raise ValueError(weightformats.OUTSIDE)
+        storage, count = weightformats.storage(reference.id), _size(shape)
+        _size(strides)
+        reach = _size((offset,)) + 1 + sum((n - 1) * step for n, step in zip(shape, strides))
+        if len(shape) != len(strides) or count > storage.count or count and reach > storage.count:
+            raise ValueError(f'a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} lies outside its '
+                             f'storage of {storage.count} numbers')
+        if storage not in self.storages:
+            self.storages[storage] = self.numbers(self.find(storage), storage.kind, (storage.count,))
+        numbers = self.storages[storage]
+        steps = [step * numbers.itemsize for step in strides] if count else None
+        return np.ndarray(shape, numbers.dtype, numbers, min(offset, storage.count) * numbers.itemsize if count else 0, steps)
 
 
-def _from_bfloat16(bits):
+MAKERS = {'torch._utils._rebuild_tensor': _Arrays.tensor, 'torch._utils._rebuild_tensor_v2': _Arrays.tensor}
+for _core in ('numpy.core', 'numpy._core'):         # of numpy 1 and 2
+    MAKERS[f'{_core}.multiarray._reconstruct'] = _Arrays.reconstructed
+    MAKERS[f'{_core}.multiarray.scalar'] = _Arrays.scalar
+    MAKERS[f'{_core}.numeric._frombuffer'] = _Arrays.from_buffer
+
+
+def _size(shape) -> int:
+    """The product of a shape. Raises ValueError unless it is a tuple of a few whole numbers from 0 on."""
+    if type(shape) is not tuple or len(shape) > 32 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise ValueError('an array has a shape, strides or an offset that are no plain numbers from 0 on')
+    return math.prod(shape)
+
+
+def _numpy_type(value) -> str:
+    """The type that a stand-in of numpy.dtype means, such as '<f4'. Raises ValueError for anything but numbers."""
+    if type(value) is not Call or value.name != 'numpy.dtype' or not value.args or type(value.args[0]) is not str:
+        raise ValueError('an array of numpy has no type')
+    code, state = value.args[0], value.state        # the state is (version, byte order, ...)
+    order = state[1] if type(state) is tuple and len(state) > 1 else '|'
+    if code not in NUMPY or type(order) is not str or order not in ('<', '>', '|'):
+        raise ValueError(f'its numbers are {shown(code)}; known are {", ".join(sorted(NUMPY))}')
+    return order + code
+
+
+def _numpy_bytes(data):
+    """The bytes of an array of numpy, or their Blob. Protocol 2 writes them as text in Latin-1."""
+    if type(data) is bytes or type(data) is Blob and not data.text:
+        return data
+    args = data.args if type(data) is Call else ()
+    if type(data) is Call and data.name == 'builtins.bytes' and not args:
+        return b''
+    if type(data) is Call and data.name == '_codecs.encode' and len(args) == 2 and type(args[1]) is str and args[1] == 'latin1':
+        if type(args[0]) is str:
+            return args[0].encode('latin1')
+        if type(args[0]) is Blob and args[0].text:
+            return str(args[0].array(np.dtype('u1')).data, 'utf-8').encode('latin1')
+    raise ValueError('an array of numpy holds something else than numbers')
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
     """bfloat16 is the upper half of a float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-# ---- pickles
-
-class _Storage:
-    """The memory that tensors of PyTorch lie in: `count` numbers of `kind`, read when they are needed."""
-
-    def __init__(self, kind, count, read_bytes=None):
-        self.kind, self.count, self.read_bytes, self.numbers = kind, count, read_bytes, None
-        if type(count) is not int or count < 0:
-            raise ValueError(f'it holds a storage of {count!r} numbers')
-
-    @property
-    def nbytes(self):
-        return self.count * (2 if self.kind == 'bfloat16' else np.dtype(self.kind).itemsize)
-
-    def array(self):
-        if self.numbers is None:
-            self.numbers = _numbers(self.read_bytes(), self.kind)
-        return self.numbers
-
-
-class _Tensor:
-    """A view of a storage, checked against its bounds when it is taken."""
-
-    def __init__(self, storage, offset, shape, strides):
-        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
-
-    def array(self):
-        sizes = (self.offset, *self.shape, *self.strides)
-        count, reach = math.prod(self.shape), 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
-        if len(self.shape) != len(self.strides) or not all(type(n) is int and n >= 0 for n in sizes) \
-                or count > self.storage.count or count and self.offset + reach > self.storage.count:
-            raise ValueError(f'a tensor of shape {list(self.shape)}, strides {list(self.strides)} and offset {self.offset} '
-                             f'lies outside its storage of {self.storage.count} numbers')
-        numbers = self.storage.array()
-        return np.lib.stride_tricks.as_strided(numbers[self.offset:], self.shape, [n * numbers.itemsize for n in self.strides],
-                                               writeable=False)
-
-
-def _stand_ins():
-    """{global of PyTorch: what stands for it}, made anew for every file, so that no file can change them for the next."""
-    def tensor(storage, offset, shape, strides, *_):
-        return _Tensor(storage, offset, shape, strides)
-
-    return {('torch._utils', '_rebuild_tensor'): tensor, ('torch._utils', '_rebuild_tensor_v2'): tensor,
-            ('torch._utils', '_rebuild_parameter'): lambda data, *_: data, ('torch', 'Size'): lambda sizes=(): tuple(sizes),
-            ('torch', 'device'): lambda *names: ':'.join(map(str, names)),
-            ('argparse', 'Namespace'): type('Namespace', (argparse.Namespace,), {}),     # timm keeps its arguments in one
-            **{('torch', name): kind for name, kind in TORCH_STORAGES.items()}}
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler for arrays in containers. Any other global is refused by name, before it is called.
-
-    storage: (kind, key, count) -> the _Storage of a PyTorch tensor; without it, a file with such tensors is refused.
-    """
-
-    AS_THEY_ARE = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('collections', 'OrderedDict'), ('_codecs', 'encode'),
-                   ('builtins', 'tuple'), ('builtins', 'slice'), ('builtins', 'set')} | {
-        (f'numpy.{core}.multiarray', name) for core in ('core', '_core') for name in ('_reconstruct', 'scalar')}
-
-    def __init__(self, file, storage=None):
-        super().__init__(file)
-        self.file, self.storage, self.stand_ins = file, storage, _stand_ins()
-
-    def load(self):
-        start = self.file.tell()
-        for operation, argument, position in pickletools.genops(self.file):
-            # Python makes room for as many entries as the number of one says, were it 4 billion
-            if operation.name.endswith('PUT') and argument > position - start:
-                raise pickle.UnpicklingError(f'it has an entry {argument} in its first {position - start} bytes')
-            if operation.name == 'DUP':             # no pickler writes it; nested tuples of it take for ever to hash
-                raise pickle.UnpicklingError('it has an instruction (DUP) that no program writes')
-        self.file.seek(start)
-        return super().load()
-
-    def find_class(self, module, name):
-        if (module, name) in self.AS_THEY_ARE:
-            return super().find_class(module, name)
-        if (module, name) not in self.stand_ins:
-            raise pickle.UnpicklingError(f'it contains {module}.{name}, and a weight file may hold arrays only')
-        return self.stand_ins[module, name]
-
-    def persistent_load(self, pid):
-        known = type(pid) is tuple and pid[:1] == ('storage',) and pid[1] in TORCH_STORAGES.values() and not any(pid[5:])
-        if not self.storage or not known:
-            raise pickle.UnpicklingError('it refers to something outside, and a weight file may hold arrays only')
-        return self.storage(pid[1], pid[2], pid[4])
-
-
-# ---- PyTorch's files
-
-def _open_torch_zip(archive):
-    """What torch.save of PyTorch 1.6 and later wrote: NAME/data.pkl, and each storage as NAME/data/KEY."""
-    roots = [name[:-len('data.pkl')] for name in archive.namelist() if name.endswith('data.pkl')]
-    if len(roots) != 1 or f'{roots[0]}constants.pkl' in archive.namelist():
-        raise ValueError('it is a zip file, but torch.save of a state dict did not write it')
-    root = roots[0]
-
-    def entry(name, size=None):
-        if root + name not in archive.namelist():
-            raise ValueError(f'its entry {name[:80]!r} is missing')
-        info = archive.getinfo(root + name)         # torch.save does not compress: no entry exceeds the file
-        if info.compress_type != zipfile.ZIP_STORED or size not in (None, info.file_size):
-            raise ValueError(f'its entry {name[:80]!r} is compressed, or not as long as a tensor says')
-        return archive.read(info)
-
-    def storage(kind, key, count):
-        found = storages.setdefault(key, _Storage(kind, count))
-        found.read_bytes = lambda: entry(f'data/{key}', found.nbytes)
-        return found
-
-    storages = {}
-    if f'{root}byteorder' in archive.namelist() and entry('byteorder') != b'little':
-        raise ValueError('its numbers are big-endian; save it again on a little-endian machine')
-    return _Unpickler(io.BytesIO(entry('data.pkl')), storage).load()
-
-
-def _open_torch_legacy(file, size):
-    """What torch.save before PyTorch 1.6 wrote, from behind the magic number: four pickles, then the storages."""
-    storages = {}
-
-    def storage(kind, key, count):
-        return storages.setdefault(key, _Storage(kind, count))
-
-    version, system = _Unpickler(file).load(), _Unpickler(file).load()
-    if version != 1001 or not system['little_endian']:
-        raise ValueError(f"it is of version {version!r} of PyTorch's old format, or big-endian; save it again with a newer one")
-    content, keys = _Unpickler(file, storage).load(), _Unpickler(file).load()
-    if {*storages} != {*keys}:
-        raise ValueError('it is incomplete: it names other storages than its tensors')
-    for key in keys:
-        count, found = int.from_bytes(file.read(8), 'little'), storages[key]
-        if count != found.count or found.nbytes > size - file.tell():
-            raise ValueError(f'it is incomplete: the storage {str(key)[:80]!r} is not there as a whole')
-        found.numbers = _numbers(file.read(found.nbytes), found.kind)
-    return content
-
-
-def encode_torch(state):
-    """{key: array} -> the bytes of the file that torch.save of such a dict of tensors writes, readable with weights_only too.
-
-    Raises ValueError for numbers that PyTorch does not have.
-    """
-    state = {key: np.asarray(value, value.dtype.newbyteorder('<'), order='C') for key, value in state.items()}
-    entries = {'data.pkl': _pickle_tensors(state), 'byteorder': b'little', 'version': b'3\n',
-               **{f'data/{number}': value.tobytes() for number, value in enumerate(state.values())}}
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, 'w') as archive:
-        for name, content in entries.items():       # ZipInfo, as a mere name would be given the time of day
-            archive.writestr(zipfile.ZipInfo(f'archive/{name}'), content)
-    return file.getvalue()
-
-
-def _pickle_tensors(state):
-    """The pickle of {key: tensor}, the Nth in storage N, opcode by opcode: a Pickler would import torch to name its globals."""
-    def plain(value):
-        return pickle.dumps(value, 2)[2:-1]         # without the marks of beginning and end
-
-    def name(module, what):
-        return pickle.GLOBAL + f'{module}\n{what}\n'.encode()
-
-    storages = {kind: what for what, kind in TORCH_STORAGES.items()}
-    parts = [pickle.PROTO, b'\2', pickle.EMPTY_DICT, pickle.MARK]
-    for number, (key, value) in enumerate(state.items()):
-        if value.dtype.name not in storages:
-            raise ValueError(f'{key}: PyTorch has no {value.dtype.name}; known are {", ".join(storages)}')
-        strides = tuple(math.prod(value.shape[axis + 1:]) for axis in range(value.ndim))
-        storage = [pickle.MARK, plain('storage'), name('torch', storages[value.dtype.name]), plain(str(number)), plain('cpu'),
-                   plain(value.size), pickle.TUPLE, pickle.BINPERSID]
-        parts += [plain(key), name('torch._utils', '_rebuild_tensor_v2'), pickle.MARK, *storage, plain(0), plain(value.shape),
-                  plain(strides), plain(False), name('collections', 'OrderedDict'), pickle.EMPTY_TUPLE, pickle.REDUCE,
-                  pickle.TUPLE, pickle.REDUCE]
-    return b''.join([*parts, pickle.SETITEMS, pickle.STOP])

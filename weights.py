@@ -35,6 +35,7 @@ PADDLEVIT_KEY = re.compile(                         # what its models, halonet_2
     r'classifier\.1\.(weight|bias)')
 COUNTER = '.num_batches_tracked'                    # of PyTorch's batch norms, of no use here
 HEAD = ('head.fc.weight', 'head.fc.bias')
+HEADS = 1 << 28                                     # bytes for a classifier of more classes than the model's
 HUB_PREFIX = re.compile(r'^hf[-_]hub:')
 HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin')     # what timm's repositories hold, the safe one first
@@ -144,7 +145,9 @@ def load_pretrained(model, path, *, ema=False, fine_tune=False):
     except (ValueError, OSError) as error:
         raise type(error)(f'-pretrained {error}') from error
     try:
-        state, wanted = to_ours(read(found, ema)), model.state_dict()
+        wanted = model.state_dict()
+        room = 8 * sum(value.size for value in wanted.values()) + HEADS      # float64 is the largest type of numbers
+        state = to_ours(read(found, ema, room))
         state = {key: value for key, value in state.items() if key not in HEAD or key in wanted}
         model.set_state_dict(adapt(state, model) if fine_tune else state)
     except ValueError as error:

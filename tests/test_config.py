@@ -438,7 +438,8 @@ def test_every_config_file_is_valid(request):
 
 MAY_IMPORT = {                              # top-level module -> those of ours that it may import
     'config': set(), 'class_names': set(), 'augment': set(), 'optim': set(), 'lifeline': set(), 'utils': {'lifeline'},
-    'weightfiles': {'utils'},
+    'safepickle': set(), 'weightformats': {'safepickle'},
+    'weightfiles': {'safepickle', 'utils', 'weightformats'},
     'weights': {'utils', 'weightfiles'},
     'layers': {'ops'},
     'attention': {'layers', 'ops'},
@@ -446,12 +447,12 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
     'datasets': {'augment', 'imagefiles', 'listfile', 'pixels_cv2', 'utils'},
-    'checkpoint': {'config', 'layers', 'optim', 'utils', 'weights'},
+    'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
     'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'utils', 'tools'},          # tools.report, when a training ends
     'builders': {'augment', 'checkpoint', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
-    'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results', 'utils',
-               'weights'},
+    'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results',
+               'safepickle', 'utils', 'weights'},
     'main_multi_gpu': {'config', 'engine', 'utils'},
     'main_single_gpu': {'config', 'engine'},
 }

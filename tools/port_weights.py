@@ -1,4 +1,4 @@
-"""Convert weights between the formats that weights.py reads: Paddle's and PaddleViT's (.pdparams), timm's (.safetensors, .pth).
+"""Convert weights of any format that weights.py reads into Paddle's and PaddleViT's (.pdparams) or timm's (.safetensors).
 
 SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
 The copy is read back and compared with the source, number by number, before it gets its name; with -cfg a model loads it too.
@@ -18,13 +18,12 @@ from safetensors.numpy import save
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import utils  # noqa: E402
-import weightfiles  # noqa: E402
 import weights  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
 from tools import cli  # noqa: E402
 
-FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle'), '.pth': ('timm',)}   # the default first
+FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
 
 
@@ -33,7 +32,7 @@ def encode(state, ending, to):
     state = {key: np.asarray(value, order='C') for key, value in NAMES[to](state).items()}
     if ending == '.safetensors':
         return save(state, {'format': 'pt' if to == 'timm' else 'np'})
-    return weightfiles.encode_torch(state) if ending == '.pth' else pickle.dumps(state, protocol=4)
+    return pickle.dumps(state, protocol=4)
 
 
 def compare(state, copy):
@@ -59,7 +58,7 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
     """Convert `source` to the file `target`; returns how many arrays and numbers. Raises ValueError, FileNotFoundError."""
     ending = os.path.splitext(target)[1]
     if ending not in FORMATS:
-        raise ValueError(f'{target}: the ending must be one of {", ".join(FORMATS)}; timm reads the last two')
+        raise ValueError(f'{target}: the ending must be {" or ".join(FORMATS)}; timm and PyTorch read .safetensors')
     to = to or FORMATS[ending][0]
     if to not in FORMATS[ending]:
         endings = ' or '.join(ending for ending, names in FORMATS.items() if to in names)
@@ -83,10 +82,10 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
 def parser():
     options = cli.Parser(__doc__)
     options.add_argument('source', metavar='SRC', help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
-    options.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams, NAME.safetensors or NAME.pth')
+    options.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams or NAME.safetensors')
     options.add('cfg', 'config of the model; checks that it loads the copy', metavar='FILE', default='')
     options.add('to', 'whose names: paddle (ours; default in .pdparams), paddlevit (in .pdparams, models like its two only) or '
-                'timm (default in .safetensors and .pth)', choices=NAMES, default='')
+                'timm (default in .safetensors)', choices=NAMES, default='')
     options.add('ema', 'of a training checkpoint take the moving average of the weights', action='store_true')
     options.add('force', 'overwrite DST', action='store_true')
     return options
