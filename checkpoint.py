@@ -3,7 +3,7 @@ import hashlib
 import os
 import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import utils  # isort: skip  (first: it prepares for Paddle's import)
 
@@ -177,8 +177,8 @@ def _has_parts(state):
         return False
     counts = [value for key, value in state['progress'].items() if key != 'best']
     totals = [rank['totals'] for rank in state['ranks'] if 'totals' in rank]
-    return (state['progress'].keys() <= {'epoch', 'step', 'steps_of_epoch', 'best'}
-            and all(type(value) is int and 0 <= value < 1 << 48 for value in counts)
+    return (state['progress'].keys() <= {part.name for part in fields(Progress)} - {'totals'}
+            and all(type(value) is int and -1 <= value < 1 << 48 for value in counts)
             and all(_are_numbers(pair, 2) for pair in best.values())
             and all(type(part) is dict and _are_numbers(part.get('sums'), 4) for part in totals))
 

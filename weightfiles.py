@@ -111,20 +111,26 @@ def _bare(state: dict, path: str) -> dict:
 
 def _take_arrays(state: dict, arrays: '_Arrays', path: str) -> dict:
     """The arrays of a state dict. Entries beside them that are none, such as `epoch`, are left out and logged."""
-    found, others = {}, []
+    found, others = {}, {}
     for key, value in state.items():
         if key in (PADDLE_NAME_TABLE, AVERAGE_COUNTER):
             continue
         if type(key) is not str or len(key) > KEY or not key.isprintable():
             raise ValueError('its state dict has a key that is no name')
-        array = arrays.take(value)
-        if array is None and '.' in key:            # as the names of weights have
-            raise ValueError(f'{shown(key)} is no array of numbers: it contains {_name(value)}')
-        if array is None:
-            others.append(key)
-        else:                                       # paddle.save writes bfloat16 as uint16
+        try:
+            array = arrays.take(value)
+            problem = f'{shown(key)} is no array of numbers: it contains {_name(value)}'
+        except ValueError as error:
+            array, problem = None, f'{shown(key)}: {error}'
+        if array is not None:                       # paddle.save writes bfloat16 as uint16
             found[key] = _from_bfloat16(array) if array.dtype == np.uint16 else array
-    if found and others:
+        elif '.' in key:                            # as the names of weights have
+            raise ValueError(problem)
+        else:
+            others[key] = problem
+    if others and not found:
+        raise ValueError(next(iter(others.values())))
+    if others:
         log.info('%s: left out, being no arrays: %s', path, shown(', '.join(others), 200))
     return found
 
