@@ -19,7 +19,7 @@ import monitor
 from config import flatten, get_config
 from tools import report
 from tools.reporting import charts, page
-from tools.reporting.runs import read_run
+from tools.reporting.runs import Run, read_run
 
 CHARTS = {                                          # title -> key, splits
     'Top-1 accuracy': ('acc1', ('train', 'val', 'val_ema')), 'Top-5 accuracy': ('acc5', ('train', 'val', 'val_ema')),
@@ -93,7 +93,8 @@ def trained(images, tmp_path_factory):
 
 def test_a_training_ends_with_its_page(trained):
     found = open_page(trained / 'report.html')
-    assert found.find('h1')[0][2] == 'tiny' and 'complete: 3 epochs' in found.find('span', 'state')[0][2]
+    assert found.find('h1')[0][2] == 'tiny on data' and found.find('title')[0][2] == 'tiny on data · run'
+    assert 'complete: 3 epochs' in found.find('span', 'state')[0][2]
     titles = [element[2] for element in found.find('h2')]
     assert titles == ['Curves', 'Confusion', 'Accuracy by class', 'Surest mistakes', 'Configuration', 'Machine and versions']
     assert [element[2] for element in found.find('h3')] == list(charts_in_order())
@@ -113,6 +114,24 @@ def test_charts_have_the_points_of_the_records(trained):
         assert drawn.keys() == expected.keys()
         for label, points in expected.items():
             np.testing.assert_allclose(drawn[label], points, rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_show_the_best_epoch_and_the_last_beside_it(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'run')
+    values = {1: (40.0, 90.0), 2: (72.5, 97.5), 3: (65.0, 95.0)}
+    lines = [json.dumps({'epoch': epoch, 'step': 2 * epoch, 'split': 'val', 'loss': 1.0, 'acc1': top1, 'acc5': top5}) + '\n'
+             for epoch, (top1, top5) in values.items()]
+    edit_records(tmp_path / 'run', lambda old: [line for line in old if '"train"' in line] + lines)
+    names, numbers, notes = (tile_parts(pages(tmp_path), tag) for tag in ('dt', 'b', 'span'))
+    tiles = {name[2]: (number[2], note[2]) for name, number, note in zip(names, numbers, notes)}
+    assert tiles['Top-1, val'] == ('72.50\u202f%', 'best, epoch 2; last 65.00\u202f%')
+    assert tiles['Top-5, val'] == ('97.50\u202f%', 'epoch 2; last 95.00\u202f%')
+
+
+def tile_parts(found, tag):
+    start = next(i for i, element in enumerate(found.elements) if 'tiles' in element[1].get('class', ''))
+    stop = next(i for i, element in enumerate(found.elements) if element[0] == 'section')
+    return [element for element in found.elements[start:stop] if element[0] == tag]
 
 
 def test_curves_are_drawn_at_their_places(trained):
@@ -265,7 +284,7 @@ def test_names_are_text_and_not_markup(trained, images, tmp_path):
     names.write_text('<i>cat\n"dog\' onerror="x\n&amp;\nplain\n')
     report.write([str(tmp_path / '<b>run')], tmp_path / 'page.html', classes=names)
     found = open_page(tmp_path / 'page.html')
-    assert found.find('h1')[0][2] == "<script>alert('1')</script>" and len(found.find('script')) == 1
+    assert found.find('h1')[0][2] == "<script>alert('1')</script> on data" and len(found.find('script')) == 1
     assert {element[2] for element in found.find('span', 'name')} == {'<i>cat', '"dog\' onerror="x', '&amp;', 'plain'}
     names.write_text('one\n')
     with pytest.raises(ValueError, match='1 names for 4 classes'):
@@ -392,6 +411,18 @@ def test_an_old_page_stays_when_the_new_one_cannot_be_written(trained, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ['report.html'] and (tmp_path / 'report.html').read_text() == 'old'
 
 
+@pytest.mark.parametrize('folders, labels', [
+    (['runs/a', 'runs/b'], ['a', 'b']), (['runs/a/run', 'runs/b/run'], ['a', 'b']), (['x/a/run', 'y/b/run'], ['x/a', 'y/b']),
+    (['runs/run', 'runs/run/eval/run'], ['.', 'eval/run']), (['run', 'run/'], ['1: .', '2: .'])])
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(folders, labels):
+    runs = [page_run(folder) for folder in folders]
+    assert page.labels_of(runs) == labels
+
+
+def page_run(folder):
+    return Run(folder, [], 0, {}, {}, '', {}, {}, {}, False)
+
+
 # ---- in a browser
 
 @pytest.fixture(scope='module')
@@ -457,6 +488,45 @@ def test_pages_in_a_browser(chromium, all_pages, name, width, dark):
     assert chromium.evaluate(FAINT) == []                                                  # WCAG's 4.5 : 1
     background = chromium.evaluate('getComputedStyle(document.body).backgroundColor')
     assert (sum(map(int, re.findall(r'\d+', background))) < 384) == dark
+
+
+@pytest.mark.parametrize('width', [375, 800, 1280])
+@pytest.mark.parametrize('name', ['run', 'some'])
+def test_tiles_leave_no_hole(chromium, all_pages, name, width):
+    chromium.open(all_pages[name], width=width)
+    right, ends = chromium.evaluate('''(() => { const all = document.querySelector('.tiles'), rows = {};
+        for (const tile of all.children) { const box = tile.getBoundingClientRect(); rows[box.top] = box.right; }
+        return [all.getBoundingClientRect().right, Object.values(rows)]; })()''')
+    assert all(abs(end - right) < 2 for end in ends), (right, ends)
+
+
+LINES = '''[...document.querySelectorAll(ROWS)].map(e => [e.textContent.trim(), e.scrollWidth - e.clientWidth,
+    e.scrollHeight - e.clientHeight, e.getBoundingClientRect().width])'''
+
+
+@pytest.mark.parametrize('width', [375, 1280])
+@pytest.mark.parametrize('rows', ['.confusion tbody th span', '.bars .name'])
+def test_class_names_can_be_read(chromium, trained, tmp_path, width, rows):
+    """On a telephone the rows of the confusions read '0 S...': names break into lines, and most are there as a whole."""
+    shutil.copytree(trained, tmp_path / 'run')
+    names = ['Sphynx cat', 'Staffordshire bullterrier', 'F\u00f6hre', 'a very long name of a class that goes on and on and on']
+    (tmp_path / 'run' / 'class_names.txt').write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
+    report.write([str(tmp_path / 'run')], tmp_path / 'page.html')
+    chromium.open(tmp_path / 'page.html', width=width)
+    shown = chromium.evaluate(LINES.replace('ROWS', repr(rows)))
+    assert len(shown) == 4
+    for text, wider, higher, box in shown:
+        assert wider <= 0 and box >= 40
+        assert higher <= 2 or 'very long' in text, text
+    assert chromium.evaluate('document.documentElement.scrollWidth') == width
+
+
+def test_options_stand_below_each_other_on_a_telephone(chromium, all_pages):
+    """Paths in three columns of a telephone were slivers of a few letters."""
+    chromium.open(all_pages['compare'], width=375)
+    cells = chromium.evaluate('''[...document.querySelectorAll('.options td')].map(e => [e.dataset.head,
+        getComputedStyle(e, '::before').content, e.getBoundingClientRect().width])''')
+    assert len(cells) > 20 and all(f'"{head}"' == shown and width > 280 for head, shown, width in cells)
 
 
 @pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])

@@ -43,12 +43,18 @@ def section(title, content, note='', name=''):
 
 
 def table(head, rows, classes='', caption=''):
-    """Rows of HTML cells; the first of each row is its heading. `head` is text."""
+    """Rows of HTML cells; the first of each row is its heading. `head` is text.
+
+    Cells know the head of their column: options stand one below the other on a telephone (style.css).
+    """
+    body = []
+    for row in rows:
+        cells = [f'<td data-head="{escape(text)}">{cell}</td>' for text, cell in zip(head[1:], row[1:])]
+        body.append(f'<tr><th scope="row">{row[0]}</th>{"".join(cells)}</tr>')
     head = ''.join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    body = ''.join(f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows)
     caption = f'<caption>{escape(caption)}</caption>' if caption else ''
     return (f'<div class="wide sheet" tabindex="0" role="region" aria-label="{escape(caption or "table")}">'
-            f'<table class="{classes}">{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            f'<table class="{classes}">{caption}<thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
 
 
 def details(summary, content):
@@ -74,7 +80,7 @@ def run_page(run):
         parts.append(section('Predictions', '<p class="none">No predictions yet: the last evaluation of a run writes them '
                              '(predictions_val.npz), and the confusions and the surest mistakes are shown here.</p>'))
     parts += [configuration(run), machine(run), '</main>', footer([run])]
-    return document(f'{run.model} · {run.name}', '\n'.join(parts))
+    return document(f'{run.title} · {run.name}', '\n'.join(parts))
 
 
 def header(run):
@@ -83,7 +89,7 @@ def header(run):
     facts = [span, duration(run.log.get('seconds')), f'resumed {run.log["resumed"]} times' if run.log['resumed'] > 1 else
              'resumed once' if run.log['resumed'] else '']
     state, text = status(run)
-    return (f'<header><p class="eyebrow">{escape(run.folder)}</p><h1>{escape(run.model)}</h1>'
+    return (f'<header><p class="eyebrow">{escape(run.folder)}</p><h1>{escape(run.title)}</h1>'
             f'<p class="facts"><span class="state {state}">{escape(text)}</span>'
             f'{"".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)}</p></header>')
 
@@ -112,15 +118,17 @@ def duration(seconds):
 
 
 def tiles(run):
-    """The figures one looks for first."""
+    """The numbers one looks for first: those of the best epochs, whose weights are kept, with the last beside them."""
     items = []
     for split, label in list(SPLITS.items())[1:]:
         best = run.best(split)
         if best:
-            last = run.last(split, 'acc1')
-            items.append((f'Top-1, {label}', percent(last), f'best {percent(best[0])}, epoch {best[1]}'))
-    if run.curve('val', 'acc5'):
-        items.append(('Top-5, val', percent(run.last('val', 'acc5')), f'loss {number(run.last("val", "loss"))}'))
+            last = percent(run.last(split, 'acc1'))
+            items.append((f'Top-1, {label}', percent(best[0]), f'best, epoch {best[1]}; last {last}'))
+    best = run.best('val')
+    top5 = best and run.at('val', 'acc5', best[1])
+    if top5 is not None:
+        items.append(('Top-5, val', percent(top5), f'epoch {best[1]}; last {percent(run.last("val", "acc5"))}'))
     _, judged = run.judged
     if judged and not run.records:
         items.append(('Top-1', percent(100 * np.mean(judged['label'] == judged['top1'])), f'{len(judged["index"]):,} images'))
@@ -196,8 +204,8 @@ def confusion_table(matrix, names):
             cells.append(f'<td class="{kind}{strong}" style="--v:{strength:.3f}" title="{text}">{n}</td>' if n else
                          f'<td title="{text}"></td>')
         label = escape(name) if short else f'<i>{i}</i> {escape(name)}'
-        rows.append(f'<tr><th scope="row" title="{escape(name)}">{label}</th>{"".join(cells)}</tr>')
-    kind = 'confusion' + (' few' if len(names) <= NUMBERED else '')
+        rows.append(f'<tr><th scope="row" title="{escape(name)}"><span>{label}</span></th>{"".join(cells)}</tr>')
+    kind = 'confusion' + (' few' if len(names) <= NUMBERED else '') + ('' if short else ' named')
     return (f'<div class="wide" tabindex="0" role="region" aria-label="confusion matrix"><table class="{kind}">'
             f'<thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
 
@@ -324,9 +332,16 @@ COLOURS = (0, 1, 4, 3, 5, 2)                        # in the order of the runs
 
 
 def labels_of(runs):
-    """A short name for each run, different for each."""
+    """A short name for each run, different for each: its folder, from where the folders differ."""
     names = [run.name for run in runs]
-    return names if len({*names}) == len(names) else [run.folder for run in runs]
+    if len({*names}) == len(names):
+        return names
+    folders = [os.path.abspath(run.folder) for run in runs]
+    common = os.path.commonpath(folders)
+    labels = [os.path.relpath(folder, common) for folder in folders]
+    while all('/' in label for label in labels) and len({label.split('/')[-1] for label in labels}) == 1:
+        labels = [label.rpartition('/')[0] for label in labels]              # .../a/run and .../b/run: a and b
+    return labels if len({*labels}) == len(labels) else [f'{i}: {label}' for i, label in enumerate(labels, 1)]
 
 
 def comparison(runs):

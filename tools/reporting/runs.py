@@ -46,6 +46,15 @@ class Run:
         return self.config.get('MODEL.NAME') or self.name
 
     @property
+    def data(self):
+        """The name of the data folder, or ''."""
+        return os.path.basename(os.path.abspath(str(self.config['DATA.DATA_PATH']))) if 'DATA.DATA_PATH' in self.config else ''
+
+    @property
+    def title(self):
+        return f'{self.model} on {self.data}' if self.data else self.model
+
+    @property
     def steps_per_epoch(self):
         """By the evaluations, which are at the ends of epochs; else by the log; None if neither tells."""
         ends = [r['step'] / r['epoch'] for r in self.records if r['split'] != 'train' and r.get('epoch')]
@@ -64,6 +73,10 @@ class Run:
     def last(self, split, key):
         values = self.curve(split, key)
         return values[-1][1] if values else None
+
+    def at(self, split, key, epoch):
+        """The value of `key` in the evaluation of a split after `epoch`, or None."""
+        return next((value for x, value in self.curve(split, key) if round(x) == epoch), None)
 
     @property
     def judged(self):
