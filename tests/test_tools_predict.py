@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import browser
 import numpy as np
 import paddle
 import pytest
@@ -120,7 +121,7 @@ def test_unreadable_pictures_are_told_and_the_others_done(run, tmp_path, capsys)
     items = json.loads((tmp_path / 'a.json').read_text())['pictures']
     assert ['error' in item for item in items] == [True, True, True, False]
     assert [row['error'] != '' for row in csv.DictReader(open(tmp_path / 'a.csv'))] == [True] * 3 + [False] * 4
-    assert (tmp_path / 'a.html').read_text().count('cannot be read') == 4     # three pictures, and the sum above
+    assert (tmp_path / 'a.html').read_text().count('<b>cannot be read</b>') == 3
 
 
 class Page(HTMLParser):
@@ -161,6 +162,44 @@ def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
     for i in range(6):
         p = np.sort(expected(run, data / 'val' / f'{i}.png'))[::-1]
         np.testing.assert_allclose(widths[4 * i:4 * i + 4], 100 * p, atol=0.006)
+
+
+def test_the_page_shows_no_absolute_path(run, tmp_path):
+    words = [run[0] / 'data' / 'val_list.txt', tmp_path / 'none.png', '-html', tmp_path / 'a.html']
+    assert call(predict, '-pretrained', weights_of(run), *words) == 1
+    text = (tmp_path / 'a.html').read_text()
+    below = os.path.relpath(run[0], os.path.commonpath([run[0], tmp_path]))
+    assert f'>{below}/data/val/3.png<' in text and 'weights run/final.pdparams;' in text
+    assert not re.search(r'[> "]/\w', text.split('<style>')[0] + text.split('</style>')[1].split('<script>')[0])
+
+
+@pytest.mark.skipif(not browser.find(), reason=f'none of {", ".join(browser.NAMES)} is on PATH')
+@pytest.mark.parametrize('width', [375, 1280])
+def test_the_page_filters_and_sorts(run, tmp_path, width):
+    words = [run[0] / 'data' / 'val_list.txt', tmp_path / 'none.png']
+    assert call(predict, '-pretrained', weights_of(run), *words, '-html', tmp_path / 'a.html', '-json', tmp_path / 'a.json') == 1
+    items = json.loads((tmp_path / 'a.json').read_text())['pictures']
+    names = [os.path.basename(item['picture']) for item in items]
+    wrong = [i for i, item in enumerate(items) if 'top' in item and item['label'] != item['top'][0]['label']]
+    assert 0 < len(wrong) < 9
+    by_confidence = sorted(wrong, key=lambda i: -items[i]['top'][0]['probability'])
+    with browser.Browser() as opened:
+        opened.open(tmp_path / 'a.html', width=width)
+        assert opened.problems() == [] and opened.evaluate('document.documentElement.scrollWidth') == width
+        assert opened.evaluate('''[...document.querySelectorAll('figure *')].filter(e => e.getBoundingClientRect().right
+            > e.closest('figure').getBoundingClientRect().right).length''') == 0      # nothing is cut off
+
+        def shown(kind, order):
+            opened.evaluate(f'''(() => {{ const form = document.querySelector('form'); form.kind.value = {kind!r};
+                form.order.value = {order!r}; form.dispatchEvent(new Event('input')); }})()''')
+            texts = opened.evaluate("[...document.querySelectorAll('figure')].map(e => e.innerText)")
+            return [re.search(r'\w+\.png', text)[0] for text in texts]
+        assert shown('all', 'listed') == names
+        assert shown('wrong', 'listed') == [names[i] for i in wrong]
+        assert shown('wrong', 'surest') == [names[i] for i in by_confidence]
+        assert shown('wrong', 'unsurest') == [names[i] for i in by_confidence[::-1]]
+        assert shown('broken', 'surest') == ['none.png'] and shown('all', 'listed') == names
+        assert not opened.evaluate("document.querySelector('form').hidden")
 
 
 @pytest.mark.parametrize('words, message', [
