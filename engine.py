@@ -40,6 +40,12 @@ def run(config, stop=None):
     stop = stop or utils.Stop()
     device = utils.start(config.DEVICE)
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
+    with utils.reserved(folder):
+        return run_in(folder, config, stop, device)
+
+
+def run_in(folder, config, stop, device):
+    """`run` in its folder, which no other run writes to."""
     utils.setup_logger(folder)
     describe(config, device, folder)
     evaluation = build_evaluation(config, device, folder, stop)

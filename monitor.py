@@ -3,7 +3,6 @@
 And what the page of a run (tools/report.py) needs beside its records: the machine, the predictions of the last evaluation.
 """
 import json
-import logging
 import os
 import platform
 import shlex
@@ -21,6 +20,7 @@ from paddle.nn import functional as F
 from tqdm import tqdm
 
 import class_names
+import safefiles
 from utils import log
 
 SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')
@@ -44,10 +44,11 @@ class Metrics:
     def write(self, **record):
         if utils.rank():
             return
-        with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps({k: float(f'{v:.8g}') if isinstance(v, float) else v for k, v in record.items()}) + '\n')
+        line = json.dumps({key: float(f'{value:.8g}') if isinstance(value, float) else value for key, value in record.items()})
+        with safefiles.appending(self.path, is_whole=is_json) as file:
+            safefiles.write_all(file, f'{line}\n'.encode())
         if record['step']:                          # an evaluation on its own, step 0, is no curve
-            self._events(record['split']).add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
+            self._draw(record)
 
     def rewind(self, step, epochs):
         """Forget what comes after `step`, and the evaluations after `epochs` whole epochs: a resumed run writes them again.
@@ -68,10 +69,25 @@ class Metrics:
                     raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
         utils.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
-    def _events(self, split):
-        if split not in self.writers:
-            self.writers[split] = EventFile(os.path.join(self.folder, split), self.purge_step)
-        return self.writers[split]
+    def _draw(self, record):
+        """Add a record to TensorBoard's curves; where that fails once, as on a full disk, the run goes on without them."""
+        split = record['split']
+        try:
+            if split not in self.writers:
+                self.writers[split] = EventFile(os.path.join(self.folder, split), self.purge_step)
+            if self.writers[split]:
+                self.writers[split].add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
+        except OSError as error:
+            log.warning('%s: cannot write: %s; the run goes on without these curves', os.path.join(self.folder, split),
+                        error.strerror)
+            self.writers[split] = None
+
+
+def is_json(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:                              # UnicodeDecodeError is one
+        return False
 
 
 class EventFile:
@@ -141,7 +157,7 @@ def evaluation_batches(loader, split, terminal=None):
 @contextmanager
 def lines_beside_bars(shown):
     """Within, log lines for the console go above the progress lines, if these are `shown`."""
-    handlers = [handler for handler in log.handlers if shown and type(handler) is logging.StreamHandler]
+    handlers = [handler for handler in log.handlers if shown and isinstance(handler, utils.Console)]
     streams = [handler.setStream(BesideBar(handler.stream)) for handler in handlers]
     try:
         yield

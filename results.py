@@ -1,8 +1,9 @@
 """The table that evaluations append to: one CSV line per model, weights, data, size and crop."""
 import csv
-import fcntl
+import io
 import os
 
+import safefiles
 import utils
 from halonet import count_parameters
 
@@ -48,17 +49,25 @@ def _check_heading(path, heading):
 def save_result(path, config, model, weights, result, device):
     """Append the `row` of an evaluation to the CSV file `path`, as several may do at once; rank 0 writes.
 
-    Raises ValueError for a file with other columns, and OSError.
+    Raises ValueError for a file with other columns, and OSError; then the file is as it was.
     """
     if utils.rank() != 0:
         return
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path, 'a+', encoding='utf-8', newline='') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    line = _line(row(config, model, weights, result, device).values())
+    with safefiles.appending(path, is_whole=_is_row) as file:
         file.seek(0)
-        heading = next(csv.reader(file), None)
-        file.seek(0, os.SEEK_END)
-        _check_heading(path, heading)
-        if heading is None:
-            csv.writer(file, lineterminator='\n').writerow(COLUMNS)
-        csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row(config, model, weights, result, device))
+        heading = file.readline()
+        if heading:
+            _check_heading(path, next(csv.reader([heading.decode()]), None))
+        safefiles.write_all(file, line if heading else _line(COLUMNS) + line)
+
+
+def _line(values):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerow(values)
+    return text.getvalue().encode()
+
+
+def _is_row(line):
+    return len(next(csv.reader([line.decode(errors='replace')]), ())) == len(COLUMNS)

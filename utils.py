@@ -1,5 +1,6 @@
-"""What every part needs and no part owns: processor set-up, rank facts and reductions, logging, run folders, safe files, sums."""
+"""What every part needs and no part owns: processor set-up, rank facts and reductions, logging, run folders, sums."""
 import ctypes
+import io
 import logging
 import multiprocessing
 import os
@@ -9,9 +10,11 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import lifeline
+import safefiles
+from safefiles import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
 
 warnings.filterwarnings('ignore', message='No ccache found')                 # said at each import of Paddle
 warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
@@ -246,17 +249,45 @@ meet.calls = 0
 
 # ---- logging
 
+class _OneComplaint:
+    """Makes a log handler report one error of writing, a full disk or a closed pipe, in one line on stderr."""
+
+    complained = False
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self.complained:
+            self.complained = True
+            name = getattr(self, 'baseFilename', 'console')
+            with suppress(OSError):                 # stderr may be the same pipe
+                print(f'warning: {name}: cannot write: {error.strerror}; the run goes on, its log has gaps', file=sys.stderr)
+
+
+class LogFile(_OneComplaint, logging.FileHandler):
+    """A log file that keeps no line back: one that the disk has no room for is lost, and the next one is tried."""
+
+    def _open(self):
+        return io.TextIOWrapper(open(self.baseFilename, 'ab', buffering=0), encoding='utf-8', errors='backslashreplace',
+                                write_through=True)
+
+
+class Console(_OneComplaint, logging.StreamHandler):
+    pass
+
+
 def setup_logger(folder):
     """Rank 0 speaks on the console; every rank writes its own file in the run folder, with times and tracebacks."""
     log.handlers.clear()
     os.makedirs(folder, exist_ok=True)              # rank 0 has made it, maybe on another machine
     log.propagate = False
     log.setLevel(logging.DEBUG)
-    file = logging.FileHandler(os.path.join(folder, 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'), encoding='utf-8')
+    file = LogFile(os.path.join(folder, 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'), encoding='utf-8')
     file.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     log.addHandler(file)
     if rank() == 0:
-        console = logging.StreamHandler(sys.stdout)
+        console = Console(sys.stdout)
         console.setLevel(logging.INFO)
         console.setFormatter(logging.Formatter('%(message)s'))
         log.addHandler(console)
@@ -286,46 +317,7 @@ def plain_errors():
         sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
 
 
-# ---- files
-
-TEMPORARY = '.tmp'                                  # with the number of the process: the ending of a file in the making
-
-
-def atomic_write(path, write):
-    """Make the file `path` by `write(binary file)`: after a crash it is the old one or the new one, never a part."""
-    temporary = f'{path}{TEMPORARY}{os.getpid()}'
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)                        # the new name is on the disk as well
-        finally:
-            os.close(folder)
-    except OSError as error:
-        _remove(temporary)
-        if error.errno is None:
-            raise                                   # `write` says by itself what is wrong
-        raise OSError(error.errno, f'cannot write: {error.strerror}; what was there before is intact', str(path)) from None
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path):
-    if os.path.exists(path):
-        os.remove(path)
-
-
-def remove_temporary(folder):
-    """Remove what writers that were killed have left behind in a folder."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        if re.fullmatch(rf'.*{re.escape(TEMPORARY)}\d+', name):
-            _remove(os.path.join(folder, name))
-
+# ---- run folders
 
 def make_run_folder(output, save, name):
     """Rank 0 makes `output`, or a new folder `name`-time below `save`; every rank gets its path."""
@@ -346,6 +338,17 @@ def make_run_folder(output, save, name):
             raise ValueError(f'cannot make the run folder {output or save}: {error.strerror}; '
                              'choose another with -output') from None
     return broadcast(folder)
+
+
+@contextmanager
+def reserved(folder):
+    """Keep other runs out of the run folder for the time of the block: rank 0 holds its lock.
+
+    Raises ValueError on rank 0, and Failure on the others, where another run holds it.
+    """
+    with ExitStack() as stack:
+        on_rank_0(stack.enter_context, safefiles.reserved(folder))
+        yield
 
 
 # ---- sums

@@ -235,7 +235,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     monkeypatch.setattr(os, 'replace', lambda *names: (_ for _ in ()).throw(OSError(28, 'No space left on device', names[0])))
     with pytest.raises(OSError) as error:
         cli.write_text(str(tmp_path / 'a.csv'), 'new')
-    assert cli.told(error.value) == f'{tmp_path}/a.csv: cannot be written: No space left on device'
+    assert cli.told(error.value) == f'{tmp_path}/a.csv: cannot write: No space left on device; what was there before is intact'
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('a.csv', 'old')]
 
 

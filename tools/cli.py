@@ -10,6 +10,7 @@ import time
 from typing import Any, Optional
 
 import class_names
+import safefiles
 from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -148,15 +149,7 @@ def write_text(path, text):
     if path == '-':
         sys.stdout.write(text)
         return
-    temporary = f'{path}.tmp{os.getpid()}'
-    try:
-        with open(temporary, 'w', encoding='utf-8', errors='backslashreplace', newline='') as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(error.errno, f'cannot be written: {error.strerror}', path) from None
+    safefiles.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'backslashreplace')))
 
 
 def progress(items, total, what):

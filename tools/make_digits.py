@@ -6,9 +6,14 @@ The split is ours and random, so both parts hold digits of the same writers: it 
 import argparse
 import io
 import os
+import sys
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import safefiles  # noqa: E402
 
 
 def read_digits():
@@ -50,9 +55,7 @@ def write_files(folder, files):
                     continue
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f'{path}.new', 'wb') as file:
-            file.write(content)
-        os.replace(f'{path}.new', path)
+        safefiles.atomic_write(path, lambda file, content=content: file.write(content))
 
 
 def main(argv=None):

@@ -1,0 +1,200 @@
+"""Write files that survive crashes, full disks and other writers: whole files, appended lines, a lock per run folder.
+
+Needs no Paddle.
+"""
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, Callable
+
+log = logging.getLogger('halonet')
+
+TEMPORARY = '.tmp'                                  # with a number: the ending of a file in the making
+LOCK = 'run.lock'                                   # in a run folder
+LOCK_PATIENCE = 10                                  # seconds: after a restart the old process may still be ending
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # by some network file systems, FUSE, CIFS
+_held = set()                                       # open lock files of run folders
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, where its file system can do that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+
+
+def lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Lock an open file against other processes until it is closed. Returns False on a file system without locks.
+
+    Raises BlockingIOError for a file that another process has locked, unless `wait`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED | {errno.ENOLCK}:
+            raise
+        return False
+
+
+# ---- whole files
+
+def atomic_write(path: str, write: Callable) -> None:
+    """Make the file `path` by `write(binary file)`: after a crash it is the old one or the new one, never a part.
+
+    A device or a pipe, such as /dev/stdout, is written to directly. Raises OSError with the path.
+    """
+    path = os.fspath(path)
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            with open(path, 'wb') as file:
+                write(file)
+            return
+        _write_and_rename(path, write)
+    except OSError as error:
+        if error.errno is None:
+            raise                                   # `write` has found something wrong, and says what
+        raise OSError(error.errno, f'cannot write: {error.strerror}; what was there before is intact', path) from None
+    try:
+        _sync_folder(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:
+        raise OSError(error.errno, f'written, but its folder cannot be flushed to the disk: {error.strerror}', path) from None
+
+
+def _write_and_rename(path: str, write: Callable) -> None:
+    temporary = f'{path}{TEMPORARY}{secrets.randbelow(10 ** 9)}'
+    try:
+        with open(temporary, 'xb') as file:
+            lock(file, wait=False)                  # against remove_temporary
+            write(file)
+            file.flush()
+            sync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Flush a folder, so that a new name in it survives a crash; one that may not be read is left to the system."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporary(folder: str) -> None:
+    """Remove the files in the making that killed writers have left in a folder; those of living writers stay."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if not re.fullmatch(rf'.*{re.escape(TEMPORARY)}\d+', name):
+            continue
+        path = os.path.join(folder, name)
+        with suppress(BlockingIOError, FileNotFoundError, PermissionError), open(path, 'r+b') as file:
+            lock(file, wait=False)
+            os.remove(path)
+
+
+# ---- appended lines
+
+@contextmanager
+def appending(path: str, is_whole: Callable[[bytes], bool]) -> Iterator[BinaryIO]:
+    """Open `path` to append lines, by this process alone; an error leaves the file as it was.
+
+    A last line without a line end, as a crash leaves it, is completed if `is_whole(line)`, else removed.
+    Yields an unbuffered binary file, to be written by `write_all`. Raises OSError with the path.
+    """
+    with open(path, 'a+b', buffering=0) as file:
+        lock(file)
+        before = file.seek(0, os.SEEK_END)
+        try:
+            before = _end_last_line(file, before, is_whole)
+            yield file
+            sync(file.fileno())
+        except BaseException as error:
+            with suppress(OSError):
+                file.truncate(before)
+            if isinstance(error, OSError) and error.errno:
+                raise OSError(error.errno, f'cannot append to it: {error.strerror}; what was there before is intact',
+                              path) from None
+            raise
+
+
+def _end_last_line(file: BinaryIO, size: int, is_whole: Callable[[bytes], bool]) -> int:
+    """Complete or remove a last line without a line end. Returns the size of the file."""
+    file.seek(max(size - 1, 0))
+    if file.read(1) in (b'', b'\n'):
+        return size
+    file.seek(max(size - 2 ** 16, 0))
+    line = file.read(2 ** 16).rpartition(b'\n')[2]
+    if is_whole(line):
+        write_all(file, b'\n')
+        return size + 1
+    log.warning('%s: its last line was cut by a crash, and is removed: %.200r', file.name, line)
+    return file.truncate(size - len(line))
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write `data` to an unbuffered file, which may take only a part at a time."""
+    while data:
+        data = data[file.write(data):]
+
+
+# ---- one writer per run folder
+
+@contextmanager
+def reserved(folder: str) -> Iterator[None]:
+    """Keep other processes from `reserved(folder)` for the time of the block; the kernel ends it with this process.
+
+    Raises ValueError, with the process and its host, where another one has held the folder for LOCK_PATIENCE seconds.
+    """
+    with open(os.path.join(folder, LOCK), 'a+b', buffering=0) as file:
+        _lock_run(folder, file)
+        with suppress(OSError):                     # a full disk: the lock counts, not its text
+            file.truncate(0)
+            holder = f'process {os.getpid()} on host {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}'
+            write_all(file, f'{holder}\n'.encode())
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
+
+
+def _lock_run(folder: str, file: BinaryIO) -> None:
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            if not lock(file, wait=False):
+                log.warning('the file system of %s has no locks: see that no other run writes to it', folder)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                break
+        time.sleep(0.2)
+    file.seek(0)
+    holder = file.read().decode(errors='replace').strip() or 'another process'
+    raise ValueError(f'{folder} is in use by {holder}; wait until that ends, or choose another folder with -output')
+
+
+def _close_held() -> None:
+    """In a forked data worker, which may outlive the run for a moment: its copy would keep the lock."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)
