@@ -19,7 +19,7 @@ from runs import TINY, make_images, program
 import datasets
 from config import get_config
 from halonet import build_halonet
-from tools import cli, predict, visualize
+from tools import cli, fonts, predict, visualize
 from tools.attention_maps import attention_maps
 
 NAMES = ['red <b>', 'green', 'blue "&"', 'grey']
@@ -330,6 +330,40 @@ def test_visualize_chooses_layers_and_heads(run, tmp_path, capsys):
     (tmp_path / 'bad.png').write_text('x')
     assert call(visualize, tmp_path / 'bad.png', *words) == 2
     assert 'bad.png: not an image' in capsys.readouterr().err
+
+
+def drawn(font, letter):
+    return bytes(font.getmask(letter))
+
+
+@pytest.mark.parametrize('text', ['dog', 'F\u00f6hre', '\u98df\u3079\u7269', '\u0416 \u03b1 \u00e9 \u98df \U0001f600 \u0928',
+                                  'a\x1b[31mb'])
+def test_no_letter_is_drawn_as_a_box(text):
+    writer = fonts.Writer([text])
+    shown, font = writer.shown(text), writer.font(30)
+    box = drawn(font, '\U0010fffe')                 # a noncharacter, of which no font has a picture
+    assert [letter for letter in shown if drawn(font, letter) == box] == [] and shown.isprintable()
+    for letter, replaced in writer.escapes.items():
+        assert re.fullmatch(r'\\(x\w\w|u\w{4}|U\w{8})', replaced) and chr(letter) not in shown
+
+
+def test_without_any_other_font_letters_become_escapes(monkeypatch):
+    monkeypatch.setenv('PATH', '')                  # no fontconfig
+    monkeypatch.setattr(fonts, 'USUAL', ('no such font.ttf',))
+    assert fonts.Writer(['\u98df dog']).shown('\u98df dog') == '\\u98df dog'
+
+
+def test_texts_are_within_the_picture(run, tmp_path):
+    """The legend was cut off beside a single head, and so would be a long name of a class."""
+    words = [run[0] / 'data' / 'val' / '4.png', '-pretrained', weights_of(run), '-head', 'mean', '-output']
+    long = 'a name of a class that is longer than the panels are wide, by far and beyond all doubt\n'
+    (tmp_path / 'long.txt').write_text(4 * long)
+    assert call(visualize, *words, tmp_path / 'a.png') == 0
+    assert call(visualize, *words, tmp_path / 'b.png', '-classes', tmp_path / 'long.txt') == 0
+    for name in 'ab':
+        with Image.open(tmp_path / f'{name}.png') as image:
+            pixels = np.asarray(image.convert('L'))
+            assert pixels[:, -8:].min() > 240 and image.width > 14 + 2 * (220 + 14)    # only paper at the right border
 
 
 # ---- all

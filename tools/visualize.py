@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli  # noqa: E402
+from tools.fonts import Writer  # noqa: E402
 
 FINE = 2                                            # everything is drawn at twice its size, then made smooth
 GAP, TEXT = 14, 15                                  # pixels between panels; height of the letters
@@ -140,29 +141,40 @@ def rows_of(pixels, caption, maps, heads, point, side):
 
 
 def sheet(rows, title):
-    """All rows as one image, with a title and a legend."""
+    """All rows as one image, with a title and a legend; it is as wide as the panels and the texts need."""
+    writer = Writer([title, *(line for row in rows for caption in row.captions for line in caption)])
+
     def font(size):
-        return ImageFont.load_default(FINE * size)
+        return writer.font(FINE * size)
     panel = rows[0].panels[0].width // FINE
-    columns = max(len(row.panels) for row in rows)
     row_height = panel + round(4.2 * TEXT) + GAP
     head = round(4.2 * TEXT) + GAP
-    width, height = GAP + columns * (panel + GAP), head + len(rows) * row_height
-    image = Image.new('RGB', (FINE * width, FINE * height), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((FINE * GAP, FINE * GAP), title, INK, font(TEXT + 4))
-    legend(draw, FINE * GAP, FINE * (GAP + round(2.1 * TEXT)), font(TEXT - 1))
+    texts = [(FINE * GAP, FINE * GAP, writer.shown(title), INK, font(TEXT + 4))]
+    pictures = []
     for r, row in enumerate(rows):
         for c, (picture, caption) in enumerate(zip(row.panels, row.captions)):
             x, y = FINE * (GAP + c * (panel + GAP)), FINE * (head + r * row_height)
-            image.paste(picture, (x, y))
+            pictures.append((picture, (x, y)))
             for i, (line, colour) in enumerate(zip(caption, (INK, SOFT, SOFT))):
-                draw.text((x, y + FINE * (panel + 4 + round(1.3 * i * TEXT))), line, colour, font(TEXT - min(i, 1)))
+                below = y + FINE * (panel + 4 + round(1.3 * i * TEXT))
+                texts.append((x, below, writer.shown(line), colour, font(TEXT - min(i, 1))))
+    place = FINE * GAP, FINE * (GAP + round(2.1 * TEXT)), font(TEXT - 1)
+    ends = [x + picture.width for picture, (x, _) in pictures]
+    ends += [x + round(size.getlength(text)) for x, _, text, _, size in texts]
+    ends.append(legend(ImageDraw.Draw(Image.new('RGB', (1, 1))), *place))
+    width, height = -(-max(ends) // FINE) + GAP, head + len(rows) * row_height
+    image = Image.new('RGB', (FINE * width, FINE * height), PAPER)
+    draw = ImageDraw.Draw(image)
+    legend(draw, *place)
+    for picture, corner in pictures:
+        image.paste(picture, corner)
+    for x, y, text, colour, size in texts:
+        draw.text((x, y), text, colour, size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def legend(draw, x, y, font):
-    """dot query, line block, dashes window, colours weight: in one line from (x, y) on."""
+    """dot query, line block, dashes window, colours weight: in one line from (x, y) on. Returns where it ends."""
     size = FINE * TEXT
     middle = y + size // 2
     for name in ('query', 'block', 'window', 'weight of a key, none to most'):
@@ -180,7 +192,9 @@ def legend(draw, x, y, font):
             x += size
         x += round(1.4 * size)
         draw.text((x, y - FINE), name, SOFT, font)
-        x += round(draw.textlength(name, font)) + 2 * size
+        end = x + round(draw.textlength(name, font))
+        x = end + 2 * size
+    return end
 
 
 # ---- the command
