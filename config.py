@@ -269,7 +269,7 @@ def parse_args(argv=None):
     add('accum_iter', 'TRAIN.ACCUM_ITER', 'forward passes per optimizer step', metavar='N')
     add('pretrained', 'MODEL.PRETRAINED', 'weights to start from or to evaluate, or a hub name', metavar='FILE')
     add('resume', 'MODEL.RESUME', 'a checkpoint to go on from, or auto: the newest good one of the run folder', metavar='FILE')
-    add('last_epoch', 'TRAIN.LAST_EPOCH', 'go on after this epoch, whatever the checkpoint says', metavar='N')
+    add('last_epoch', 'TRAIN.LAST_EPOCH', 'go on after this epoch; only once in a run', metavar='N')
     add('output', 'OUTPUT', 'the run folder', metavar='DIR')
     add('results', 'RESULTS', 'CSV file that an evaluation appends a line to', metavar='FILE')
     add('device', 'DEVICE', 'auto, gpu or cpu')

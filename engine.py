@@ -234,7 +234,7 @@ def train_one_epoch(training, progress, saver, metrics):
         if stop or save:
             save_checkpoint(training, progress, saver)
         if stop:
-            raise utils.Stopped(f'stopped after step {progress.step}; go on with -resume auto -output {saver.folder}')
+            raise utils.Stopped(f'stopped after step {progress.step}; to go on: {monitor.command_to_go_on(saver.folder)}')
 
 
 def mix_rng(training, progress):

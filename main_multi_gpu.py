@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 
+import packages  # noqa: F401  (it reports a missing package)
 from config import parse_args
 
 GRACE = 10                                          # seconds that the others get to leave when a process has failed

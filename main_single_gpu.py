@@ -2,6 +2,7 @@
 import signal
 import sys
 
+import packages  # noqa: F401  (it reports a missing package)
 from config import parse_args
 
 

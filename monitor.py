@@ -3,6 +3,7 @@
 And what the page of a run (tools/report.py) needs beside its records: the machine, the predictions of the last evaluation.
 """
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -397,6 +398,16 @@ def machine(device):
 def command():
     """The program's name and arguments, as a shell takes them."""
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def command_to_go_on(folder: str) -> str:
+    """Return the command that resumes this run, as a shell takes it; for paddle's launcher, which has own options, in words."""
+    resume = ['-opts', 'MODEL.RESUME', 'auto'] if 'MODEL.RESUME' in sys.argv else ['-resume', 'auto']
+    more = [*resume, '-output', folder]
+    if 'PADDLE_TRAINER_ID' in os.environ and multiprocessing.parent_process() is None:
+        return f'the same command with {shlex.join(more)}'
+    known = sys.argv[-len(more):] == more
+    return shlex.join([sys.executable, *sys.argv, *([] if known else more)])
 
 
 def processor():

@@ -1,40 +1,66 @@
 #!/usr/bin/env bash
 # From a clean checkout to a trained and evaluated HaloNet: real images, no download but the Python packages, CPU is enough.
 #
-#   ./run_demo.sh                        PYTHON=python3.12 ./run_demo.sh chooses the Python
-#   ./run_demo.sh -opts SEED 1           more options of config.py for both the training and the evaluation
+#   ./run_demo.sh                        install what is missing into .venv, train and evaluate
+#   ./run_demo.sh -opts SEED 1           options of config.py for both the training and the evaluation
+#   ./run_demo.sh -h                     show this text, and change nothing
+#
+#   PYTHON=                              the Python that makes .venv, such as python3.12; empty: python3
 #
 # Everything is written below demo/. A run starts from nothing and replaces the one before it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh run_demo.sh works too
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source tools/usage.sh
+! show_usage run_demo.sh "$@" || exit 0
+
 cfg=configs/halonet_digits.yaml
 data=demo/digits
 run=demo/run
 python=.venv/bin/python
 
+check_options() {
+    "$python" - "$@" <<'END'
+import sys
+
+from config import parse_args
+
+sys.argv[0] = 'run_demo.sh'
+config = parse_args()
+if config.EVAL or config.MODEL.RESUME or config.MODEL.PRETRAINED or config.OUTPUT:
+    print('run_demo.sh: error: it sets -output, -eval, -resume and -pretrained itself; leave them out', file=sys.stderr)
+    sys.exit(2)
+END
+}
+
 tools/setup_env.sh requirements-dev.txt
+check_options -cfg "$cfg" -data_path "$data" "$@"   # before the run of last time is removed
 "$python" tools/make_digits.py "$data"
 
 echo "demo: training ($cfg)"
 rm -rf "$run" demo/eval
-"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" -output "$run" "$@"
+"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output "$run"
 
 echo "demo: evaluating the saved weights"
-"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" -output demo/eval -eval -pretrained "$run/final.pdparams" "$@"
+"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output demo/eval -eval -pretrained "$run/final.pdparams"
 result=$(grep -o 'acc@1 .*' demo/eval/log.txt | tail -n 1) || {
     echo 'demo: demo/eval/log.txt holds no accuracy' >&2
     exit 1
 }
 
+printf -v here '%q' "$PWD"
 cat <<END
 
 demo: done: $result
-  images    $PWD/$data
-  weights   $PWD/$run/final.pdparams
-  log       $PWD/$run/log.txt
-  metrics   $PWD/$run/metrics.jsonl
-  page      $PWD/$run/report.html (curves, confusions, mistakes: open it in a browser)
-Next, your own images (a folder with train_list.txt and val_list.txt, lines 'relative/path label'), here with three classes:
-  $python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES 3
+  images    $here/$data
+  weights   $here/$run/final.pdparams
+  log       $here/$run/log.txt
+  metrics   $here/$run/metrics.jsonl
+  page      $here/$run/report.html (curves, confusions, mistakes: open it in a browser)
+Next, in this shell:
+  cd $here && source .venv/bin/activate
+  python tools/predict.py -pretrained $run/final.pdparams $data/val/8
+Then your own images (a folder DIR with train_list.txt and val_list.txt, see docs/finetune.md), here with three classes:
+  python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES 3
 END

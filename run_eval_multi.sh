@@ -15,6 +15,8 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/tools/run_multi.sh"
+! show_usage "$root/run_eval_multi.sh" "$@" || { show_options; exit 0; }
 [[ -n ${PRETRAINED:-} ]] || { echo 'run_eval_multi.sh: name the weights: PRETRAINED=FILE ./run_eval_multi.sh' >&2; exit 2; }
 
 options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
@@ -23,5 +25,5 @@ options+=(-eval -pretrained "$PRETRAINED")
 [[ -z ${OUTPUT:-} ]] || options+=(-output "$OUTPUT")
 
 again=()
-source "$root/tools/run_multi.sh"
+prepare "$@"
 run_multi "$@"

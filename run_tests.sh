@@ -4,8 +4,14 @@
 #   ./run_tests.sh                       all but the slow ones
 #   ./run_tests.sh -m slow               the slow ones
 #   ./run_tests.sh tests/test_config.py -x
+#   ./run_tests.sh -h                    show this text, and change nothing
+#
+#   PYTHON=                              the Python that makes .venv, such as python3.12; empty: python3
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh run_tests.sh works too
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source tools/usage.sh
+! show_usage run_tests.sh "$@" || exit 0
 tools/setup_env.sh requirements-dev.txt
 exec .venv/bin/python -m pytest "$@"

@@ -19,6 +19,8 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/tools/run_multi.sh"
+! show_usage "$root/run_train_multi.sh" "$@" || { show_options; exit 0; }
 
 options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012 -data_path "${DATA:-/dataset/imagenet}")
 [[ -z ${BATCH_SIZE:-} ]] || options+=(-batch_size "$BATCH_SIZE")
@@ -26,5 +28,5 @@ options=(-cfg "${CFG:-$root/configs/halonet_26t_256.yaml}" -dataset imagenet2012
 [[ -z ${OUTPUT:-} ]] || options+=(-output "$OUTPUT")
 
 again=(-resume auto)
-source "$root/tools/run_multi.sh"
+prepare "$@"
 run_multi "$@"

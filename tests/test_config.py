@@ -437,8 +437,8 @@ def test_every_config_file_is_valid(request):
 # ---- the shape of the code
 
 MAY_IMPORT = {                              # top-level module -> those of ours that it may import
-    'config': set(), 'class_names': set(), 'augment': set(), 'optim': set(), 'lifeline': set(), 'utils': {'lifeline'},
-    'safepickle': set(), 'weightformats': {'safepickle'},
+    'config': set(), 'class_names': set(), 'packages': set(), 'augment': set(), 'optim': set(), 'lifeline': set(),
+    'safefiles': set(), 'utils': {'lifeline', 'safefiles'}, 'safepickle': set(), 'weightformats': {'safepickle'},
     'weightfiles': {'safepickle', 'utils', 'weightformats'},
     'weights': {'utils', 'weightfiles'},
     'layers': {'ops'},
@@ -448,13 +448,13 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
     'datasets': {'augment', 'imagefiles', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
-    'results': {'halonet', 'utils', 'tools'},          # the counter of multiply-adds
-    'monitor': {'class_names', 'utils', 'tools'},          # tools.report, when a training ends
+    'results': {'halonet', 'safefiles', 'utils', 'tools'},          # the counter of multiply-adds
+    'monitor': {'class_names', 'safefiles', 'utils', 'tools'},          # tools.report, when a training ends
     'builders': {'augment', 'checkpoint', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
     'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results',
                'safepickle', 'utils', 'weights'},
-    'main_multi_gpu': {'config', 'engine', 'utils'},
-    'main_single_gpu': {'config', 'engine'},
+    'main_multi_gpu': {'config', 'engine', 'packages', 'utils'},
+    'main_single_gpu': {'config', 'engine', 'packages'},
 }
 STANDARD_AND_PADDLE = {'contextlib', 'dataclasses', 'functools', 'math', 'paddle'}     # all that these need besides
 

@@ -1,6 +1,7 @@
 """The scripts around training: the digits folder, the environment, the launchers. Nothing here installs or trains."""
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,121 @@ def test_scripts_are_executable_and_parse(name):
     assert os.access(path, os.X_OK)
     assert run('bash', '-n', path) == ('', 0)
 
+
+# ---- help, sh, and options that are mistakes
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone in a folder with a space in its name, without an environment, and with the demo's last run."""
+    folder = tmp_path / 'my clone'
+    wanted = shutil.ignore_patterns('.*', 'demo', 'output', 'runs', 'tests', 'docs', '__pycache__')
+    shutil.copytree(ROOT, folder, ignore=wanted)
+    (folder / 'demo' / 'run').mkdir(parents=True)
+    (folder / 'demo' / 'run' / 'final.pdparams').write_bytes(b'the last run')
+    return folder
+
+
+VARIABLES = {
+    'run_demo.sh': ['PYTHON='], 'run_tests.sh': ['PYTHON='], 'tools/setup_env.sh': ['PYTHON='],
+    'run_train_multi.sh': ['CFG=', 'DATA=', 'BATCH_SIZE=', 'PRETRAINED=', 'OUTPUT=', 'NPROCS=', 'NNODES=', 'MAX_RESTARTS='],
+    'run_eval_multi.sh': ['CFG=', 'DATA=', 'BATCH_SIZE=', 'PRETRAINED', 'OUTPUT=', 'NPROCS=', 'NNODES=']}
+
+
+@pytest.mark.parametrize('name', VARIABLES)
+@pytest.mark.parametrize('words', [['sh', '-h'], ['bash', '--help']])
+def test_help_shows_the_variables_and_changes_nothing(clone, tmp_path, name, words):
+    before = content(clone)
+    output, status = run(words[0], str(clone / name), words[1], PYTHON=sys.executable if 'multi' in name else None)
+    assert status == 0 and all(variable in output for variable in VARIABLES[name]), output
+    assert content(clone) == before and not (clone / '.venv').exists()
+    if 'multi' in name:
+        assert '-batch_size_eval' in output         # the options of the program, too
+
+
+def make_environment(clone):
+    script(clone / '.venv/bin/python', f'exec "{sys.executable}" "$@"')
+    script(clone / 'tools/setup_env.sh', 'exit 0')
+
+
+@pytest.mark.parametrize('words, message', [
+    (['-opts', 'SED', '1'], 'unknown option SED; did you mean SEED?'), (['-sed', '1'], 'unrecognized arguments: -sed 1'),
+    (['-output', 'x'], 'it sets -output'), (['-eval'], 'it sets -output'), (['-opts', 'TRAIN.SMOOTHING', '1.0'], 'below 1')])
+def test_a_mistake_in_the_demo_s_options_keeps_the_last_run(clone, words, message):
+    make_environment(clone)
+    output, status = run(str(clone / 'run_demo.sh'), *words)
+    assert status == 2 and message in output and output.count('\n') == 1, output
+    assert (clone / 'demo/run/final.pdparams').read_bytes() == b'the last run'
+
+
+def test_the_demo_runs_by_sh_and_prints_paths_for_a_shell(clone):
+    """With a Python that does nothing but claim a result."""
+    script(clone / '.venv/bin/python', 'mkdir -p demo/eval; echo "acc@1 1.00" > demo/eval/log.txt')
+    script(clone / 'tools/setup_env.sh', 'exit 0')
+    output, status = run('sh', str(clone / 'run_demo.sh'), '-opts', 'SEED', '1')
+    assert status == 0 and 'demo: done: acc@1 1.00' in output and 'source .venv/bin/activate' in output
+    shown = re.search(r'^  weights   (.*)$', output, re.M)[1]
+    assert shlex.split(shown) == [str(clone / 'demo/run/final.pdparams')]
+    assert shlex.split(re.search(r'^  cd (.*?) && ', output, re.M)[1]) == [str(clone)]
+
+
+@pytest.mark.parametrize('name', ['run_train_multi.sh', 'run_eval_multi.sh'])
+def test_restarts_need_a_resume_that_they_can_override(name, tmp_path):
+    output, status = launch(tmp_path, name, '-opts', 'MODEL.RESUME', 'x', PRETRAINED='w', MAX_RESTARTS='1', OUTPUT='o')
+    assert status == 2 and 'MAX_RESTARTS needs -resume' in output[0]
+
+
+# ---- missing packages
+
+PROGRAMS = ['main_single_gpu.py', 'main_multi_gpu.py', *sorted(
+    f'tools/{name}' for name in os.listdir(f'{ROOT}/tools') if name.endswith('.py')
+    and "__name__ == '__main__'" in open(f'{ROOT}/tools/{name}', encoding='utf-8').read())]
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_a_missing_package_is_one_line(name):
+    output, status = run(sys.executable, '-S', f'{ROOT}/{name}', '-h')         # -S: without site-packages
+    assert re.fullmatch(r"error: the package \S+ is missing in .*; (first: source|install the requirements by) .*\n", output)
+    assert status == 2
+
+
+@pytest.mark.parametrize('words', [['main_single_gpu.py'], ['main_multi_gpu.py'], [
+    'tools/predict.py', '-cfg', 'halonet_digits', '-pretrained', 'x', 'x.png']])
+def test_a_missing_package_that_is_imported_late(words, tmp_path):
+    (tmp_path / 'paddle.py').write_text('raise ModuleNotFoundError("No module named \'paddle\'", name="paddle")')
+    output, status = run(sys.executable, f'{ROOT}/{words[0]}', *words[1:], PYTHONPATH=str(tmp_path))
+    assert status == 2 and output.startswith('error: the package paddlepaddle is missing in ') and output.count('\n') == 1
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    for text in ('import tools.nothing', 'raise ImportError("a broken library")'):
+        (tmp_path / 'yaml.py').write_text(text)
+        output, status = run(sys.executable, f'{ROOT}/main_single_gpu.py', PYTHONPATH=f'{tmp_path}:{ROOT}')
+        assert status == 1 and output.startswith('Traceback')
+
+
+# ---- commands that are printed
+
+@pytest.mark.parametrize('words', [
+    ['-cfg', 'a b.yaml', '-amp'], ['-cfg', 'c.yaml', '-opts', 'OUTPUT', 'a run', 'SEED', '3'],
+    ['-opts', 'MODEL.RESUME', 'auto', 'OUTPUT', 'a run'], ['-resume', 'auto', '-output', 'a run']])
+def test_the_command_to_go_on_is_whole(words, monkeypatch, tmp_path):
+    import config
+    import monitor
+    monkeypatch.chdir(tmp_path)
+    for name in ('a b.yaml', 'c.yaml'):
+        (tmp_path / name).write_text('SEED: 5')
+    monkeypatch.setattr(sys, 'argv', ['my clone/main_single_gpu.py', *words])
+    python, program, *rest = shlex.split(monitor.command_to_go_on('a run'))
+    assert (python, program) == (sys.executable, 'my clone/main_single_gpu.py')
+    again = config.parse_args(rest)
+    assert (again.MODEL.RESUME, again.OUTPUT) == ('auto', 'a run')
+    assert again.SEED == config.parse_args(words).SEED and again.AMP == ('-amp' in words)
+    monkeypatch.setenv('PADDLE_TRAINER_ID', '0')
+    assert monitor.command_to_go_on('a run') in ("the same command with -resume auto -output 'a run'",
+                                                 "the same command with -opts MODEL.RESUME auto -output 'a run'")
+
+
+# ---- the launchers
 
 def launch(tmp_path, name, *args, **env):
     """The arguments with which the launcher calls Python."""

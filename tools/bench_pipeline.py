@@ -14,6 +14,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
 import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
 
 import numpy as np  # noqa: E402
@@ -21,7 +22,6 @@ from PIL import Image  # noqa: E402
 
 import datasets  # noqa: E402
 from config import get_config  # noqa: E402
-from tools import cli  # noqa: E402
 
 AUGMENTATIONS = {
     'crop, flip': [],

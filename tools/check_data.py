@@ -17,11 +17,11 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+import numpy as np  # noqa: E402
 
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all

@@ -9,7 +9,10 @@ import sys
 import time
 from typing import Any, Optional
 
+import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
+
 import class_names
+import config as options
 import safefiles
 from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
 
@@ -20,17 +23,17 @@ PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '
 
 # ---- the command line
 
-class Parser(argparse.ArgumentParser):
+class Parser(options.Parser):
     """Options with one dash or two, as the main programs have them; the description ends with examples."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(self, name, help, **kwargs):
         default = kwargs.get('default')
         if 'default:' not in help and type(default) in (int, float):
             help = f'{help} (default: {default})'
-        self.add_argument(f'-{name}', f'--{name}', help=help, **kwargs)
+        super().add(name, help, **kwargs)
 
     def add_model(self):
         """The options that `config_of` reads."""
@@ -46,6 +49,8 @@ class Parser(argparse.ArgumentParser):
     def run(self, main, argv=None):
         """Call `main` on the parsed arguments and leave with its exit status; the user's mistakes are one line, status 2."""
         args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            setattr(args, name, expand_home(value))
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors='backslashreplace')    # a file may have a name that the terminal cannot show
         try:
@@ -61,6 +66,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(status)
 
 
+def expand_home(value: Any) -> Any:
+    """Replace a ~ at the start of a path, or of each path of a list, by the home folder: -html=~/x.html."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def told(error):
     """What is wrong, in words; the system's errors as 'file: what'."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -70,13 +82,13 @@ def told(error):
 
 def config_of(args):
     """The config that the options of Parser.add_model name. Raises as config.get_config."""
-    from config import get_config, with_opts
     path = args.cfg or os.path.join(os.path.dirname(args.pretrained), 'config.yaml')
     if not args.cfg and not os.path.isfile(path):
         raise ValueError(f'there is no {path} that says what model {args.pretrained} belongs to; give its config by -cfg FILE')
     flags = {'MODEL.PRETRAINED': args.pretrained, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP_PCT': args.crop_pct,
              'DEVICE': args.device}
-    return get_config(path, with_opts({key: value for key, value in flags.items() if value is not None}, args.opts))
+    given = {key: value for key, value in flags.items() if value is not None}
+    return options.get_config(path, options.with_opts(given, args.opts))
 
 
 def load_model(config):

@@ -23,12 +23,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-import yaml
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+import yaml  # noqa: E402
+
 from config import with_opts  # noqa: E402
-from tools import cli  # noqa: E402
 
 SHOWN = {'model': 'model', 'weights': 'weights', 'image_size': 'size', 'crop_pct': 'crop', 'top1': 'top-1', 'top5': 'top-5',
          'images': 'images', 'images_per_s': 'images/s', 'parameters_m': 'M parameters', 'multiply_adds_g': 'G multiply-adds'}

@@ -23,12 +23,13 @@ import os
 import re
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+import numpy as np  # noqa: E402
+
 from class_names import readable  # noqa: E402
-from tools import cli  # noqa: E402
 
 
 def class_folders(folder):

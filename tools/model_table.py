@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
 import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
 
 import paddle  # noqa: E402
@@ -29,7 +30,6 @@ from halonet import (  # noqa: E402
     build_halonet,
 )
 from layers import ConvNormAct, Convolution, MaxPool  # noqa: E402
-from tools import cli  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models

@@ -12,16 +12,17 @@ import os
 import pickle
 import sys
 
-import numpy as np
-from safetensors.numpy import save
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+import numpy as np  # noqa: E402
+from safetensors.numpy import save  # noqa: E402
 
 import utils  # noqa: E402
 import weights  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
-from tools import cli  # noqa: E402
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}

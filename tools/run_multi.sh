@@ -1,5 +1,5 @@
 # For run_train_multi.sh and run_eval_multi.sh: main_multi_gpu.py with "${options[@]}" and the arguments, on this machine or,
-# with NNODES, as one of several; and once more, up to MAX_RESTARTS times, when it fails. Sourced; needs root, options, and
+# with NNODES, as one of several; and once more, up to MAX_RESTARTS times, when it fails. Sourced; needs root, then options, and
 # again, the options of a further start.
 
 usage_error() {
@@ -8,17 +8,27 @@ usage_error() {
 }
 
 [[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
-NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
-[[ $NNODES =~ ^[1-9][0-9]*$ && $MAX_RESTARTS =~ ^[0-9]+$ ]] || usage_error 'NNODES and MAX_RESTARTS take whole numbers'
-[[ $MAX_RESTARTS == 0 || -n ${OUTPUT:-} ]] || usage_error 'MAX_RESTARTS needs OUTPUT, the run folder to go on in'
-if (( NNODES > 1 )); then
-    [[ -n ${MASTER:-} && -n ${NODE_RANK:-} ]] || usage_error 'NNODES needs MASTER=host:port, the same on all, and NODE_RANK=0..'
-    start=("$PYTHON" -m paddle.distributed.launch --nnodes "$NNODES" --rank "$NODE_RANK" --master "$MASTER"
-           --log_dir "${OUTPUT:-output}/launch_$NODE_RANK" ${NPROCS:+--nproc_per_node "$NPROCS"} "$root/main_multi_gpu.py")
-else
-    start=("$PYTHON" "$root/main_multi_gpu.py")
-    [[ -z ${NPROCS:-} ]] || options+=(-nprocs "$NPROCS")
-fi
+source "$root/tools/usage.sh"
+
+show_options() {
+    printf '\nOptions of main_multi_gpu.py:\n\n'
+    PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$root/main_multi_gpu.py" -h || true
+}
+
+prepare() {
+    NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
+    [[ $NNODES =~ ^[1-9][0-9]*$ && $MAX_RESTARTS =~ ^[0-9]+$ ]] || usage_error 'NNODES and MAX_RESTARTS take whole numbers'
+    [[ $MAX_RESTARTS == 0 || -n ${OUTPUT:-} ]] || usage_error 'MAX_RESTARTS needs OUTPUT, the run folder to go on in'
+    [[ $MAX_RESTARTS == 0 || " $* " != *' MODEL.RESUME '* ]] || usage_error 'MAX_RESTARTS needs -resume, not -opts MODEL.RESUME'
+    if (( NNODES > 1 )); then
+        [[ -n ${MASTER:-} && -n ${NODE_RANK:-} ]] || usage_error 'NNODES needs MASTER=host:port, the same on all, and NODE_RANK=0..'
+        start=("$PYTHON" -m paddle.distributed.launch --nnodes "$NNODES" --rank "$NODE_RANK" --master "$MASTER"
+               --log_dir "${OUTPUT:-output}/launch_$NODE_RANK" ${NPROCS:+--nproc_per_node "$NPROCS"} "$root/main_multi_gpu.py")
+    else
+        start=("$PYTHON" "$root/main_multi_gpu.py")
+        [[ -z ${NPROCS:-} ]] || options+=(-nprocs "$NPROCS")
+    fi
+}
 
 run_multi() {
     local child='' code='' restarts=0 stopped='' resume=()

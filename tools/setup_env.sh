@@ -5,8 +5,14 @@
 #   PYTHON=python3.12 tools/setup_env.sh         with this Python, 3.9 to 3.13 (default: python3, or what .venv has)
 #
 # Installs nothing outside .venv. A paddlepaddle-gpu that .venv holds is kept, instead of installing Paddle for CPU.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh tools/setup_env.sh works too
 set -euo pipefail
 
+case ${1:-} in -h | -help | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 requirements=$root/${1:-requirements.txt}

@@ -15,12 +15,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
 from tools.fonts import Writer  # noqa: E402
 
 FINE = 2                                            # everything is drawn at twice its size, then made smooth
