@@ -2,50 +2,112 @@
 
 gloo notices in the middle of a collective only, and the launcher of one machine knows nothing of those of another.
 """
+import hmac
+import ipaddress
+import secrets
 import select
+import selectors
 import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Callable, Optional
+
+TOKEN, RANK = 16, 4                                 # bytes of a caller's message
+BACKLOG = 1024                                      # connections that wait to be accepted
 
 lines = {}                                          # on rank 0 {rank: connection}, elsewhere {0: connection}
 
 
-def connect(rank, world_size, host, broadcast, gather, patience=10):
+def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable, patience: float = 10) -> list[int]:
     """Tie the processes to rank 0, which listens on a free port of `host`; returns the ranks that did not reach it.
 
     broadcast(value of rank 0) -> that value, gather(value) -> the values of all ranks: how the processes talk to each other.
+    Rank 0 takes only callers that send the token of this run, which goes to the ranks by `broadcast`.
     """
     lines.clear()
-    listener = socket.create_server(('', 0), backlog=world_size) if rank == 0 else None
-    port = broadcast(listener and listener.getsockname()[1])
+    listener = listen(host) if rank == 0 else None
+    port, token = broadcast(listener and (listener.getsockname()[1], secrets.token_bytes(TOKEN)))
     if rank:
         try:
             lines[0] = watched(socket.create_connection((host, port), patience))
-            lines[0].sendall(rank.to_bytes(4, 'big'))
+            lines[0].sendall(token + rank.to_bytes(RANK, 'big'))
         except OSError:
             lines.clear()
     missing = {other for other, reached in enumerate(gather(rank == 0 or 0 in lines)) if not reached}
     if listener:
         with listener:
-            accept(listener, set(range(1, world_size)) - missing, patience)
+            accept(listener, token, set(range(1, world_size)) - missing, patience)
         missing = set(range(1, world_size)) - set(lines)
     return sorted(broadcast(missing))
 
 
-def accept(listener, callers, patience):
-    """Take the connections of the ranks `callers`; what does not say that it is one of them is let go."""
-    listener.settimeout(patience)
-    while callers:
-        try:
-            line, _ = listener.accept()
-        except socket.timeout:                      # another name of TimeoutError, but not in Python 3.9
-            return
-        try:
-            line.settimeout(patience)
-            caller = int.from_bytes(line.recv(4, socket.MSG_WAITALL), 'big')
-        except OSError:
-            continue
-        if caller in callers:
-            callers.remove(caller)
-            lines[caller] = watched(line)
+def host(endpoints: Sequence[str]) -> str:
+    """Return where rank 0 listens: on one machine the loopback, else the host of the first of the 'host:port' endpoints."""
+    hosts = [endpoint.rpartition(':')[0].strip('[]') for endpoint in endpoints]
+    return hosts[0] if len(set(hosts)) > 1 else '127.0.0.1'
+
+
+def listen(host: str) -> socket.socket:
+    """Listen on the address of `host` alone; on all where others would not reach that.
+
+    Debian gives a machine's own name the address 127.0.1.1; one behind a translated address cannot bind to that.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        if ipaddress.ip_address(address[0]).is_loopback and host != address[0]:
+            address = ('', 0)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError:
+        return socket.create_server(('', 0), backlog=BACKLOG)
+
+
+def accept(listener: socket.socket, token: bytes, callers: set[int], patience: float) -> None:
+    """Keep the connections of the ranks `callers` in `lines`, and close all others.
+
+    All are read at once: one that sends nothing delays nobody.
+    """
+    deadline = time.monotonic() + patience
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while callers and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                if key.fileobj is listener:
+                    with suppress(OSError):         # a caller that has gone already
+                        line, _ = listener.accept()
+                        line.setblocking(False)
+                        selector.register(line, selectors.EVENT_READ, bytearray())
+                elif received(key.fileobj, key.data):
+                    selector.unregister(key.fileobj)
+                    keep(key.fileobj, caller_of(key.data, token), callers)
+        for key in selector.get_map().values():
+            if key.fileobj is not listener:
+                key.fileobj.close()
+
+
+def received(line: socket.socket, message: bytearray) -> bool:
+    """Add to `message` what a caller has sent. True if it is complete, or nothing more will come."""
+    try:
+        data = line.recv(TOKEN + RANK - len(message))
+    except OSError:
+        data = b''
+    message += data
+    return not data or len(message) == TOKEN + RANK
+
+
+def caller_of(message: bytes, token: bytes) -> Optional[int]:
+    """The rank in a caller's message; None without the token of this run."""
+    known = len(message) == TOKEN + RANK and hmac.compare_digest(message[:TOKEN], token)
+    return int.from_bytes(message[TOKEN:], 'big') if known else None
+
+
+def keep(line: socket.socket, caller: Optional[int], callers: set[int]) -> None:
+    """Keep the connection of one of the `callers` that are waited for, and close any other."""
+    if caller in callers:
+        callers.remove(caller)
+        lines[caller] = watched(line)
+    else:
+        line.close()
 
 
 def watched(line):

@@ -152,7 +152,7 @@ def start(device):
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', 1))
     if processes > 1:
         dist.init_parallel_env()
-        host = os.environ['PADDLE_TRAINER_ENDPOINTS'].split(':')[0]          # of rank 0
+        host = lifeline.host(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(','))
         missing = lifeline.connect(rank(), processes, host, broadcast, gather)
         if missing and not rank():
             log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, they notice after %d min',
