@@ -3,14 +3,17 @@
 The cache is $HALONET_OPS_CACHE, or else halonet/ops below $XDG_CACHE_HOME or ~/.cache. Processes that need the same
 library wait for the first of them to have built it. $CXX names the compiler, g++, c++ or clang++ otherwise; $CUDA_HOME
 the folder of CUDA, that of the nvcc on the PATH or /usr/local/cuda otherwise.
+
+A library is loaded only from a folder that belongs to the user or to root and that nobody else can write to, and if its
+sha256 is that of the build.
 """
-import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -18,6 +21,8 @@ from pathlib import Path
 
 import paddle
 from paddle.utils.cpp_extension import extension_utils
+
+import safefiles
 
 logger = logging.getLogger('halonet.ops')
 
@@ -28,6 +33,10 @@ FLAGS = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fno-math-
 CUDA_FLAGS = ['-std=c++17', '-O3', '-Xcompiler', '-fPIC']
 
 
+TRUSTED = {0, os.geteuid()}                         # whose libraries are loaded: root's and the user's own
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
 class BuildError(Exception):
     """No compiler, or it failed; the message says what it said."""
 
@@ -36,20 +45,55 @@ def library(arch=''):
     """The path of the compiled operators, compiled now if the cache does not have them; with `arch`, such as sm_90, the attention
     for such a GPU as well. Raises BuildError or OSError."""
     compiler, nvcc = find_compiler(), find_nvcc() if arch else None
-    path = cache_folder() / key(compiler, nvcc, arch) / 'operators.so'
-    if not whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / 'lock', 'w') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)             # released when the file is closed, or its process dies
-            if not whole(path):
+    folder = cache_folder().resolve() / key(compiler, nvcc, arch)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    check_owner(folder)
+    path = folder / 'operators.so'
+    if not is_whole(path):
+        with open(folder / 'lock', 'wb') as file:
+            locked = safefiles.lock(file)                # until the file is closed, or its process dies
+            if not is_whole(path):
+                if locked:
+                    remove_leftovers(folder)
                 compile_library(compiler, path, nvcc, arch)
     return str(path)
 
 
-def whole(path):
-    """Whether the library is there as it was built: to load one that was cut would end the process."""
-    size = path.with_suffix('.size')
-    return path.exists() and size.exists() and size.read_bytes() == str(path.stat().st_size).encode()
+def check_owner(folder):
+    """Raise BuildError for a folder in which another user could change the library that is loaded.
+
+    One of the user's own that others can write to is replaced by an empty one that they cannot.
+    """
+    status = folder.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid not in TRUSTED:
+        raise BuildError(f'{folder} is a link or belongs to another user (number {status.st_uid}), who could change what is '
+                         'loaded from it; name another folder by HALONET_OPS_CACHE')
+    if status.st_mode & OTHERS_WRITE:
+        if status.st_uid != os.geteuid():
+            raise BuildError(f'{folder} can be changed by other users; name another folder by HALONET_OPS_CACHE')
+        shutil.rmtree(folder)
+        folder.mkdir(mode=0o755)
+
+
+def is_whole(path):
+    """True if the library is as it was built, and only a TRUSTED user can change it: a damaged one would end the process."""
+    try:
+        status = path.lstat()
+        safe = stat.S_ISREG(status.st_mode) and status.st_uid in TRUSTED and not status.st_mode & OTHERS_WRITE
+        return safe and path.with_suffix('.sha256').read_bytes() == digest(path)
+    except FileNotFoundError:
+        return False
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode()
+
+
+def remove_leftovers(folder):
+    """Remove what builds that were killed have left in a locked folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def find_compiler():
@@ -118,21 +162,25 @@ def compile_library(compiler, path, nvcc, arch):
         if arch:
             compile_cuda(nvcc, arch, os.path.join(folder, 'gpu.o'))
             gpu = [os.path.join(folder, 'gpu.o'), *cuda_flags(nvcc)]
-        run([*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *gpu, *include_flags(), *link_flags()])
+        run([*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *gpu, *include_flags(), *link_flags()], folder)
+        os.chmod(output, 0o755)
         with open(output, 'rb') as file:
-            os.fsync(file.fileno())
-        path.with_suffix('.size').write_text(str(os.path.getsize(output)))
+            safefiles.sync(file.fileno())
+        safefiles.atomic_write(path.with_suffix('.sha256'), lambda file: file.write(digest(Path(output))))
         os.replace(output, path)                      # whole or not at all
     logger.info('compiled in %.0f s', time.time() - start)
 
 
 def compile_cuda(nvcc, arch, output):
     """The attention for GPUs of `arch` as an object file."""
-    run([str(nvcc), *CUDA_FLAGS, f'-arch={arch}', '-c', str(CUDA_SOURCE), '-o', output])
+    run([str(nvcc), *CUDA_FLAGS, f'-arch={arch}', '-c', str(CUDA_SOURCE), '-o', output], os.path.dirname(output))
 
 
-def run(command):
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+def run(command, folder=None):
+    """Run a compiler, with its temporary files in `folder`. Raises BuildError with its output."""
+    environment = {**os.environ, 'TMPDIR': folder} if folder else None
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            errors='replace')
     if result.returncode:
         raise BuildError(f'{" ".join(command)} failed:\n{result.stdout[-4000:]}')
 

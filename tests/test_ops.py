@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -248,14 +249,75 @@ def test_a_compiler_that_no_shell_could_read_is_named():
     assert text.count('no compiled operators') == 1 and "CXX is 'g++ \"'" in text
 
 
-@pytest.mark.parametrize('size', [b'', b'7', b'\xff\xfe', None])
-def test_a_library_of_another_size_is_not_whole(tmp_path, size):
-    library = tmp_path / 'operators.so'
-    library.write_bytes(b'eightbyt')
-    library.with_suffix('.size').write_bytes(b'8')
-    assert build.whole(library)
-    library.with_suffix('.size').write_bytes(size) if size is not None else library.unlink()
-    assert not build.whole(library)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with a stand-in for the compiler's work: `builds` lists what `build.library` compiled."""
+    monkeypatch.setenv('HALONET_OPS_CACHE', str(tmp_path / 'cache'))
+    builds = []
+
+    def run(command, folder=None):
+        builds.append(os.listdir(Path(folder).parent))
+        Path(command[command.index('-o') + 1]).write_bytes(b'a library')
+    monkeypatch.setattr(build, 'run', run)
+    return SimpleNamespace(builds=builds, folder=Path(build.library()).parent)
+
+
+def test_a_library_in_the_cache_is_not_compiled_again(cache):
+    for _ in range(2):
+        assert Path(build.library()) == cache.folder / 'operators.so'
+    assert len(cache.builds) == 1
+    assert (cache.folder / 'operators.so').stat().st_mode & 0o022 == cache.folder.stat().st_mode & 0o022 == 0
+
+
+def link(path):
+    path.rename(path.with_name('elsewhere'))
+    path.symlink_to('elsewhere')
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('operators.so', lambda path: path.write_bytes(b'b library')),           # of the same size
+    ('operators.so', lambda path: path.write_bytes(b'a lib')),
+    ('operators.so', lambda path: path.unlink()),
+    ('operators.so', lambda path: path.chmod(0o775)),
+    ('operators.so', link),
+    ('operators.so', lambda path: os.chown(path, 12345, -1)),
+    ('operators.sha256', lambda path: path.unlink()),
+    ('operators.sha256', lambda path: path.write_bytes(b'\xff')),
+    ('', lambda path: path.chmod(0o777)),
+    ('', lambda path: path.chmod(0o775))])
+def test_a_library_that_is_damaged_or_of_others_is_compiled_again(cache, name, damage):
+    try:
+        damage(cache.folder / name)
+    except PermissionError:
+        pytest.skip('only root can give a file to another user')
+    path = Path(build.library())
+    assert len(cache.builds) == 2 and path.read_bytes() == b'a library' and not path.is_symlink()
+    build.library()
+    assert len(cache.builds) == 2 and cache.folder.stat().st_mode & 0o022 == 0
+
+
+def test_a_cache_of_another_user_is_refused_in_one_line(cache, monkeypatch):
+    monkeypatch.setattr(build, 'TRUSTED', {12345})
+    with pytest.raises(build.BuildError, match=f'^{cache.folder} .* belongs to another user .*HALONET_OPS_CACHE$'):
+        build.library()
+
+
+def test_a_link_in_the_cache_is_refused_and_one_to_the_cache_is_followed(cache, tmp_path, monkeypatch):
+    (tmp_path / 'link').symlink_to('cache')
+    monkeypatch.setenv('HALONET_OPS_CACHE', str(tmp_path / 'link'))
+    assert Path(build.library()).parent == cache.folder and len(cache.builds) == 1
+    link(cache.folder)
+    with pytest.raises(build.BuildError, match='is a link'):
+        build.library()
+
+
+def test_what_a_killed_build_left_is_removed(cache):
+    (cache.folder / 'tmpabc').mkdir()
+    (cache.folder / 'tmpabc' / 'operators.so').write_bytes(b'half')
+    (cache.folder / 'operators.so').unlink()
+    build.library()
+    assert 'tmpabc' not in cache.builds[1]
+    assert sorted(os.listdir(cache.folder)) == ['lock', 'operators.sha256', 'operators.so']
 
 
 @pytest.mark.slow
