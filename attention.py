@@ -14,7 +14,7 @@ from paddle import nn
 from paddle.nn.initializer import Normal, Uniform
 
 import ops
-from layers import BatchNormAct, Convolution, compiled
+from layers import compiled, conv2d, convolve, norm_act
 
 
 def halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
@@ -112,7 +112,7 @@ def nearest_8(width):
 def projection(in_width, width, stride=1):
     """1x1 convolution to queries, keys or values: (B, C, H, W) -> (B, width, ceil(H/stride), ceil(W/stride))."""
     # timm draws from a normal cut at -2 and 2: so many deviations out that it is a plain one
-    return Convolution(in_width, width, 1, stride, init=Normal(std=in_width ** -0.5))
+    return conv2d(in_width, width, 1, stride, init=Normal(std=in_width ** -0.5))
 
 
 def mean_pool(stride):
@@ -130,6 +130,33 @@ class RelativePosition(nn.Layer):
         self.height_rel = self.create_parameter(shape, default_initializer=normal)
         self.width_rel = self.create_parameter(shape, default_initializer=normal)
 
+    def forward(self, q):
+        """Both tables, (2w-1, d) each, for any queries q: Paddle's tools count and watch only layers that get an input."""
+        return self.height_rel, self.width_rel
+
+
+def attend(owner, q, kv, tables, *, num_heads, block_size, halo_size, stride=1):
+    """`halo_attention`, by the compiled operator where `owner` is to use it (layers.compiled) and it gives the same.
+
+    Raises ValueError if the tables or q do not fit the sizes.
+    """
+    height_rel, width_rel = tables
+    rows, d = 2 * (block_size + 2 * halo_size) - 1, height_rel.shape[1]
+    if not height_rel.shape[0] == width_rel.shape[0] == rows:
+        raise ValueError(f'attention with block_size {block_size} and halo_size {halo_size} needs tables of {rows} relative '
+                         f'positions; these have {height_rel.shape[0]} and {width_rel.shape[0]}')
+    if q.shape[1] != num_heads * d:
+        raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; these have {q.shape[1]}')
+    same = has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu'))
+    operator = ops.halo_attention if same else halo_attention
+    return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size, stride=stride)
+
+
+def has_stride(q, kv, block_size, stride):
+    """True if `stride` is the one that the compiled operator finds from the sides of q and kv. Sides unknown in tracing pass."""
+    known = [(queries, side) for queries, side in zip(q.shape[2:], kv.shape[2:]) if isinstance(side, int) and side >= 0]
+    return block_size % stride == 0 and all(queries == -(-side // stride) for queries, side in known)
+
 
 class HaloAttention(nn.Layer):
     """Blocked local self-attention with a halo: (B, C, H, W) -> (B, value width, ceil(H/stride), ceil(W/stride)).
@@ -138,7 +165,7 @@ class HaloAttention(nn.Layer):
     divide the block, all pixels are queries and the result is average-pooled, as in timm.
     """
 
-    operators, compiled_for = 'auto', ('cpu', 'gpu')
+    operators = 'auto'
 
     def __init__(self, in_width, width, num_heads, block_size, halo_size, stride=1, *, head_dim=0, qk_ratio=1.0,
                  value_ratio=1.0):
@@ -156,9 +183,10 @@ class HaloAttention(nn.Layer):
         self.pool = mean_pool(stride if pooled else 1)
 
     def forward(self, x):
-        attend = ops.halo_attention if compiled(self) else halo_attention
-        return self.pool(attend(self.q(x), self.kv(x), self.pos_embed.height_rel, self.pos_embed.width_rel, stride=self.stride,
-                                num_heads=self.num_heads, block_size=self.block_size, halo_size=self.halo_size))
+        q, kv = convolve(self, self.q, x), convolve(self, self.kv, x)
+        out = attend(self, q, kv, self.pos_embed(q), num_heads=self.num_heads, block_size=self.block_size,
+                     halo_size=self.halo_size, stride=self.stride)
+        return self.pool(out)
 
 
 class BottleneckAttention(nn.Layer):
@@ -168,7 +196,7 @@ class BottleneckAttention(nn.Layer):
     block and no halo. A stride pools the result. Raises ValueError for a larger map.
     """
 
-    operators, compiled_for = 'auto', ('cpu', 'gpu')
+    operators = 'auto'
 
     def __init__(self, in_width, width, num_heads, map_size, stride=1, *, head_dim=0, qk_ratio=1.0):
         super().__init__()
@@ -186,14 +214,29 @@ class BottleneckAttention(nn.Layer):
         if max(H, W) > self.map_size:
             raise ValueError(f'a feature map of {H}x{W} exceeds the {self.map_size}x{self.map_size} that bottleneck attention '
                              'was built for; build the model with the DATA.IMAGE_SIZE that it is to take')
-        q, k, value = self.qkv(x).split([self.qk_width, self.qk_width, self.out_width], axis=1)
+        q, k, value = convolve(self, self.qkv, x).split([self.qk_width, self.qk_width, self.out_width], axis=1)
         k = k.reshape([-1, self.qk_width // self.num_heads, H, W])          # (B*N, d, H, W)
         value = value.reshape([-1, self.out_width // self.num_heads, H, W])  # (B*N, v, H, W)
         kv = paddle.concat([k, value], axis=1)                              # (B*N, d+v, H, W)
         kv = kv.reshape([-1, self.qk_width + self.out_width, H, W])         # (B, N*(d+v), H, W)
-        attend = ops.halo_attention if compiled(self) else halo_attention
-        return self.pool(attend(q, kv, self.pos_embed.height_rel, self.pos_embed.width_rel,
-                                num_heads=self.num_heads, block_size=self.map_size, halo_size=0))
+        out = attend(self, q, kv, self.pos_embed(q), num_heads=self.num_heads, block_size=self.map_size, halo_size=0)
+        return self.pool(out)
+
+
+class PositionLambdas(nn.Conv3D):
+    """The linear functions of the surroundings of each pixel: v (B, v, H, W) -> (B, v, d, H, W).
+
+    Its parameters are those of timm's convolution over (side, side, 1), which treats each channel of v on its own. A 2D
+    convolution computes the same, faster.
+    """
+
+    def __init__(self, d, side):
+        super().__init__(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5), bias_attr=Uniform(-1 / side, 1 / side))
+
+    def forward(self, v):
+        kernel, (_, width, H, W) = self.weight.squeeze(-1), v.shape           # (d, 1, side, side)
+        out = F.conv2d(v.reshape([-1, 1, H, W]), kernel, self.bias, padding=kernel.shape[-1] // 2)     # (B*v, d, H, W)
+        return out.reshape([-1, width, out.shape[1], H, W])
 
 
 class LambdaLayer(nn.Layer):
@@ -203,26 +246,26 @@ class LambdaLayer(nn.Layer):
     H' = ceil(H/stride), by pooling. All heads share keys of width d and values of width v = width / N.
     """
 
+    operators = 'auto'
+
     def __init__(self, in_width, width, num_heads, side, stride=1, *, head_dim=0):
         super().__init__()
         d = query_width(width, num_heads, head_dim or 16, 1.0)              # 16 is timm's
         self.num_heads, self.d, self.v, self.out_width = num_heads, d, width // num_heads, width
         self.qkv = projection(in_width, num_heads * d + d + self.v)
-        self.norm_q = BatchNormAct(num_heads * d, nn.Identity)
-        self.norm_v = BatchNormAct(self.v, nn.Identity)
-        self.conv_lambda = nn.Conv3D(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5),
-                                     bias_attr=Uniform(-1 / side, 1 / side))
+        self.norm_q = nn.BatchNorm2D(num_heads * d)
+        self.norm_v = nn.BatchNorm2D(self.v)
+        self.no_act = nn.Identity()
+        self.conv_lambda = PositionLambdas(d, side)
         self.pool = mean_pool(stride)
 
     def forward(self, x):
         H, W = x.shape[2], x.shape[3]
-        q, k, v = self.qkv(x).split([self.num_heads * self.d, self.d, self.v], axis=1)
-        q = self.norm_q(q).reshape([-1, self.num_heads, self.d, H * W])     # (B, N, d, H*W)
+        q, k, v = convolve(self, self.qkv, x).split([self.num_heads * self.d, self.d, self.v], axis=1)
+        q = norm_act(self, self.norm_q, self.no_act, q).reshape([-1, self.num_heads, self.d, H * W])     # (B, N, d, H*W)
         k = F.softmax(k.reshape([-1, self.d, H * W]), axis=-1)              # (B, d, H*W)
-        v = self.norm_v(v)                                                  # (B, v, H, W)
+        v = norm_act(self, self.norm_v, self.no_act, v)                     # (B, v, H, W)
         content = v.reshape([-1, self.v, H * W]).matmul(k, transpose_y=True)     # (B, v, d)
-        kernel = self.conv_lambda.weight.squeeze(-1)                        # (d, 1, side, side): each value by itself
-        position = F.conv2d(v.reshape([-1, 1, H, W]), kernel, self.conv_lambda.bias, padding=kernel.shape[-1] // 2)
-        position = position.reshape([-1, self.v, self.d, H * W])            # (B, v, d, H*W)
+        position = self.conv_lambda(v).reshape([-1, self.v, self.d, H * W])      # (B, v, d, H*W)
         out = paddle.einsum('bndm,bvdm->bnvm', q, position + content.unsqueeze(-1))        # (B, N, v, H*W)
         return self.pool(out.reshape([-1, self.out_width, H, W]))

@@ -15,7 +15,6 @@ import checkpoint
 import datasets
 import monitor
 import optim
-from layers import BatchNormAct
 from utils import log
 
 
@@ -157,20 +156,13 @@ class Traced(nn.Layer):
         return self.program(x)
 
 
-class SyncBatchNormAct(nn.SyncBatchNorm):
-    """BatchNormAct with the statistics of the images of all processes."""
-
-    def forward(self, x):
-        return self.act(super().forward(x))
-
-
 def synchronise_norms(model, device):
     """Give every batch norm of `model` the statistics of all processes, on a GPU; Paddle has no such kernel for CPU.
 
-    Paddle's convert_sync_batchnorm would put plain norms, without their activation, in the place of ours.
+    Paddle's convert_sync_batchnorm would convert frozen ones too, and so let them use the statistics of the batch.
     """
     if device == 'cpu':
         return log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
     for layer in model.sublayers():
-        if isinstance(layer, BatchNormAct) and not layer._use_global_stats:
-            layer.__class__ = SyncBatchNormAct      # the same attributes, parameters and names
+        if isinstance(layer, nn.BatchNorm2D) and not layer._use_global_stats:
+            layer.__class__ = nn.SyncBatchNorm      # the same attributes, parameters and names

@@ -19,7 +19,18 @@ from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 import weights
 from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import ACTIVATIONS, BatchNormAct, ConvNormAct, MaxPool, batch_norms, pixel_mean, replaceable, use_operators
+from layers import (
+    ACTIVATIONS,
+    ConvNormAct,
+    batch_norms,
+    can_fuse,
+    convolve,
+    max_pool,
+    norm_act,
+    pixel_mean,
+    supported_act,
+    use_operators,
+)
 
 
 class SqueezeExcite(nn.Layer):
@@ -65,30 +76,29 @@ class DropPath(nn.Layer):
         return x * keep
 
 
-class NoShortcut(nn.Layer):
-    """In a shortcut's place where a block has none."""
-
-    def forward(self, x):
-        return None
-
-
 class Bottleneck(nn.Layer):
     """1x1 convolution, spatial operator, 1x1 convolution, beside a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride).
 
     `spatial` maps timm's names to the layers between the two convolutions, in order; `spatial_width` is what they give.
+    `shortcut` is None in a block without one.
     """
+
+    operators = 'auto'
 
     def __init__(self, in_width, inner_width, width, spatial, spatial_width, *, stride=1, act=nn.ReLU, drop_path=0.0,
                  projection=True, linear_out=False):
         super().__init__()
-        changes = stride != 1 or in_width != width
-        self.shortcut = nn.Identity() if not changes else ConvNormAct(in_width, width, 1, stride) if projection else NoShortcut()
+        if stride == 1 and in_width == width:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = ConvNormAct(in_width, width, 1, stride) if projection else None
         self.conv1_1x1 = ConvNormAct(in_width, inner_width, 1, act=act)
         self.spatial = tuple(spatial)
         for name, layer in spatial.items():
             self.add_sublayer(name, layer)
+        self.post_act = act() if 'post_attn' in spatial else None            # the activation after that norm
         self.conv3_1x1 = ConvNormAct(spatial_width, width, 1)
-        if not isinstance(self.shortcut, NoShortcut):
+        if self.shortcut is not None:
             Constant(0.0)(self.conv3_1x1.bn.weight)           # a new block is its shortcut
         self.drop_path = DropPath(drop_path)
         self.act = nn.Identity() if linear_out else act()
@@ -96,18 +106,28 @@ class Bottleneck(nn.Layer):
     def forward(self, x):
         out = self.conv1_1x1(x)
         for name in self.spatial:
-            out = getattr(self, name)(out)
-        shortcut = self.shortcut(x)
-        if self.ends_in_one_operator():
-            return self.conv3_1x1.at_once(out, self.act, residual=shortcut)
+            layer = getattr(self, name)
+            out = norm_act(self, layer, self.post_act, out) if name == 'post_attn' else layer(out)
+        shortcut = None if self.shortcut is None else self.shortcut(x)
+        if self.can_fuse_end(out, shortcut):
+            return self.conv3_1x1.fused(out, self.act, residual=shortcut)
         out = self.drop_path(self.conv3_1x1(out))
         return self.act(out if shortcut is None else out + shortcut)
 
-    def ends_in_one_operator(self):
-        """Whether one compiled operator serves from the last convolution on: no branch is dropped, and no layer another's."""
-        last = self.conv3_1x1
-        return (type(self.drop_path) is DropPath and not self.drop_path.training and replaceable(self.act)
-                and type(last) is ConvNormAct and last.is_one_operator(last, self.drop_path) and type(last.bn.act) is nn.Identity)
+    def can_fuse_end(self, x, shortcut):
+        """True if one compiled operator gives what the last convolution of x, the shortcut and the activation give."""
+        last, drop_path = self.conv3_1x1, self.drop_path
+        return (type(last) is ConvNormAct and type(last.act) is nn.Identity and supported_act(last.act)
+                and type(drop_path) is DropPath and not drop_path.training
+                and can_fuse(self, last.conv, last.bn, self.act, last, drop_path)
+                and (shortcut is None or can_add(last.conv, x, shortcut)))
+
+
+def can_add(conv, x, shortcut):
+    """True if `shortcut` has the type and shape that the convolution `conv` of x (B, C, H, W) gives."""
+    B, _, H, W = x.shape
+    stride = conv._stride[0]
+    return shortcut.dtype == x.dtype and shortcut.shape == [B, conv.weight.shape[0], -(-H // stride), -(-W // stride)]
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,7 @@ class Operators:
             layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim)
         else:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
-        return {'self_attn': layer, 'post_attn': BatchNormAct(layer.out_width, ACTIVATIONS[self.act])}, layer.out_width
+        return {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}, layer.out_width
 
     def convolution(self, width, stride):
         groups = width // self.group_size if self.group_size else 1
@@ -158,6 +178,8 @@ class Stem(nn.Sequential):
     The stride is 4 with `pool`, and for the tiered stem, where without `pool` the last convolution has a stride; else 2.
     """
 
+    operators = 'auto'
+
     def __init__(self, kind, width, pool, act):
         kernel_size, widths = {'tiered': (3, [3 * width // 8, width // 2, width]), '7x7': (7, [width]), '3x3': (3, [width])}[kind]
         strides = [2] + [1] * (len(widths) - 1)
@@ -166,11 +188,19 @@ class Stem(nn.Sequential):
         layers = [ConvNormAct(before, after, kernel_size, stride, act)
                   for before, after, stride in zip([3] + widths, widths, strides)]
         self.stride = math.prod(strides) * (2 if pool else 1)
-        if len(layers) == 1 and not pool:
-            super().__init__(*layers[0].named_children())
+        self.single = len(layers) == 1 and not pool
+        if self.single:
+            super().__init__(*layers[0].named_children())                   # conv, bn and act
         else:
             named = [(f'conv{i + 1}', layer) for i, layer in enumerate(layers)]
-            super().__init__(*named, ('pool', MaxPool() if pool else nn.Identity()))
+            super().__init__(*named, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
+
+    def forward(self, x):
+        if self.single:
+            return norm_act(self, self.bn, self.act, convolve(self, self.conv, x))
+        for name, layer in self.named_children():
+            x = max_pool(self, layer, x) if name == 'pool' else layer(x)
+        return x
 
 
 class Stage(nn.Sequential):

@@ -1,30 +1,39 @@
 """The layers that every block is made of, and the choice between Paddle's operators and the compiled ones of ops/.
 
+The network consists of Paddle's own layers (Conv2D, BatchNorm2D, MaxPool2D, ...), so that Paddle's tools know them.
+The blocks around them run one compiled operator in place of one or more layers, if that gives the same result.
+
 In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a stride
 does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
+from collections.abc import Iterable
+from typing import Optional
 
 import paddle
 from paddle import nn
-from paddle.nn.initializer import Normal
+from paddle.nn.initializer import Initializer, Normal
 
 import ops
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
 COMPILED_ACTIVATIONS = {nn.Identity: 'identity', nn.ReLU: 'relu', nn.Silu: 'silu'}
+FLOATS = paddle.float32, paddle.float64              # the types that the compiled operators take on a CPU
+FORWARD = {kind: kind.forward for kind in (nn.Conv2D, nn.BatchNorm2D, nn.MaxPool2D, *COMPILED_ACTIVATIONS)}
 
 
-def compiled(layer):
-    """Whether a layer is to use the compiled operators, by its attribute `operators`: fused, composed (of Paddle's operators)
-    or auto, the better of those that serve. A program for inference is traced with Paddle's, to run where ours are not.
+def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
+    """True if the compiled operators that exist for `devices` are to be used in the layer `owner`.
 
-    Raises ValueError where fused cannot be had.
+    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU). A static program
+    for inference is traced with Paddle's operators, because it may run where ours do not exist.
+
+    Raises ValueError if `operators` is fused and they cannot be compiled.
     """
-    kind, device = layer.operators, paddle.get_device().split(':')[0]
-    if kind == 'composed' or device == 'gpu' and 'gpu' not in layer.compiled_for:
+    kind, device = owner.operators, paddle.get_device().split(':')[0]
+    if kind == 'composed' or device == 'gpu' and 'gpu' not in devices:
         return False
-    if kind == 'auto' and not (device == 'cpu' and (layer.training or paddle.in_dynamic_mode())):
+    if kind == 'auto' and not (device == 'cpu' and (owner.training or paddle.in_dynamic_mode())):
         return False
     if device in ops.load():
         return True
@@ -34,117 +43,146 @@ def compiled(layer):
     return False
 
 
-def use_operators(network, kind):
-    """Set `operators` of a network and of all layers in it that have compiled ones."""
+def use_operators(network: nn.Layer, kind: str) -> nn.Layer:
+    """Set `operators` of a network and of all layers in it that choose between operators."""
     for layer in network.sublayers(include_self=True):
         if hasattr(layer, 'operators'):
             layer.operators = kind
     return network
 
 
-def replaceable(act):
-    """Whether a compiled operator can do an activation's work: it has that one, and nobody changed or watches the layer."""
-    return type(act) in COMPILED_ACTIVATIONS and not altered(act)
+# ---- when one compiled operator gives the same result as the layers
+
+def unchanged(*layers: nn.Layer) -> bool:
+    """True if none of the layers has a hook or another `forward` than its class had."""
+    return not any(layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer)
+                   or FORWARD.get(type(layer), type(layer).forward) is not type(layer).forward for layer in layers)
 
 
-def altered(layer):
-    """Whether a hook sees what goes into a layer or comes out of it, or this one layer has got another `forward`."""
-    return bool(layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer))
+def supported_convolution(conv: nn.Layer) -> bool:
+    """True if `conv` is what ops.convolution computes: one group, half padding with zeros, one stride, no dilation, no bias."""
+    if type(conv) is not nn.Conv2D or not unchanged(conv):
+        return False
+    weight, stride = conv.weight, conv._stride
+    *_, height, width = weight.shape
+    half = height // 2
+    return (conv.bias is None and conv._groups == 1 and conv._op_type == 'conv2d' and conv._dilation == [1, 1]
+            and isinstance(stride, list) and stride == 2 * stride[:1]             # twice the same
+            and weight.dtype in FLOATS and height == width == 2 * half + 1
+            and conv._updated_padding == [half, half] and conv._padding_algorithm == 'EXPLICIT'
+            and conv._padding_mode == 'zeros' and conv._data_format == 'NCHW')
 
 
-def pixel_mean(x):
+def supported_norm(norm: nn.Layer) -> bool:
+    """True if `norm` is what the compiled operators compute: a batch norm of channels, with a weight and a bias."""
+    if type(norm) is not nn.BatchNorm2D or not unchanged(norm):
+        return False
+    return (norm.weight is not None and norm.bias is not None and norm.weight.dtype in FLOATS
+            and norm._data_format == 'NCHW')
+
+
+def supported_act(act: nn.Layer) -> bool:
+    """True if the compiled operators have this activation."""
+    return type(act) in COMPILED_ACTIVATIONS and unchanged(act)
+
+
+def supported_pool(pool: nn.Layer) -> bool:
+    """True if `pool` is what ops.max_pool computes: windows of 3x3 pixels, 2 apart, with half padding."""
+    return (type(pool) is nn.MaxPool2D and unchanged(pool) and pool.ksize == 3 and pool.stride == 2 and pool.padding == 1
+            and not pool.ceil_mode and not pool.return_mask and pool.data_format == 'NCHW')
+
+
+def in_inference(norm: nn.Layer) -> bool:
+    """True if no gradients are recorded, nothing is traced, and `norm` uses its running statistics."""
+    fixed = not norm.training if norm._use_global_stats is None else norm._use_global_stats
+    return fixed and paddle.in_dynamic_mode() and not paddle.is_grad_enabled()
+
+
+def can_fuse(owner: nn.Layer, conv: nn.Layer, norm: nn.Layer, act: nn.Layer, *skipped: nn.Layer) -> bool:
+    """True if one compiled operator gives what `conv`, `norm` and `act` give in inference.
+
+    `skipped` are layers around them that the operator stands for as well. The options of `owner` decide, as in `compiled`.
+    """
+    return (type(norm) is nn.BatchNorm2D and in_inference(norm)
+            and supported_convolution(conv) and supported_norm(norm) and supported_act(act) and unchanged(*skipped)
+            and compiled(owner))
+
+
+def lacks_statistics(x: paddle.Tensor) -> bool:
+    """True if a channel of x (B, C, H, W) has at most one value, so its variance is undefined. Always False while tracing.
+
+    Paddle then keeps the running statistics.
+    """
+    return paddle.in_dynamic_mode() and x.size <= x.shape[1]
+
+
+# ---- layers by one operator each, compiled where that gives the same result
+
+def convolve(owner: nn.Layer, conv: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """conv(x): (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+    if supported_convolution(conv) and compiled(owner):
+        return ops.convolution(x, conv.weight, conv._stride[0])
+    return conv(x)
+
+
+def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """act(norm(x)), x (B, C, H, W). Training by the batch's statistics takes one compiled operator."""
+    if (not norm.training or not supported_norm(norm) or norm._use_global_stats or lacks_statistics(x)
+            or not supported_act(act) or not compiled(owner)):
+        return act(norm(x))
+    out, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm._epsilon, COMPILED_ACTIVATIONS[type(act)])
+    for running, new in (norm._mean, mean), (norm._variance, variance):
+        paddle.assign(running * norm._momentum + new * (1 - norm._momentum), running)
+    return out
+
+
+def max_pool(owner: nn.Layer, pool: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """pool(x): (B, C, H, W) -> (B, C, H/2, W/2) for a pool with a stride of 2."""
+    return ops.max_pool(x) if supported_pool(pool) and compiled(owner) else pool(x)
+
+
+def pixel_mean(x: paddle.Tensor) -> paddle.Tensor:
     """(B, C, H, W) -> (B, C). One axis at a time: on a CPU, Paddle's gradient of a mean over both takes 40 times as long."""
     return x.mean(3).mean(2)
 
 
-class Convolution(nn.Conv2D):
-    """Convolution with half padding and no bias: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
-
-    operators, compiled_for = 'auto', ('cpu',)
-
-    def __init__(self, in_width, width, kernel_size, stride=1, groups=1, init=None):
-        super().__init__(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
-        self.stride = stride
-
-    def forward(self, x):
-        if self._groups == 1 and self.bias is None and compiled(self):
-            return ops.convolution(x, self.weight, self.stride)
-        return super().forward(x)
-
-
-def batch_norms(network):
-    """{name: layer} of the batch norms in a network, those that SYNC_BN made of ours among them."""
-    return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))}
-
-
-def running_statistics(network):
-    """{key: tensor} of those entries of the state dict that a process's own batches change: batch norms', unless frozen."""
-    return {f'{name}.{key}': getattr(norm, key) for name, norm in batch_norms(network).items() if not norm._use_global_stats
-            for key in ('_mean', '_variance')}
-
-
-def lacks_statistics(x):
-    """Whether a map (B, C, H, W) has no pixels at all, or one, so that there are no statistics. (Paddle then keeps the running
-    ones.) In a program it is not known."""
-    return paddle.in_dynamic_mode() and x.size <= x.shape[1]
-
-
-class BatchNormAct(nn.BatchNorm2D):
-    """Batch norm, then the activation."""
-
-    operators, compiled_for = 'auto', ('cpu',)
-
-    def __init__(self, width, act):
-        super().__init__(width)
-        self.act = act()
-
-    def forward(self, x):
-        if (not self.training or self._use_global_stats or lacks_statistics(x)
-                or not replaceable(self.act) or not compiled(self)):
-            return self.act(super().forward(x))
-        out, mean, variance = ops.batch_norm_act(x, self.weight, self.bias, self._epsilon, COMPILED_ACTIVATIONS[type(self.act)])
-        for running, new in (self._mean, mean), (self._variance, variance):
-            paddle.assign(running * self._momentum + new * (1 - self._momentum), running)
-        return out
+def conv2d(in_width: int, width: int, kernel_size: int, stride: int = 1, groups: int = 1,
+           init: Optional[Initializer] = None) -> nn.Conv2D:
+    """Make a convolution with half padding and no bias: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+    return nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
 
 
 class ConvNormAct(nn.Layer):
     """Convolution with half padding, batch norm, activation: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
 
+    operators = 'auto'
+
     def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity, groups=1):
         super().__init__()
         normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width // groups)))
-        self.conv = Convolution(in_width, width, kernel_size, stride, groups, init=normal)
-        self.bn = BatchNormAct(width, act)
+        self.conv = conv2d(in_width, width, kernel_size, stride, groups, init=normal)
+        self.bn = nn.BatchNorm2D(width)
+        self.act = act()
 
     def forward(self, x):
-        return self.at_once(x, self.bn.act) if self.is_one_operator() else self.bn(self.conv(x))
+        conv, norm, act = self.conv, self.bn, self.act      # Paddle looks these up in Python each time
+        if can_fuse(self, conv, norm, act):
+            return self.fused(x, act)
+        return norm_act(self, norm, act, convolve(self, conv, x))
 
-    def is_one_operator(self, *followers):
-        """Whether one compiled operator serves: the norm is by running statistics, nobody wants gradients, and the layers are as
-        they were made, as are the `followers`, layers that the operator then stands for as well."""
-        if not paddle.in_dynamic_mode() or paddle.is_grad_enabled():
-            return False
-        conv, norm = self.conv, self.bn             # Paddle looks for a layer's layers and parameters in Python, each time
-        return (type(conv) is Convolution and type(norm) is BatchNormAct and replaceable(norm.act)
-                and (norm._use_global_stats or norm._use_global_stats is None and not norm.training)
-                and conv._groups == 1 and conv.bias is None
-                and not any(map(altered, (conv, norm, *followers))) and compiled(conv))
-
-    def at_once(self, x, act, residual=None):
-        """act(norm(convolution of x) + residual) by one operator."""
+    def fused(self, x, act, residual=None):
+        """act(norm(convolution of x) + residual) by one compiled operator."""
         conv = self.conv
-        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv.stride, act=COMPILED_ACTIVATIONS[type(act)],
+        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv._stride[0], act=COMPILED_ACTIVATIONS[type(act)],
                                         residual=residual)
 
 
-class MaxPool(nn.MaxPool2D):
-    """The maximum over windows of 3x3 pixels: (B, C, H, W) -> (B, C, H/2, W/2)."""
+def batch_norms(network: nn.Layer) -> dict:
+    """{name: layer} of the batch norms in a network, synchronised ones included."""
+    return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))}
 
-    operators, compiled_for = 'auto', ('cpu',)
 
-    def __init__(self):
-        super().__init__(3, 2, 1)
-
-    def forward(self, x):
-        return ops.max_pool(x) if compiled(self) else super().forward(x)
+def running_statistics(network: nn.Layer) -> dict:
+    """{key: tensor} of those entries of the state dict that a process's own batches change: batch norms', unless frozen."""
+    return {f'{name}.{key}': getattr(norm, key) for name, norm in batch_norms(network).items() if not norm._use_global_stats
+            for key in ('_mean', '_variance')}

@@ -5,19 +5,32 @@ import pytest
 from paddle import nn
 
 import ops
-from layers import BatchNormAct, use_operators
+from layers import norm_act, use_operators
 
 pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
 ACTS = {'identity': nn.Identity, 'relu': nn.ReLU, 'silu': nn.Silu}
 
 
+class NormAct(nn.Layer):
+    """A batch norm and an activation, by layers.norm_act."""
+
+    operators = 'auto'
+
+    def __init__(self, width, act):
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2D(width), act()
+
+    def forward(self, x):
+        return norm_act(self, self.norm, self.act, x)
+
+
 def norm(width, act, dtype, kind):
-    """A BatchNormAct with seeded weights and running statistics, in training."""
-    layer = use_operators(BatchNormAct(width, ACTS[act]), kind)
+    """A NormAct with seeded weights and running statistics, in training."""
+    layer = use_operators(NormAct(width, ACTS[act]), kind)
     layer.to(dtype=dtype)
     random = np.random.default_rng(0)
     for name, value in layer.state_dict().items():
-        value.set_value(random.uniform(0.5, 1.5, value.shape).astype(dtype) * (-1 if name == 'bias' else 1))
+        value.set_value(random.uniform(0.5, 1.5, value.shape).astype(dtype) * (-1 if name == 'norm.bias' else 1))
     layer.train()
     return layer
 
@@ -27,7 +40,7 @@ def run(layer, x, gradient):
     x = paddle.to_tensor(x, stop_gradient=False)
     out = layer(x)
     out.backward(paddle.to_tensor(gradient))
-    values = [out, layer._mean, layer._variance, x.grad, layer.weight.grad, layer.bias.grad]
+    values = [out, layer.norm._mean, layer.norm._variance, x.grad, layer.norm.weight.grad, layer.norm.bias.grad]
     return [value.numpy().astype('float64') for value in values]
 
 
@@ -81,9 +94,9 @@ def test_a_large_mean_does_not_spoil_the_variance():
 
 def test_no_images_leave_the_statistics_as_they_are():
     layer = norm(3, 'relu', 'float32', 'fused')
-    before = [value.numpy() for value in (layer._mean, layer._variance)]
+    before = [value.numpy() for value in (layer.norm._mean, layer.norm._variance)]
     assert layer(paddle.zeros([0, 3, 4, 4])).shape == [0, 3, 4, 4]
-    for old, new in zip(before, (layer._mean, layer._variance)):
+    for old, new in zip(before, (layer.norm._mean, layer.norm._variance)):
         assert (old == new.numpy()).all()
 
 

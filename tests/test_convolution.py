@@ -9,7 +9,7 @@ from test_ops import difference, results
 import ops
 from config import get_config
 from halonet import build_halonet
-from layers import COMPILED_ACTIVATIONS, ConvNormAct, use_operators
+from layers import COMPILED_ACTIVATIONS, ConvNormAct, can_fuse, use_operators
 
 pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
 
@@ -73,6 +73,10 @@ def test_bits_do_not_depend_on_the_threads():
         assert all((a == b).all() for a, b in zip(runs[0], run))
 
 
+def fuses(layer):
+    return can_fuse(layer, layer.conv, layer.bn, layer.act)
+
+
 def evaluation_layer(act, dtype, C=5, **kwargs):
     """A seeded ConvNormAct of C to 21 channels for evaluation."""
     layer = ConvNormAct(C, 21, 3, act=act, **kwargs)
@@ -92,9 +96,9 @@ def test_convolution_norm_and_activation_at_once(act, C, H, W, stride):
     for dtype, tolerance in ('float32', 1e-6), ('float64', 1e-12):
         layer, x, residual = evaluation_layer(act, dtype, C, stride=stride), images.astype(dtype), added.astype(dtype)
         with paddle.no_grad():
-            assert layer.is_one_operator()
+            assert fuses(layer)
             plain = layer(paddle.to_tensor(x))
-            joined = layer.at_once(paddle.to_tensor(x), layer.bn.act, paddle.to_tensor(residual))
+            joined = layer.fused(paddle.to_tensor(x), layer.act, paddle.to_tensor(residual))
             layer = evaluation_layer(act, 'float64', C, stride=stride)
             norm = nn.functional.conv2d(paddle.to_tensor(x.astype('float64')), layer.conv.weight, stride=stride, padding=1)
             norm = nn.functional.batch_norm(norm, layer.bn._mean, layer.bn._variance, layer.bn.weight, layer.bn.bias)
@@ -110,18 +114,18 @@ def test_convolutions_without_channels_are_refused(x, weight):
 
 def test_one_operator_serves_only_where_nobody_sees_its_parts():
     layer = evaluation_layer(nn.ReLU, 'float32')
-    assert not layer.is_one_operator()                          # gradients may be wanted
+    assert not fuses(layer)                          # gradients may be wanted
     with paddle.no_grad():
-        assert layer.is_one_operator()
-        for watched in layer.conv, layer.bn, layer.bn.act:
+        assert fuses(layer)
+        for watched in layer.conv, layer.bn, layer.act:
             hook = watched.register_forward_post_hook(lambda *_: None)
-            assert not layer.is_one_operator()
+            assert not fuses(layer)
             hook.remove()
         layer.train()
-        assert not layer.is_one_operator()                      # the statistics are the batch's
+        assert not fuses(layer)                      # the statistics are the batch's
         layer.bn._use_global_stats = True
-        assert layer.is_one_operator()
-        assert not use_operators(layer, 'composed').is_one_operator()
+        assert fuses(layer)
+        assert not fuses(use_operators(layer, 'composed'))
 
 
 class Twice(nn.Layer):
@@ -158,11 +162,11 @@ def by_batch(norm):
 
 
 @pytest.mark.parametrize('path, change', [
-    ('conv1_1x1.conv', biased), ('conv1_1x1.conv', doubled), ('conv1_1x1.bn', doubled), ('conv1_1x1.bn.act', doubled),
+    ('conv1_1x1.conv', biased), ('conv1_1x1.conv', doubled), ('conv1_1x1.bn', doubled), ('conv1_1x1.act', doubled),
     ('conv1_1x1', doubled), ('conv3_1x1', doubled), ('drop_path', doubled), ('act', doubled), ('conv1_1x1.bn', by_batch),
     ('conv1_1x1.conv', Twice), ('conv1_1x1.conv', lambda conv: nn.Conv2D(64, 64, 1)), ('conv1_1x1.bn', Twice),
-    ('conv1_1x1.bn.act', lambda act: nn.GELU()), ('conv1_1x1.bn.act', lambda act: Clipped()), ('conv3_1x1', Twice),
-    ('conv3_1x1.bn.act', lambda act: nn.ReLU()), ('drop_path', Twice),
+    ('conv1_1x1.act', lambda act: nn.GELU()), ('conv1_1x1.act', lambda act: Clipped()), ('conv3_1x1', Twice),
+    ('conv3_1x1.act', lambda act: nn.ReLU()), ('drop_path', Twice),
     ('act', lambda act: nn.GELU()), ('act', lambda act: Clipped()),
 ])
 def test_layers_put_in_a_blocks_place_are_called(path, change):
@@ -187,7 +191,7 @@ def test_hooks_and_dropped_branches_of_a_block_are_kept():
     block = ref.fill_seeded(build_halonet(get_config('configs/halonet_26t_256.yaml', ['MODEL.ATTENTION', 'fused']))).stages[0][1]
     x, calls = paddle.to_tensor(ref.seeded_images((8, 256, 8, 8))), []
     inner, last = block.conv1_1x1, block.conv3_1x1
-    watched = [inner, inner.conv, inner.bn, inner.bn.act, last, last.conv, last.bn, last.bn.act, block.drop_path, block.act]
+    watched = [inner, inner.conv, inner.bn, inner.act, last, last.conv, last.bn, last.act, block.drop_path, block.act]
     for layer in watched:
         hook = layer.register_forward_post_hook(lambda *_: calls.append(1))
         for training in False, True:
@@ -210,7 +214,7 @@ def test_an_evaluation_gives_the_logits_of_paddles_operators(name):
     images = paddle.to_tensor(ref.seeded_images((1, 3, 128, 128)))
     calls = []
     with paddle.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, 'convolution_norm_act', lambda *args, at_once=ops.convolution_norm_act, **kwargs:
-                      calls.append(1) or at_once(*args, **kwargs))
+        patch.setattr(ops, 'convolution_norm_act', lambda *args, fused=ops.convolution_norm_act, **kwargs:
+                      calls.append(1) or fused(*args, **kwargs))
         ours, theirs = (model(images).numpy() for model in models)
     assert len(calls) > 20 and abs(ours - theirs).max() < 1e-5 * theirs.std()

@@ -11,7 +11,7 @@ import pytest
 
 import attention
 import ops
-from layers import Convolution, compiled, use_operators
+from layers import ConvNormAct, compiled, use_operators
 from ops import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -360,14 +360,14 @@ def test_operators_compile_for_a_gpu(tmp_path):
 
 
 def test_a_gpu_gets_its_operator_only_when_asked(monkeypatch):
-    attend, convolve = attention.HaloAttention(8, 8, 2, 4, 1), Convolution(8, 8, 1)
+    attend, convolve = attention.HaloAttention(8, 8, 2, 4, 1), ConvNormAct(8, 8, 1)
     monkeypatch.setattr(paddle, 'get_device', lambda: 'gpu:0')
     monkeypatch.setattr(ops, 'load', lambda: ('cpu', 'gpu'))
-    assert not compiled(attend)                                 # auto: nobody has measured it
-    assert compiled(use_operators(attend, 'fused')) and not compiled(use_operators(convolve, 'fused'))
+    assert not compiled(attend, ('cpu', 'gpu'))                 # auto: nobody has measured it
+    assert compiled(use_operators(attend, 'fused'), ('cpu', 'gpu')) and not compiled(use_operators(convolve, 'fused'))
     monkeypatch.setattr(ops, 'load', lambda: ('cpu',))
     with pytest.raises(ValueError, match='nvcc'):
-        compiled(attend)
+        compiled(attend, ('cpu', 'gpu'))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from reference import timm_keys, timm_recipes
 import optim
 from config import get_config
 from halonet import build_halonet
-from layers import Convolution
+from layers import conv2d
 
 TINY = ['MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32],
         'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2], 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NUM_CLASSES', 4]
@@ -284,7 +284,7 @@ def test_optimizer_state_moves_to_a_model_with_other_parameter_names(name):
         step(model, optimizer, 0.01, seed=1)
     with paddle.utils.unique_name.guard():
         for _ in range(3):
-            Convolution(1, 1, 1)                     # shifts the numbers in Paddle's names
+            conv2d(1, 1, 1)                          # shifts the numbers in Paddle's names
         other, other_optimizer = make('TRAIN.OPTIMIZER', name)
         assert [p.name for p in other.parameters()] != [p.name for p in model.parameters()]
         other.set_state_dict(weights)

@@ -5,11 +5,13 @@ any implementation of the attention, composed or fused, and there is no second o
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import paddle
 from paddle import nn
 
 from attention import HaloAttention
+from layers import convolve
 
 
 @dataclass
@@ -63,17 +65,18 @@ def replaced(layer, **parts):
 
 
 class KeysAndPositions(nn.Layer):
-    """The keys of a layer's own `kv`, and for values the place of each pixel in a grid of w x w: (B, N*(d + w*w), H, W).
+    """The keys of a layer's own `kv`, by `project`, and for values the index of each pixel in a grid of w x w.
 
+    (B, C, H, W) -> (B, N*(d + w*w), H, W).
     The grid repeats; a window of w x w pixels, wherever it lies, holds each of its places once.
     """
 
-    def __init__(self, kv, num_heads, d, w):
+    def __init__(self, project, num_heads, d, w):
         super().__init__()
-        self.kv, self.num_heads, self.d, self.w = kv, num_heads, d, w
+        self.project, self.num_heads, self.d, self.w = project, num_heads, d, w
 
     def forward(self, x):
-        kv = self.kv(x)
+        kv = self.project(x)
         B, _, H, W = kv.shape
         keys = kv.reshape([B, self.num_heads, -1, H, W])[:, :, :self.d]                   # (B, N, d, H, W)
         place = (paddle.arange(H) % self.w).unsqueeze(1) * self.w + paddle.arange(W) % self.w    # (H, W)
@@ -90,7 +93,8 @@ def attention_probabilities(layer, x):
     # a ring of zeros, as wide as blocks that cover the halo, is what the layer pads with; as part of the map it has places
     ring = 0 if x.shape[2] % block or x.shape[3] % block else -(-halo // block) * block
     operators = layer.operators if x.place.is_cpu_place() else 'composed'    # a GPU's kernels take 128 values of a head at most
-    with replaced(layer, kv=KeysAndPositions(layer.kv, N, d, w), pool=nn.Identity(), operators=operators):
+    project = partial(convolve, layer, layer.kv)
+    with replaced(layer, kv=KeysAndPositions(project, N, d, w), pool=nn.Identity(), operators=operators):
         out = layer(nn.functional.pad(x, [ring] * 4))                                     # (B, N*w*w, ring+Hq+ring, ...)
     B, (height, width) = x.shape[0], out.shape[2:]
     stride = round((x.shape[2] + 2 * ring) / height)

@@ -7,21 +7,20 @@ import paddle
 from paddle import nn
 
 from attention import HaloAttention
-from layers import BatchNormAct
 
 
 def deployed(model):
     """Fold the batch norms of `model`, built with MODEL.ATTENTION composed, into its weights. It is for evaluation only then."""
     for layer in model.sublayers(include_self=True):
         parts = dict(layer.named_children())
-        if isinstance(parts.get('conv'), nn.Conv2D) and isinstance(parts.get('bn'), BatchNormAct):
+        if isinstance(parts.get('conv'), nn.Conv2D) and isinstance(parts.get('bn'), nn.BatchNorm2D):
             scale, shift = affine(layer.bn)
             layer.conv = convolution(layer.conv, layer.conv.weight.numpy() * scale[:, None, None, None], shift)
-            layer.bn = layer.bn.act
+            layer.bn = nn.Identity()
         if isinstance(parts.get('self_attn'), HaloAttention):
             scale, shift = affine(layer.post_attn)
             scale_values(layer.self_attn, scale)
-            layer.post_attn = Shift(shift, layer.post_attn.act)
+            layer.post_attn = Shift(shift)
     model.eval()
 
 
@@ -68,16 +67,15 @@ def scale_values(attn, scale):
 
 
 class Shift(nn.Layer):
-    """A number added to each channel, then the activation: what is left of a batch norm."""
+    """A number added to each channel: what is left of a batch norm."""
 
-    def __init__(self, shift, act):
+    def __init__(self, shift):
         super().__init__()
         self.shift = self.create_parameter([1, len(shift), 1, 1], is_bias=True)
         self.shift.set_value(shift.astype('float32').reshape(1, -1, 1, 1))
-        self.act = act
 
     def forward(self, x):
-        return self.act(x + self.shift)
+        return x + self.shift
 
 
 class WindowLookup(nn.Layer):

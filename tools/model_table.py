@@ -29,7 +29,7 @@ from halonet import (  # noqa: E402
     Stem,
     build_halonet,
 )
-from layers import ConvNormAct, Convolution, MaxPool  # noqa: E402
+from layers import ConvNormAct  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models
@@ -69,7 +69,8 @@ def chain(layers, H, W):
 
 def bottleneck(block, H, W):
     main, height, width = chain([block.conv1_1x1, *(getattr(block, name) for name in block.spatial), block.conv3_1x1], H, W)
-    return main + multiply_adds(block.shortcut, H, W)[0], height, width
+    shortcut = multiply_adds(block.shortcut, H, W)[0] if block.shortcut is not None else 0
+    return main + shortcut, height, width
 
 
 def halo(layer, H, W):
@@ -97,7 +98,6 @@ def lambdas(layer, H, W):
 
 COUNTED = {                                         # class -> (layer, H, W) -> (multiply-adds, height, width)
     nn.Conv2D: convolution,
-    Convolution: convolution,
     ConvNormAct: lambda layer, H, W: multiply_adds(layer.conv, H, W),
     Stem: lambda layer, H, W: chain(layer.children(), H, W),
     Stage: lambda layer, H, W: chain(layer.children(), H, W),
@@ -107,7 +107,7 @@ COUNTED = {                                         # class -> (layer, H, W) -> 
     LambdaLayer: lambdas,
     SqueezeExcite: lambda layer, H, W: (math.prod(layer.fc1.weight.shape) + math.prod(layer.fc2.weight.shape), H, W),
     EfficientChannelAttention: lambda layer, H, W: (math.prod(layer.conv.weight.shape), H, W),
-    MaxPool: lambda layer, H, W: (0, -(-H // 2), -(-W // 2)),
+    nn.MaxPool2D: lambda layer, H, W: (0, -(-H // 2), -(-W // 2)),
 }
 
 
