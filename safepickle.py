@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
-MEMORY = 1 << 28                                    # bytes that a pickle may take, apart from the contents of its Blobs
+MEMORY = 1 << 27                                    # bytes that a pickle may take, apart from the contents of its Blobs
 COST = 128                                          # bytes that one instruction takes at most, on average
 LONGEST = 1024                                      # bytes of the longest text or byte string that is no Blob
 DEPTH, VALUES = 50, 1_000_000                       # of nested containers; of the values in them

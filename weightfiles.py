@@ -25,6 +25,7 @@ LIMIT = 1 << 32                                     # bytes of the arrays of a f
 SLACK = 1 << 26                                     # bytes that arrays may take beyond 4 times their file
 KEY = 256                                           # characters of the longest key
 PARAMETERS = ('torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state')
+SMALL = ('bfloat16', '<u2', '>u2', '|u2')           # types that may become float32
 NUMPY = {'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'}       # the types of numbers in its pickles
 
 
@@ -41,7 +42,7 @@ def read(path: str, ema: bool = False, limit: int = LIMIT) -> dict:
             if isinstance(content, (Global, Call)):
                 raise ValueError(f'it contains {_name(content)}, and a weight file may hold arrays only')
             state = _choose(content, ema, path) if type(content) is dict else {}
-            state = _take_arrays(state, _Arrays(_budget(file, limit), find), path)
+            state = _take_arrays(state, _Arrays(file, find, limit), path)
         except Exception as error:                  # a damaged file may raise nearly anything
             raise ValueError(f'{path}: not a readable weight file: {_reason(error)}') from None
     if not state:
@@ -56,15 +57,9 @@ def read_pickle(path: str) -> Any:
     """
     with open(path, 'rb') as file:
         try:
-            arrays = _Arrays(_budget(file))
-            return safepickle.plain(safepickle.load(file), arrays.require)
+            return safepickle.plain(safepickle.load(file), _Arrays(file).require)
         except Exception as error:                  # a damaged pickle may raise nearly anything
             raise ValueError(f'{path}: not a readable weight file: {_reason(error)}') from None
-
-
-def _budget(file: BinaryIO, limit: float = math.inf) -> float:
-    """Bytes that the arrays of a file may take: bfloat16 doubles, and a few keys may share an array."""
-    return min(limit, 4 * os.fstat(file.fileno()).st_size + SLACK)
 
 
 def _reason(error: Exception) -> str:
@@ -76,7 +71,7 @@ def _reason(error: Exception) -> str:
 def _name(value) -> str:
     """The name of a stand-in or the type of a value, for a message. Values of a file are never shown: they may be endless."""
     name = value.name if isinstance(value, (Global, Call)) else ''
-    return shown(name or f'a {type(value).__name__}')
+    return shown(name or type(value).__name__)
 
 
 # ---- choosing the weights
@@ -138,10 +133,13 @@ def _take_arrays(state: dict, arrays: '_Arrays', path: str) -> dict:
 # ---- arrays
 
 class _Arrays:
-    """Makes arrays of stand-ins, within a budget of bytes. find: the function from PyTorch's Storage to its bytes, if any."""
+    """Makes arrays of the stand-ins of a file, within budgets. find: weightformats' function from a Storage to its bytes."""
 
-    def __init__(self, budget, find=None):
-        self.budget, self.left, self.find, self.made, self.storages = budget, budget, find, {}, {}
+    def __init__(self, file: BinaryIO, find=None, limit: float = math.inf):
+        size = os.fstat(file.fileno()).st_size
+        self.budget = min(limit, 4 * size + SLACK)  # bytes: bfloat16 doubles, and a few keys may share an array
+        self.left, self.left_to_decode = self.budget, 2 * size + SLACK
+        self.find, self.made, self.storages = find, {}, {}
 
     def take(self, value) -> Optional[np.ndarray]:
         """The array that a stand-in means, or None where it means none. Raises ValueError for a damaged one."""
@@ -163,19 +161,16 @@ class _Arrays:
             raise ValueError(f'it contains {_name(value)}, and a checkpoint may hold arrays, text and numbers only')
         return array
 
-    def numbers(self, data, kind, shape):
-        """Bytes or a Blob -> array of `shape` in native byte order; bfloat16 becomes float32."""
-        count = _size(shape)
-        dtype = np.dtype('<u2' if kind == 'bfloat16' else kind)
-        length = data.length if type(data) is Blob else len(data)
-        if length != count * dtype.itemsize:
-            raise ValueError(f'an array of {count} numbers has {length} bytes and not {count * dtype.itemsize}')
-        self.left -= 2 * length if dtype == np.uint16 else length        # that may be bfloat16, which becomes float32
+    def spend(self, count, kind):
+        """Take `count` numbers off the budget, before they are read."""
+        self.left -= count * (4 if kind in SMALL else weightformats.itemsize(kind))
         if self.left < 0:
             raise ValueError(f'its arrays take more than {self.budget / 2 ** 20:.0f} MB, too much for the model or for this file')
-        array = data.array(dtype) if type(data) is Blob else np.frombuffer(data, dtype)
-        array = array.reshape(shape).astype(dtype.newbyteorder('='), copy=False)
-        return _from_bfloat16(array) if kind == 'bfloat16' else array
+
+    def numbers(self, data, kind, shape):
+        """Bytes or a Blob -> array of `shape`."""
+        self.spend(_size(shape), kind)
+        return _numbers(data, kind, shape)
 
     def reconstructed(self, call):
         """numpy's _reconstruct with the state (version, shape, dtype, True for Fortran's order, bytes)."""
@@ -200,8 +195,25 @@ class _Arrays:
 
     def ordered(self, data, dtype, shape, fortran):
         _size(shape)
-        array = self.numbers(_numpy_bytes(data), _numpy_type(dtype), shape[::-1] if fortran else shape)
+        array = self.numbers(self.bytes(data), _numpy_type(dtype), shape[::-1] if fortran else shape)
         return array.transpose() if fortran else array
+
+    def bytes(self, data):
+        """The bytes of an array of numpy, or their Blob. Protocol 2 writes them as text in Latin-1."""
+        if type(data) is bytes or type(data) is Blob and not data.text:
+            return data
+        name, args = (data.name, data.args) if type(data) is Call else ('', ())
+        if name == 'builtins.bytes' and not args:
+            return b''
+        if name == '_codecs.encode' and len(args) == 2 and type(args[1]) is str and args[1] == 'latin1':
+            if type(args[0]) is str:
+                return args[0].encode('latin1')
+            if type(args[0]) is Blob and args[0].text:
+                self.left_to_decode -= args[0].length
+                if self.left_to_decode < 0:
+                    raise ValueError('its arrays use the same bytes too often')
+                return str(args[0].array(np.dtype('u1')).data, 'utf-8').encode('latin1')
+        raise ValueError('an array of numpy holds something else than numbers')
 
     def tensor(self, call):
         """torch's _rebuild_tensor(storage, offset, shape, strides, ...): a view of a storage, within its bounds."""
@@ -215,7 +227,8 @@ class _Arrays:
             raise ValueError(f'a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} lies outside its '
                              f'storage of {storage.count} numbers')
         if storage not in self.storages:
-            self.storages[storage] = self.numbers(self.find(storage), storage.kind, (storage.count,))
+            self.spend(storage.count, storage.kind)
+            self.storages[storage] = _numbers(self.find(storage), storage.kind, (storage.count,))
         numbers = self.storages[storage]
         steps = [step * numbers.itemsize for step in strides] if count else None
         return np.ndarray(shape, numbers.dtype, numbers, min(offset, storage.count) * numbers.itemsize if count else 0, steps)
@@ -235,6 +248,17 @@ def _size(shape) -> int:
     return math.prod(shape)
 
 
+def _numbers(data, kind: str, shape: tuple) -> np.ndarray:
+    """Bytes or a Blob -> array of `shape` in native byte order; bfloat16 becomes float32. Raises ValueError unless they fit."""
+    dtype = np.dtype('<u2' if kind == 'bfloat16' else kind)
+    length, expected = data.length if type(data) is Blob else len(data), _size(shape) * dtype.itemsize
+    if length != expected:
+        raise ValueError(f'an array of {_size(shape)} numbers has {length} bytes and not {expected}')
+    array = data.array(dtype) if type(data) is Blob else np.frombuffer(data, dtype)
+    array = array.reshape(shape).astype(dtype.newbyteorder('='), copy=False)
+    return _from_bfloat16(array) if kind == 'bfloat16' else array
+
+
 def _numpy_type(value) -> str:
     """The type that a stand-in of numpy.dtype means, such as '<f4'. Raises ValueError for anything but numbers."""
     if type(value) is not Call or value.name != 'numpy.dtype' or not value.args or type(value.args[0]) is not str:
@@ -244,21 +268,6 @@ def _numpy_type(value) -> str:
     if code not in NUMPY or type(order) is not str or order not in ('<', '>', '|'):
         raise ValueError(f'its numbers are {shown(code)}; known are {", ".join(sorted(NUMPY))}')
     return order + code
-
-
-def _numpy_bytes(data):
-    """The bytes of an array of numpy, or their Blob. Protocol 2 writes them as text in Latin-1."""
-    if type(data) is bytes or type(data) is Blob and not data.text:
-        return data
-    args = data.args if type(data) is Call else ()
-    if type(data) is Call and data.name == 'builtins.bytes' and not args:
-        return b''
-    if type(data) is Call and data.name == '_codecs.encode' and len(args) == 2 and type(args[1]) is str and args[1] == 'latin1':
-        if type(args[0]) is str:
-            return args[0].encode('latin1')
-        if type(args[0]) is Blob and args[0].text:
-            return str(args[0].array(np.dtype('u1')).data, 'utf-8').encode('latin1')
-    raise ValueError('an array of numpy holds something else than numbers')
 
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
