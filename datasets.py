@@ -19,6 +19,7 @@ from PIL import Image
 
 import augment
 import imagefiles
+import lifeline
 import utils
 from listfile import read_list
 
@@ -321,7 +322,7 @@ def _init_worker(worker_id):
     # for work without a time limit: it would outlive a trainer that is killed.
     os.setpgrp()
     utils.Stop.unlisten()
-    utils.die_with_parent()
+    lifeline.die_with_parent()
     warnings.filterwarnings('ignore', module='PIL')  # odd metadata, which every worker would tell anew in every epoch
 
 

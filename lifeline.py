@@ -1,17 +1,24 @@
-"""Which processes have ended: an idle TCP connection of each to rank 0, closed by the kernel when its process ends.
+"""Notice processes that ended: a parent by the kernel, a rank by an idle TCP connection to rank 0, which breaks with it.
 
 gloo notices in the middle of a collective only, and the launcher of one machine knows nothing of those of another.
 """
+import ctypes
 import hmac
 import ipaddress
+import multiprocessing
+import os
 import secrets
 import select
 import selectors
+import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Callable, Optional
+
+_libc = ctypes.CDLL(None)
 
 TOKEN, RANK = 16, 4                                 # bytes of a caller's message
 BACKLOG = 1024                                      # connections that wait to be accepted
@@ -126,3 +133,13 @@ def ended():
     for descriptor in ranks:
         poll.register(descriptor, select.POLLIN)    # nobody ever sends anything: what comes is the end
     return sorted(ranks[descriptor] for descriptor, _ in poll.poll(0))
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, however that ends (Linux; elsewhere no-op)."""
+    parent = os.getppid()
+    if sys.platform == 'linux':
+        _libc.prctl(1, signal.SIGKILL)              # 1 is PR_SET_PDEATHSIG
+    known = multiprocessing.parent_process()
+    if os.getppid() != parent or known and not known.is_alive():
+        os._exit(1)                                 # it ended before the call

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 
+import lifeline
 import packages  # noqa: F401  (it reports a missing package)
 from config import parse_args
 
@@ -24,7 +25,7 @@ def worker(config):
 
 def child(config):
     import utils
-    utils.die_with_parent()
+    lifeline.die_with_parent()
     multiprocessing.set_start_method('fork', force=True)    # spawned here, data workers would each import Paddle anew
     try:
         worker(config)
@@ -74,12 +75,12 @@ def supervise(processes, stop):
 
 
 def main():
+    if 'PADDLE_TRAINER_ID' in os.environ:
+        lifeline.die_with_parent()                  # the launcher leaves its processes behind when it is killed
     config = parse_args()                           # before Paddle is imported: -h and mistakes answer at once
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))    # for utils.Stop; Paddle's handler may hang
     if 'PADDLE_TRAINER_ID' not in os.environ:
         return start_processes(config)
-    import utils
-    utils.die_with_parent()                         # the launcher leaves its processes behind when it is killed
     worker(config)
 
 

@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/usage.sh
 ! show_usage run_demo.sh "$@" || exit 0
 
+guard
 cfg=configs/halonet_digits.yaml
 data=demo/digits
 run=demo/run
@@ -40,10 +41,10 @@ check_options -cfg "$cfg" -data_path "$data" "$@"   # before the run of last tim
 
 echo "demo: training ($cfg)"
 rm -rf "$run" demo/eval
-"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output "$run"
+"${guard[@]}" "$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output "$run"
 
 echo "demo: evaluating the saved weights"
-"$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output demo/eval -eval -pretrained "$run/final.pdparams"
+"${guard[@]}" "$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output demo/eval -eval -pretrained "$run/final.pdparams"
 result=$(grep -o 'acc@1 .*' demo/eval/log.txt | tail -n 1) || {
     echo 'demo: demo/eval/log.txt holds no accuracy' >&2
     exit 1

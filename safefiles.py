@@ -172,6 +172,8 @@ def reserved(folder: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(file)
+            with suppress(OSError, ValueError):     # ValueError: closed, in a fork
+                file.truncate(0)
 
 
 def _lock_run(folder: str, file: BinaryIO) -> None:

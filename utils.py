@@ -2,31 +2,23 @@
 import ctypes
 import io
 import logging
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
 import time
-import warnings
 from contextlib import ExitStack, contextmanager, suppress
+
+import paddle_import  # isort: skip  (first: it prepares for Paddle's import)
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
 
 import lifeline
 import safefiles
 from safefiles import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
-
-warnings.filterwarnings('ignore', message='No ccache found')                 # said at each import of Paddle
-warnings.filterwarnings('ignore', message='When training, we now always track')  # said by each batch norm in each step
-warnings.filterwarnings('ignore', message='Your model will be trained under CPUONLY mode')   # the log says it
-_USER_THREADS = os.environ.get('OMP_NUM_THREADS')
-
-import numpy as np  # noqa: E402
-import paddle  # noqa: E402  (its import sets OMP_NUM_THREADS to 1 where the user did not)
-import paddle.distributed as dist  # noqa: E402
-
-if _USER_THREADS is None:
-    os.environ.pop('OMP_NUM_THREADS', None)  # child processes see the user's environment
 
 log = logging.getLogger('halonet')
 
@@ -54,7 +46,7 @@ def tune_cpu(processes=1):
     if paddle.get_device() != 'cpu':
         return
     keep_freed_memory()
-    if _USER_THREADS is None:
+    if paddle_import.USER_THREADS is None:
         paddle.base.core.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
     with open('/proc/cpuinfo', encoding='utf-8') as cpuinfo:
         if 'AuthenticAMD' in cpuinfo.read():
@@ -72,15 +64,6 @@ def keep_freed_memory():
         mallopt(-4, 0)                              # M_MMAP_MAX: no blocks of their own for large tensors
         mallopt(-8, 1)                              # M_ARENA_MAX: nor other heaps for other threads
         mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: give back no end of the heap that is smaller than this
-
-
-def die_with_parent():
-    """Let the kernel end this process when the one that started it ends, however that ends (Linux; elsewhere no-op)."""
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-    parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():            # it ended before the line above
-        os._exit(FAILURE)
 
 
 class Stop:
@@ -108,7 +91,7 @@ class Stop:
     def _note(self, signum, frame=None):
         self.interrupts += signum == signal.SIGINT
         if self.interrupts > 1:
-            os._exit(128 + signum)                  # the kernel ends the data workers (die_with_parent)
+            os._exit(128 + signum)                  # the kernel ends the data workers (lifeline.die_with_parent)
         self.requested = self.requested or signal.Signals(signum).name
 
     @classmethod

@@ -1,8 +1,8 @@
 """Set-up of the tests: Paddle quick, the same random numbers for each test."""
+import utils  # isort: skip  (first: it prepares for Paddle's import)
+
 import paddle
 import pytest
-
-import utils
 
 utils.tune_cpu()
 

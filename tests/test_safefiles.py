@@ -270,12 +270,13 @@ def test_a_second_start_is_refused_with_one_line(images, tmp_path):
 
 def test_the_next_start_waits_for_an_ending_run(tmp_path, holder):
     """A process that is killed leaves the file, and no lock."""
-    other = fork.Process(target=hold, args=(tmp_path, fork.Pipe()[1]), daemon=True)
+    pipe, end = fork.Pipe()
+    other = fork.Process(target=hold, args=(tmp_path, end), daemon=True)
     other.start()
     other.join(0.5)
     assert other.is_alive()
     holder.kill()
-    wait_until(lambda: f'process {other.pid} ' in (tmp_path / 'run.lock').read_text(), 10, 'it has the lock')
+    assert pipe.poll(10) and f'process {other.pid} ' in (tmp_path / 'run.lock').read_text()
     other.kill()
     other.join()
 

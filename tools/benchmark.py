@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -122,8 +121,7 @@ def ask(number, name):
     """[what `measure` says of a case, in a process of its own], or [] with a line that says why not."""
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, 'answer.json')
-        done = subprocess.run([sys.executable, *sys.argv, '-case', str(number), '-answer', answer], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, errors='replace')
+        done = cli.run_program([sys.executable, *sys.argv, '-case', str(number), '-answer', answer])
         if done.returncode:
             print(f'{name}: left out: {(done.stdout.strip() or "no output").splitlines()[-1]}', flush=True)
             return []

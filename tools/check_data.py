@@ -23,6 +23,8 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 
 import numpy as np  # noqa: E402
 
+import lifeline  # noqa: E402
+
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all
 
@@ -51,7 +53,7 @@ def read_all(samples, workers, what):
     if not workers:
         return list(cli.progress(map(read, paths), len(paths), what))
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('fork')) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), lifeline.die_with_parent) as pool:
             return list(cli.progress(pool.map(read, paths, chunksize=16), len(paths), what))
     except BrokenProcessPool:
         raise ValueError('a reading process died, probably for want of memory: take fewer by -workers, or look for the '

@@ -5,6 +5,7 @@ Paddle is imported where it is needed, not above: help and mistakes answer at on
 import argparse
 import errno
 import os
+import subprocess
 import sys
 import time
 from typing import Any, Optional
@@ -13,6 +14,7 @@ import packages  # noqa: F401  isort: skip  (first: it reports a missing package
 
 import class_names
 import config as options
+import lifeline
 import safefiles
 from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
 
@@ -120,6 +122,12 @@ def find_class_names(config: Any, path: Optional[str] = None) -> Optional[list[s
 def class_names_or_numbers(config: Any, path: Optional[str] = None) -> list[str]:
     """Return the class names as `find_class_names` does, or else 'class 0', 'class 1' and so on."""
     return find_class_names(config, path) or class_names.numbered(config.MODEL.NUM_CLASSES)
+
+
+def run_program(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a program that ends with this process, however that ends; its `stdout` has the text of both its outputs."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
+                          preexec_fn=lifeline.die_with_parent)
 
 
 # ---- files

@@ -18,7 +18,6 @@ import csv
 import itertools
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def run(job, args, folder):
     flags += [f'-batch_size_eval={args.batch_size}'] if args.batch_size else []
     opts = opts_of(job, args)
     command = [sys.executable, os.path.join(cli.ROOT, 'main_multi_gpu.py'), *flags, *(['-opts', *opts] if opts else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    done = cli.run_program(command)
     if done.returncode == 0:
         return ''
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -32,10 +32,12 @@ prepare() {
 
 run_multi() {
     local child='' code='' restarts=0 stopped='' resume=()
+    guard
     trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
     while :; do
-        "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
+        "${guard[@]}" "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
         child=$!
+        [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true        # it came before there was a child
         while :; do                             # a trapped signal ends the waiting, not the child
             code=0
             wait "$child" || code=$?
