@@ -16,6 +16,9 @@ import yaml
 from PIL import ImageColor
 from yacs.config import CfgNode as CN
 
+import console
+from console import visible
+
 _C = CN()
 _C.BASE = []                            # config files to start from, relative to this file
 _C.DEVICE = 'auto'                      # auto (a GPU if there is one), gpu or cpu
@@ -47,7 +50,7 @@ _C.DATA.NUM_WORKERS = 2                 # data processes per training process; 0
 _C.DATA.BACKEND = 'pillow'              # for training: pillow, or cv2 (OpenCV): faster, not equal; see docs/performance.md
 _C.DATA.ON_ERROR = 'raise'              # an unreadable image: raise (stop, naming it) or skip (leave out and count)
 _C.DATA.BACKGROUND = 'white'            # colour behind transparent pixels: a name or '#rrggbb'; drop: ignore alpha, as timm
-_C.DATA.MAX_PIXELS = 89478485           # larger images are unreadable; one of this size takes 0.8 GB in its data process
+_C.DATA.MAX_PIXELS = 89478485           # larger images are unreadable; one of this size takes up to 1 GB to read
 _C.DATA.TIMEOUT = 600                   # seconds that a data process may take for one image; 0: no limit
 
 _C.MODEL = CN()
@@ -253,6 +256,7 @@ def dump_run(config):
 
 def parse_args(argv=None):
     """The command line (default: sys.argv) -> config. A wrong option or value ends the program with one clear line."""
+    console.prepare()
     parser = Parser(description='Train or evaluate a HaloNet.')
     parser.elsewhere = {key.split('.')[-1].lower(): f'-opts {key}' for key in flatten(_C)}
 
@@ -328,6 +332,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message} (-h shows the options)\n')
+
+    def exit(self, status=0, message=None):
+        super().exit(status, visible(message) if message else None)
 
 
 class _Loader(yaml.SafeLoader):

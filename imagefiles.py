@@ -7,7 +7,7 @@ from contextlib import suppress
 from importlib import import_module
 
 import numpy as np
-from PIL import Image, ImageColor, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageColor, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 Image.preinit()                                     # registers JPEG, PNG, GIF, BMP and PPM
 for _plugin in ('WebPImagePlugin', 'AvifImagePlugin'):
@@ -29,6 +29,14 @@ FOREIGN = (                                         # (offset, bytes, what it is
     (4, b'ftyphev', 'HEIC'), (4, b'ftypmif1', 'HEIC'), (4, b'ftypmsf1', 'HEIC'), (4, b'ftyp', 'a film'),
     (0, b'version https://git-lfs', 'a pointer of Git LFS: fetch its content by git lfs pull'),
 )
+TRAITS = {                                          # what an image may have -> what it is, and what becomes of it
+    'alpha': ('with transparency', 'composited on DATA.BACKGROUND, white by default; choose a colour that the drawings lack'),
+    '16 bits': ('with 16 bits', 'scaled to 8 bits; where only the lower 12 bits are used, scale the files first'),
+    'CMYK': ('in CMYK', 'converted without a colour profile; convert the files for exact colours'),
+    'palette': ('with a palette', 'converted to RGB'),
+    'frames': ('with several frames', 'the first frame is read'),
+    'orientation': ('with an EXIF orientation', 'read as stored, not turned; turn the files if viewers show them upright'),
+}
 KINDS = {stat.S_IFIFO: 'a FIFO', stat.S_IFSOCK: 'a socket', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device'}
 MIN_IS_WHITE = 0                                    # of the TIFF tag PhotometricInterpretation
 
@@ -72,6 +80,16 @@ def _unknown(head):
         return 'the file is empty'
     kind = next((kind for at, start, kind in FOREIGN if head[at:at + len(start)] == start), '')
     return f'{kind + ": " if kind else ""}not an image in a format that is read here ({", ".join(FORMATS)})'
+
+
+def is_image(path: str) -> bool:
+    """True if a file begins as a picture of one of FORMATS does; False for one that cannot be opened."""
+    try:
+        with open_file(path) as file:
+            open_image(file, math.inf)
+    except Exception:                               # Pillow may raise nearly anything for a damaged header
+        return False
+    return True
 
 
 def read(path, background=BACKGROUND, max_pixels=MAX_PIXELS):
@@ -149,6 +167,15 @@ def _with_scaled_key(image):
         elif value <= largest:                      # a newer Pillow has done so for 1 bit
             image.info['transparency'] = value * 255 // largest
     return image
+
+
+def traits(image: Image.Image) -> list:
+    """Name the keys of TRAITS that an opened image has, before its pixels are read."""
+    found = {'alpha': image.has_transparency_data, '16 bits': ';16' in str(_raw_mode(image)) or image.mode[0] == 'I',
+             'CMYK': image.mode == 'CMYK', 'palette': image.mode in ('P', 'PA'), 'frames': getattr(image, 'is_animated', False)}
+    with suppress(Exception):                       # damaged metadata is no reason to refuse the pixels
+        found['orientation'] = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return [name for name, has in found.items() if has]
 
 
 # ---- sizes

@@ -5,6 +5,7 @@
 import hashlib
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ CHUNK = 1 << 24                                     # bytes parsed at a time: th
 SAMPLES_AT_A_TIME = 1 << 20                         # hashed at a time
 LABEL_DIGITS = 9                                    # of a usual line
 BOM = b'\xef\xbb\xbf'
+UTF_8_LOCALE = sys.getfilesystemencoding().lower() == 'utf-8'
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ImageList:
         return self.text[self.starts[index]:self.starts[index] + self.lengths[index]].decode()
 
     def path(self, index):
-        return os.path.join(self.data_path, self.name(index))
+        return os.path.join(self.data_path, file_name(self.name(index), self.data_path))
 
     def digest(self) -> str:
         """Describe the names and labels, in their order; comments, empty lines and line endings do not count."""
@@ -64,10 +66,34 @@ class ImageList:
         return f'{self.list_file}:{index + 1 + np.searchsorted(self.gaps, index, "right")}'
 
 
-def read_list(list_file, data_path, num_classes):
-    """The ImageList in a text file of 'relative/path label' lines; blank lines and lines that start with # do not count.
+def file_name(name: str, folder: str = '') -> str:
+    """Return the relative path that a UTF-8 text names, for the functions of `os`.
 
-    Whether the images exist is seen when they are read. Raises FileNotFoundError, and ValueError with the bad lines.
+    A name is bytes. Where the locale has another encoding than UTF-8, Python would translate the text into other bytes; that is
+    taken only if there is such a file in `folder` and none with the name of the text.
+    """
+    if UTF_8_LOCALE:
+        return name
+    as_bytes = os.fsdecode(name.encode())
+    exact, translated = (os.path.join(folder, path) for path in (as_bytes, name))
+    return name if not os.path.exists(exact) and os.path.exists(translated) else as_bytes
+
+
+def name_of_file(path: str) -> str:
+    """Return the text for a list that names a path of the functions of `os`: the inverse of file_name.
+
+    Bytes that are no UTF-8 text become surrogates, unless the locale can tell them.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return path
+
+
+def read_list(list_file, data_path, num_classes):
+    """Read a text file of 'relative/path label' lines as an ImageList; blank lines and lines that start with # do not count.
+
+    Missing images are found when they are read. Raises FileNotFoundError, and ValueError with the first SHOWN bad lines.
     """
     if not os.path.isfile(list_file):
         raise FileNotFoundError(f'{list_file}: no such list file; expected {LIST_FORMAT}, as the README describes')
@@ -82,11 +108,13 @@ def read_list(list_file, data_path, num_classes):
             raise ValueError(f'{list_file}: not a UTF-8 text file; expected {LIST_FORMAT}') from None
         parts.append([*arrays, gaps + samples])
         bad += [(lines + line + 1, problem) for line, problem in problems]
+        if len(bad) >= SHOWN:
+            break
         samples, lines, first = samples + len(arrays[0]), lines + len(arrays[0]) + len(gaps), last
     if bad:
-        raise ValueError(f'{list_file}: {len(bad)} bad lines'
-                         + ''.join(f'\n  {list_file}:{line}: {problem}' for line, problem in bad[:SHOWN])
-                         + (f'\n  and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''))
+        count = len(bad) if len(bad) < SHOWN else f'at least {SHOWN}'
+        raise ValueError(f'{list_file}: {count} bad line{"s" if len(bad) > 1 else ""}'
+                         + ''.join(f'\n  {list_file}:{line}: {problem}' for line, problem in bad[:SHOWN]))
     if not samples:
         raise ValueError(f'{list_file}: the list is empty; expected {LIST_FORMAT}')
     return ImageList(list_file, data_path, text, *(np.concatenate(column) for column in zip(*parts)))
@@ -112,6 +140,8 @@ def _parse(text, first, last, num_classes):
             name, labels[i], problem = _parse_line(line, num_classes)
             starts[i], lengths[i] = starts[i] + start, len(name.encode())
             problems += [(int(i), problem)] if problem else []
+            if len(problems) == SHOWN:
+                break
     skipped = np.flatnonzero(~counts)
     return starts[counts] + first, lengths[counts].astype(np.int32), labels[counts], skipped - np.arange(len(skipped)), problems
 

@@ -16,8 +16,10 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
+import console
 import lifeline
 import safefiles
+from console import visible
 from safefiles import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
 
 log = logging.getLogger('halonet')
@@ -260,20 +262,28 @@ class Console(_OneComplaint, logging.StreamHandler):
     pass
 
 
+class Formatter(logging.Formatter):
+    """Formats records so that names of files do not control the terminal."""
+
+    def format(self, record):
+        return visible(super().format(record))
+
+
 def setup_logger(folder):
     """Rank 0 speaks on the console; every rank writes its own file in the run folder, with times and tracebacks."""
     log.handlers.clear()
     os.makedirs(folder, exist_ok=True)              # rank 0 has made it, maybe on another machine
     log.propagate = False
     log.setLevel(logging.DEBUG)
+    console.prepare()
     file = LogFile(os.path.join(folder, 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'), encoding='utf-8')
-    file.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    file.setFormatter(Formatter('%(asctime)s %(message)s'))
     log.addHandler(file)
     if rank() == 0:
-        console = Console(sys.stdout)
-        console.setLevel(logging.INFO)
-        console.setFormatter(logging.Formatter('%(message)s'))
-        log.addHandler(console)
+        screen = Console(sys.stdout)
+        screen.setLevel(logging.INFO)
+        screen.setFormatter(Formatter('%(message)s'))
+        log.addHandler(screen)
 
 
 @contextmanager
@@ -296,7 +306,7 @@ def plain_errors():
         if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
             log.error('error: %s', error)           # on the console of rank 0 only
         else:
-            print(f'rank {rank()}: error: {error}' if rank() else f'error: {error}', file=sys.stderr)
+            print(visible(f'rank {rank()}: error: {error}' if rank() else f'error: {error}'), file=sys.stderr)
         sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 import augment
 import datasets
+import listfile
 import utils
 from config import get_config
 
@@ -67,10 +68,21 @@ def test_bad_lines_are_named(tmp_path, line, reason):
 
 
 def test_bad_lines_are_reported_together(tmp_path):
-    with pytest.raises(ValueError, match='23 bad lines') as error:
-        datasets.read_list(write(tmp_path, 'good.png 1\n' + 'bad.png x\n' * 23), '/data', 10)
-    assert str(error.value).count('is not a whole number') == 10
-    assert 'list.txt:2:' in str(error.value) and '13 more' in str(error.value)
+    for count, words in ((1, '1 bad line'), (9, '9 bad lines'), (10, 'at least 10 bad lines'), (23, 'at least 10 bad lines')):
+        with pytest.raises(ValueError, match=f': {words}\n') as error:
+            datasets.read_list(write(tmp_path, 'good.png 1\n' + 'bad.png x\n' * count), '/data', 10)
+        assert str(error.value).count('is not a whole number') == min(count, 10) and 'list.txt:2:' in str(error.value)
+
+
+@pytest.mark.parametrize('line', ['bad.png x', 'bad.png 99', '/bad.png 1', 'ü'])
+def test_reading_stops_at_the_tenth_bad_line(tmp_path, monkeypatch, line):
+    calls = []
+    parse = listfile._parse_line
+    monkeypatch.setattr(listfile, '_parse_line', lambda *args: calls.append(1) or parse(*args))
+    monkeypatch.setattr(listfile, 'CHUNK', 1000)
+    with pytest.raises(ValueError, match='at least 10 bad lines'):
+        datasets.read_list(write(tmp_path, f'{line}\n' * 2000), '/data', 10)
+    assert len(calls) == 10
 
 
 @pytest.mark.parametrize('content, reason', [

@@ -212,6 +212,36 @@ def test_what_is_wrong_is_found(images, tmp_path, capsys, workers):
     assert 'without a training image: 4, 5, 6' in out
 
 
+def test_modes_and_what_becomes_of_them(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
+    frames = [Image.new('RGB', (8, 8), color).quantize(4) for color in ('red', 'green', 'blue')]
+    images = {
+        'a.png': (Image.new('RGBA', (8, 8)), {}), 'b.png': (Image.new('LA', (8, 8)), {}),
+        'c.png': (grey, {}), 'd.tif': (grey, {}),
+        'e.jpg': (Image.new('CMYK', (8, 8)), {}), 'f.gif': (frames[0], {'save_all': True, 'append_images': frames[1:]}),
+        'g.jpg': (Image.new('RGB', (8, 8)), {'exif': exif}), 'h.jpg': (Image.new('L', (8, 8)), {}),
+        'i.png': (Image.new('RGB', (8, 8)), {'transparency': (1, 2, 3)}),
+    }
+    for name, (image, options) in images.items():
+        image.save(tmp_path / name, **options)
+    (tmp_path / 'j.jpg').write_text('%!PS-Adobe-3.0 EPSF-3.0')
+    os.mkfifo(tmp_path / 'k.jpg')
+    (tmp_path / 'train_list.txt').write_text(''.join(f'{name} 0\n' for name in [*images, 'j.jpg', 'k.jpg']))
+    assert tool(check_data, tmp_path, '-workers', 0, '-json', tmp_path / 'report.json') == 1
+    out = capsys.readouterr().out
+    for text in ('3 with transparency: composited on DATA.BACKGROUND', '2 with 16 bits: scaled', '1 in CMYK: ',
+                 '1 with a palette: ', '1 with several frames: the first', '1 with an EXIF orientation: read as stored',
+                 'EPS or PostScript', 'a FIFO'):
+        assert text in out, text
+    train = json.loads((tmp_path / 'report.json').read_text())['train']
+    assert train['traits'] == {'alpha': 3, '16 bits': 2, 'CMYK': 1, 'palette': 1, 'frames': 1, 'orientation': 1}
+    assert train['formats'] == {'PNG': 4, 'TIFF': 1, 'JPEG': 3, 'GIF': 1} and sum(train['modes'].values()) == 9
+    assert tool(check_data, tmp_path, '-workers', 0, '-max_pixels', 63) == 1
+    assert '8 x 8 = 64 pixels are more than DATA.MAX_PIXELS 63' in capsys.readouterr().out
+
+
 def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
     assert tool(check_data, tmp_path) == 2
     assert 'neither train_list.txt nor val_list.txt' in capsys.readouterr().err

@@ -374,3 +374,22 @@ def test_help_answers_with_examples(name, tmp_path, monkeypatch):
     assert done.stdout.count(f'python tools/{name}.py') >= 2 and done.stderr == ''
     options = re.findall(r'^  (-\w+)[^,]*, (-\S+)', done.stdout, re.M)
     assert len(options) > 2 and all(long == f'-{short}' or short == '-h' for short, long in options)
+
+
+def test_cells_are_no_formulas_and_names_no_commands(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = (run[0] / 'data' / 'val' / '4.png').read_bytes()
+    names = ['=1+1.png', '+1.png', '@x.png', '\tx.png', 'a\x1b[31m.png', 'plain.png']
+    for name in names:
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / 'list.txt').write_text('-gone.png\n')
+    names_file = tmp_path / 'names'
+    names_file.write_text('=cmd()\n@b\nc\x1b]0;x\x07\nd\n')
+    words = ['-pretrained', weights_of(run), *names, 'list.txt', '-csv', 'a.csv', '-classes', names_file]
+    assert call(predict, *words) == 1
+    out, err = capsys.readouterr()
+    assert '\x1b' not in out + err and r'a\x1b[31m.png' in out and r'c\x1b]0;x\x07' in out
+    rows = list(csv.DictReader(open('a.csv', newline='')))
+    cells = {row['picture'] for row in rows} | {row['name'] for row in rows}
+    assert {"'=1+1.png", "'+1.png", "'@x.png", "'\tx.png", 'plain.png', "'=cmd()", "'@b", 'd'} <= cells
+    assert not any(cell.startswith(('=', '+', '-', '@', '\t', '\r')) for cell in cells)

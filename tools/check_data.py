@@ -1,7 +1,7 @@
 """Read every image that train_list.txt and val_list.txt of a folder name, as training would, and report on them.
 
-Bad files with their line, the sizes, the balance of the classes, images (by the content of their files) that are both in
-training and validation, and those that have two labels.
+Bad files with their line; formats, transparency, bit depth and the like, with what becomes of them; the sizes; the balance of
+the classes; images (by the content of their files) that are both in training and validation, and those that have two labels.
 
   python tools/check_data.py flowers
   python tools/check_data.py imagenet -workers 16 -classes 1000 -json imagenet/report.json
@@ -13,9 +13,11 @@ import json
 import multiprocessing
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -23,38 +25,51 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 
 import numpy as np  # noqa: E402
 
+import imagefiles  # noqa: E402
 import lifeline  # noqa: E402
+from console import visible  # noqa: E402
+from listfile import read_list  # noqa: E402
 
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all
 
 
-def read(path):
-    """(error or '', width, height, format, hash of the file's content)"""
-    from PIL import Image
+class Result(NamedTuple):
+    """What was found in one file; with an `error` the rest is empty."""
+    error: str = ''
+    width: int = 0
+    height: int = 0
+    format: str = ''
+    mode: str = ''                                  # Pillow's
+    traits: tuple = ()                              # keys of imagefiles.TRAITS
+    digest: str = ''                                # of the file's content
+
+
+def read(path: str, max_pixels: int) -> Result:
+    """Read a whole image as training does."""
     try:
         digest = hashlib.sha256()
-        with open(path, 'rb') as file:
+        with imagefiles.open_file(path) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
-            if not file.tell():
-                return 'the file is empty', 0, 0, '', ''
-            with Image.open(file) as image:
-                width, height = image.size
-                image.convert('RGB')                # reads all of it
-                return '', width, height, image.format, digest.hexdigest()
+            file.seek(0)
+            image = imagefiles.open_image(file, max_pixels)
+            mode, traits = image.mode, tuple(imagefiles.traits(image))
+            imagefiles.to_rgb(image)
+            return Result('', *image.size, image.format, mode, traits, digest.hexdigest())
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        return cli.reason(error), 0, 0, '', ''
+        return Result(imagefiles.reason(error))
 
 
-def read_all(samples, workers, what):
-    """`read` of each sample of an ImageList, in its order. Raises ValueError where a process dies."""
+def read_all(samples, workers, what, max_pixels):
+    """`read` each sample of an ImageList, in its order. Raises ValueError where a process dies."""
     paths = [samples.path(i) for i in range(len(samples))]
+    read_one = partial(read, max_pixels=max_pixels)
     if not workers:
-        return list(cli.progress(map(read, paths), len(paths), what))
+        return list(cli.progress(map(read_one, paths), len(paths), what))
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), lifeline.die_with_parent) as pool:
-            return list(cli.progress(pool.map(read, paths, chunksize=16), len(paths), what))
+            return list(cli.progress(pool.map(read_one, paths, chunksize=16), len(paths), what))
     except BrokenProcessPool:
         raise ValueError('a reading process died, probably for want of memory: take fewer by -workers, or look for the '
                          'image with -workers 0') from None
@@ -62,12 +77,12 @@ def read_all(samples, workers, what):
 
 def describe(samples, results, classes):
     """What the report says about one list: counts, sizes, formats, images per class."""
-    good = np.array([result[1:3] for result in results if not result[0]]).reshape(-1, 2)
-    formats = defaultdict(int)
-    for error, *_, kind, _ in results:
-        if not error:
-            formats[kind] += 1
-    report = {'images': len(samples), 'bad': len(samples) - len(good), 'formats': dict(formats)}
+    readable = [result for result in results if not result.error]
+    good = np.array([(result.width, result.height) for result in readable]).reshape(-1, 2)
+    report = {'images': len(samples), 'bad': len(samples) - len(good),
+              'formats': dict(Counter(result.format for result in readable)),
+              'modes': dict(Counter(result.mode for result in readable)),
+              'traits': dict(Counter(trait for result in readable for trait in result.traits))}
     if len(good):
         report['size'] = {name: [int(value) for value in function(good, axis=0)]
                           for name, function in (('smallest', np.min), ('median', np.median), ('largest', np.max))}
@@ -79,9 +94,9 @@ def compare(lists, results):
     """Pairs of the same image in train and val, and groups of the same image with several labels."""
     places = defaultdict(list)                      # content -> (part, index)
     for part, found in results.items():
-        for i, (error, *_, digest) in enumerate(found):
-            if not error:
-                places[digest].append((part, i))
+        for i, result in enumerate(found):
+            if not result.error:
+                places[result.digest].append((part, i))
     in_both, other_label = [], []
     for same in places.values():
         train, val = ([lists[part].name(i) for part, i in same if part == wanted] for wanted in ('train', 'val'))
@@ -92,20 +107,18 @@ def compare(lists, results):
     return in_both, other_label
 
 
-def check(folder, classes, workers):
-    """The whole report on a folder, as it stands in the JSON. Raises ValueError for a bad list."""
-    import utils  # isort: skip  # noqa: F401  (first: it prepares for Paddle's import)
-    import datasets
+def check(folder, classes, workers, max_pixels):
+    """Make the whole report on a folder, as it is in the JSON. Raises ValueError for a bad list."""
     parts = [part for part in ('train', 'val') if os.path.isfile(os.path.join(folder, f'{part}_list.txt'))]
     if not parts:
         raise ValueError(f'{folder} has neither train_list.txt nor val_list.txt; tools/make_lists.py writes them')
     most = classes or MOST_CLASSES
-    lists = {part: datasets.read_list(os.path.join(folder, f'{part}_list.txt'), folder, most) for part in parts}
+    lists = {part: read_list(os.path.join(folder, f'{part}_list.txt'), folder, most) for part in parts}
     classes = classes or 1 + max(int(samples.labels.max()) for samples in lists.values())
-    results = {part: read_all(lists[part], workers, part) for part in parts}
+    results = {part: read_all(lists[part], workers, part, max_pixels) for part in parts}
     in_both, other_label = compare(lists, results)
-    bad = [{'where': lists[part].where(i), 'path': lists[part].path(i), 'error': result[0]}
-           for part in parts for i, result in enumerate(results[part]) if result[0]]
+    bad = [{'where': lists[part].where(i), 'path': lists[part].path(i), 'error': result.error}
+           for part in parts for i, result in enumerate(results[part]) if result.error]
     return {'folder': folder, 'classes': classes, **{part: describe(lists[part], results[part], classes) for part in parts},
             'bad': bad, 'in_both': in_both, 'other_label': other_label}
 
@@ -128,6 +141,8 @@ def as_text(report, names):
 def part_text(part, facts, names):
     kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(facts['formats'].items()))
     lines = [f'{part}: {facts["images"]} images in {len(facts["per_class"])} classes; {kinds or "none can be read"}']
+    lines += [f'  {facts["traits"][trait]} {what}: {outcome}' for trait, (what, outcome) in imagefiles.TRAITS.items()
+              if trait in facts['traits']]
     if 'size' in facts:
         lines.append('  width x height: ' + ', '.join(f'{name} {w}x{h}' for name, (w, h) in facts['size'].items()))
     counts = {label: count for label, count in facts['per_class'].items() if count}
@@ -153,18 +168,20 @@ def parser():
                default=len(os.sched_getaffinity(0)), metavar='N')
     parser.add('classes', 'number of classes, so that larger labels are an error (default: as many as the lists have)',
                type=int, default=0, metavar='N')
+    parser.add('max_pixels', 'larger images are bad files, as by DATA.MAX_PIXELS', type=int, default=imagefiles.MAX_PIXELS,
+               metavar='N')
     parser.add('json', 'write the report with all files as JSON; - is the console', metavar='FILE')
     return parser
 
 
 def main(args):
-    if min(args.workers, args.classes) < 0:
-        raise ValueError(f'-workers {args.workers} -classes {args.classes}: neither can be negative')
+    if min(args.workers, args.classes, args.max_pixels) < 0:
+        raise ValueError(f'-workers {args.workers} -classes {args.classes} -max_pixels {args.max_pixels}: none can be negative')
     cli.check_outputs(args.json)
     path = os.path.join(args.folder, 'class_names.txt')
     names = cli.read_names(path) if os.path.isfile(path) else []
-    report = check(args.folder, args.classes, args.workers)
-    print(as_text(report, lambda label: names[int(label)] if int(label) < len(names) else label), end='')
+    report = check(args.folder, args.classes, args.workers, args.max_pixels)
+    print(visible(as_text(report, lambda label: names[int(label)] if int(label) < len(names) else label)), end='')
     if args.json:
         cli.write_text(args.json, json.dumps(report, indent=1) + '\n')
     return int(bool(report['bad']))

@@ -1,4 +1,4 @@
-"""What the tools share: the options that name a model, its loading, class names, finding pictures, safe files, a progress line.
+"""What the tools share: the options that name a model, its loading, class names, safe files, a progress line.
 
 Paddle is imported where it is needed, not above: help and mistakes answer at once, and some tools do without it.
 """
@@ -14,13 +14,13 @@ import packages  # noqa: F401  isort: skip  (first: it reports a missing package
 
 import class_names
 import config as options
+import console
 import lifeline
 import safefiles
 from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130                                   # exit status after Ctrl-C
-PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm', '.pgm')
 
 
 # ---- the command line
@@ -50,11 +50,10 @@ class Parser(options.Parser):
 
     def run(self, main, argv=None):
         """Call `main` on the parsed arguments and leave with its exit status; the user's mistakes are one line, status 2."""
+        console.prepare()
         args = self.parse_args(argv)
         for name, value in vars(args).items():
             setattr(args, name, expand_home(value))
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors='backslashreplace')    # a file may have a name that the terminal cannot show
         try:
             status = main(args)
             sys.stdout.flush()
@@ -131,27 +130,6 @@ def run_program(command: list[str]) -> subprocess.CompletedProcess:
 
 
 # ---- files
-
-def is_picture(name):
-    return name.lower().endswith(PICTURES) and not name.startswith('.')
-
-
-def pictures_below(folder):
-    """Relative paths of the pictures in a folder and its subfolders, sorted; hidden ones do not count."""
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in names if is_picture(name)]
-    return sorted(found)
-
-
-def reason(error):
-    """Why a picture cannot be read, in a few words."""
-    from PIL import UnidentifiedImageError
-    if isinstance(error, UnidentifiedImageError):
-        return 'not an image in a format that Pillow knows'
-    return getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
-
 
 def check_outputs(*paths):
     """Raise OSError for a file that cannot be written, before there is work to lose; None, '' and '-' are fine."""

@@ -24,7 +24,11 @@ from typing import Any, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402
+from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+
+from console import visible  # noqa: E402
+from listfile import file_name  # noqa: E402
+from tools import finding  # noqa: E402
 
 LINES = "lines 'relative/path' or 'relative/path label'"
 
@@ -47,10 +51,10 @@ def find_pictures(words):
     pictures = []
     for word in words:
         if os.path.isdir(word):
-            found = [Picture(os.path.join(word, name)) for name in cli.pictures_below(word)]
-            if not found:
-                raise ValueError(f'{word}: no pictures in this folder (it looks for {" ".join(cli.PICTURES)})')
-            pictures += found
+            found = finding.find_images(word)
+            if not found.images:
+                raise ValueError(f'{word}: no pictures in this folder{found.explain(", left out: ")}')
+            pictures += [Picture(os.path.join(word, name)) for name in found.images]
         elif word.lower().endswith('.txt'):
             pictures += read_list(word)
         else:
@@ -63,10 +67,11 @@ def read_list(path):
     pictures, folder = [], os.path.dirname(path)
     for line in cli.read_names(path, LINES):
         name, *label = line.rsplit(None, 1)
-        if label and label[0].isdecimal() and not os.path.exists(os.path.join(folder, line)):
-            pictures.append(Picture(os.path.join(folder, name), int(label[0])))
+        whole = os.path.join(folder, file_name(line, folder))
+        if label and label[0].isdecimal() and not os.path.exists(whole):
+            pictures.append(Picture(os.path.join(folder, file_name(name, folder)), int(label[0])))
         else:
-            pictures.append(Picture(os.path.join(folder, line)))
+            pictures.append(Picture(whole))
     if not pictures:
         raise ValueError(f"{path}: the list is empty; expected {LINES}")
     return pictures
@@ -128,24 +133,34 @@ def as_json(pictures, names, facts):
 
 
 def as_csv(pictures, names):
-    """A line per picture and rank; a picture that could not be read has one line, with its error."""
+    """Write a line per picture and rank; a picture that could not be read has one line, with its error.
+
+    An apostrophe precedes what a spreadsheet would take for a formula.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['picture', 'true_label', 'rank', 'label', 'name', 'probability', 'error'])
     for picture in pictures:
         true = '' if picture.label is None else picture.label
         if picture.error:
-            writer.writerow([picture.path, true, '', '', '', '', picture.error])
+            writer.writerow([plain_cell(picture.path), true, '', '', '', '', plain_cell(picture.error)])
         for rank, (label, p) in enumerate(picture.top, 1):
-            writer.writerow([picture.path, true, rank, label, names[label], f'{p:.6f}', ''])
+            writer.writerow([plain_cell(picture.path), true, rank, label, plain_cell(names[label]), f'{p:.6f}', ''])
     return text.getvalue()
 
 
+def plain_cell(text: str) -> str:
+    """Return a cell of a table, after an apostrophe if it begins as a formula does."""
+    return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
+
+
 def as_text(picture, names):
-    """A Picture as lines for the console."""
+    """Format a Picture as lines for the console."""
+    path = visible(picture.path.replace('\n', '\\n'))
     if picture.error:
-        return f'{picture.path}: cannot be read: {picture.error}\n'
-    head = picture.path + ('' if picture.label is None else f'  (a {names[picture.label]})')
+        return f'{path}: cannot be read: {visible(picture.error)}\n'
+    names = [visible(name) for name in names]
+    head = path + ('' if picture.label is None else f'  (a {names[picture.label]})')
     return '\n'.join([head, *(f'  {100 * p:6.2f} %  {names[label]}' for label, p in picture.top)]) + '\n'
 
 

@@ -1,0 +1,128 @@
+"""Finding the images in a folder: each real folder and file once, and what is left out counted."""
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+
+import imagefiles
+
+TRUSTED = frozenset(('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.gif', '.bmp', '.dib', '.tif', '.tiff',
+                     '.ppm', '.pgm', '.pbm', '.pnm', *(['.avif'] if 'AVIF' in imagefiles.FORMATS else [])))
+THUMBNAILS = frozenset(('@eadir', '__macosx', '#recycle', '@recycle', '$recycle.bin'))     # of NAS systems, macOS, Windows
+TWICE = 'linked again'
+
+
+@dataclass
+class Found:
+    """The images in a folder, as sorted relative paths, and how many files were left out, by reason."""
+    images: list = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+    def explain(self, before: str = '') -> str:
+        """Name what was left out, the most frequent reason first, after the text `before`; '' if nothing was."""
+        parts = [f'{reason} ({count})' for reason, count in self.left_out.most_common()]
+        return before + ', '.join(parts) if parts else ''
+
+
+def find_images(folder: str, parts: tuple = ('',), ignore: tuple = ()) -> Found:
+    """Find the images in a folder with its subfolders, or only in those of its subfolders that `parts` names.
+
+    Files with a relative path in `ignore` are not even counted.
+
+    A known ending makes a file an image; of all other files the content decides. Hidden files and folders are left out, and
+    those of thumbnails. A link counts only if it leads to something that is not found without links, and only once.
+    """
+    search = _Search(os.path.realpath(folder), ignore)
+    for part in parts:
+        path = os.path.join(folder, part)
+        if part and os.path.islink(path):
+            search.links.append((path, part))
+        else:
+            search.walk(path, part)
+    while search.links:                             # after all that is here without links
+        search.follow(*search.links.pop(0))
+    return Found(sorted(search.images()), search.left_out)
+
+
+def is_hidden(name: str) -> bool:
+    """True if a file or folder of this name does not count."""
+    return name.startswith('.') or name.lower() in THUMBNAILS
+
+
+class _Search:
+    def __init__(self, root, ignore):
+        self.root, self.ignore, self.left_out = root, ignore, Counter()
+        self.seen = set()                           # (device, inode) of each folder
+        self.folders = []                           # (real path, relative path, names of its images)
+        self.links, self.linked_files = [], []      # (path, relative path) of links to folders; of those to images
+
+    def walk(self, path, relative):
+        """Search a folder with its subfolders, but not through links."""
+        left = [(os.path.realpath(path), relative)]
+        while left:
+            real, relative = left.pop()
+            status = os.stat(real)
+            if (status.st_dev, status.st_ino) in self.seen:
+                self.left_out[f'folders {TWICE}'] += 1
+                continue
+            self.seen.add((status.st_dev, status.st_ino))
+            names = []
+            with os.scandir(real) as entries:
+                for entry in entries:
+                    below = os.path.join(relative, entry.name)
+                    if below in self.ignore or self._is_hidden(entry):
+                        continue
+                    if entry.is_symlink():
+                        self._note_link(entry.path, below)
+                    elif entry.is_dir(follow_symlinks=False):
+                        left.append((entry.path, below))
+                    elif self._is_image(entry.path, entry.is_file(follow_symlinks=False)):
+                        names.append(entry.name)
+            self.folders.append((real, relative, names))
+
+    def _is_hidden(self, entry):
+        if not is_hidden(entry.name):
+            return False
+        if entry.is_dir(follow_symlinks=False):
+            count = sum(len(files) for _, _, files in os.walk(entry.path))
+            self.left_out[f'in {entry.name}'] += count
+        else:
+            self.left_out['hidden'] += 1
+        return True
+
+    def _note_link(self, path, relative):
+        if os.path.isdir(path):
+            self.links.append((path, relative))
+        elif not os.path.exists(path):
+            self.left_out['broken links'] += 1
+        elif self._is_image(path, os.path.isfile(path)):
+            self.linked_files.append((os.path.realpath(path), relative))
+
+    def _is_image(self, path, is_file):
+        if not is_file:
+            self.left_out['special files'] += 1
+            return False
+        ending = os.path.splitext(path)[1].lower()
+        if ending in TRUSTED or imagefiles.is_image(path):
+            return True
+        self.left_out[ending or 'without an ending'] += 1
+        return False
+
+    def follow(self, path, relative):
+        """Search the folder that a link leads to, unless the root lies in it."""
+        real = os.path.realpath(path)
+        if self.root == real or self.root.startswith(os.path.join(real, '')):
+            self.left_out[f'folders {TWICE}'] += 1
+        else:
+            self.walk(real, relative)
+
+    def images(self):
+        """Return the relative paths of all images."""
+        images = [os.path.join(relative, name) for _, relative, names in self.folders for name in names]
+        real = {os.path.join(folder, name) for folder, _, names in self.folders for name in names} if self.linked_files else set()
+        for path, relative in sorted(self.linked_files):
+            if path in real:
+                self.left_out[f'images {TWICE}'] += 1
+            else:
+                real.add(path)
+                images.append(relative)
+        return images
