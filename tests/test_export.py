@@ -1,6 +1,8 @@
 """Exports give the model's logits: folded, with windows looked up, in Paddle Inference and in ONNX; else nothing is written."""
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import paddle
@@ -11,6 +13,7 @@ from halonet import build_halonet
 from tools import export
 from tools.deployed import deployed, look_windows_up
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ['DATA.IMAGE_SIZE', 32, 'MODEL.NUM_CLASSES', 7, 'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STEM_POOL', False,
          'MODEL.STAGES', "['conv halo', 'halo*2']", 'MODEL.WIDTHS', '[32, 64]', 'MODEL.STRIDES', '[1, 2]',
          'MODEL.HEADS', '[2, 4]', 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1]
@@ -69,14 +72,13 @@ def test_paddle_inference_gives_the_logits(tmp_path):
     x = images()
     close(export.runtimes.paddle_inference(str(tmp_path / 'out'))(x), live_model([])(paddle.to_tensor(x)).numpy())
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
-    assert meta['size'] == 32 and meta['mean'] == [0.485, 0.456, 0.406] and len(meta['classes']) == 7
+    assert meta['size'] == 32 and meta['mean'] == [0.485, 0.456, 0.406] and meta['classes'] is None
     assert sorted(os.listdir(tmp_path)) == ['c.yaml', 'out', 'w.pdparams']
 
 
 @pytest.mark.parametrize('more', [[], ['-dynamic']], ids=['fixed', 'dynamic'])
 def test_onnx_gives_the_logits(tmp_path, more):
-    for name in ('paddle2onnx', 'onnx', 'onnxruntime'):
-        pytest.importorskip(name, reason=f'{name} is not installed (requirements-export.txt)')
+    need_onnx()
     assert export.main(arguments(str(tmp_path), '-format', 'onnx', *more)) == 0
     engine, model = export.runtimes.onnxruntime(str(tmp_path / 'out' / 'model.onnx')), live_model([])
     for count in (1, 4, 9):                                     # the two threads together, each by itself, and one with a rest
@@ -112,6 +114,62 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('size', [1, 8, 13, 14, 256])
 def test_small_images_are_compared_as_well(size):
     assert all(min(x.shape) > 0 for x in export.images(size, dynamic=True))
+
+
+def need_onnx():
+    for name in export.NEEDED:
+        pytest.importorskip(name, reason=f'{name} is not installed (requirements-export.txt)')
+
+
+def test_nothing_but_the_results_is_printed(tmp_path):
+    need_onnx()
+    args = arguments(str(tmp_path))
+    command = [sys.executable, os.path.join(ROOT, 'tools', 'export.py'), '-cfg', args.cfg, '-pretrained', args.pretrained,
+               '-output', args.output, '-device', 'cpu', '-opts', *map(str, SMALL)]
+    environment = {**os.environ, 'POLYGRAPHY_AUTOINSTALL_DEPS': '1', 'PIP_INDEX_URL': 'http://127.0.0.1:9/'}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith('no class names are known') and result.stderr.count('\n') == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 and lines[0].startswith('paddle: differs') and lines[1].startswith('onnx: differs')
+
+
+@pytest.mark.parametrize('name', export.NEEDED)
+def test_a_missing_package_is_named_and_not_installed(tmp_path, monkeypatch, name):
+    need_onnx()
+    args = arguments(str(tmp_path), '-format', 'onnx')
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(subprocess, 'run', lambda *args, **kwargs: pytest.fail('a process was started'))
+    with pytest.raises(ValueError, match=f'{name} cannot be imported.*python -m pip install -r requirements-export.txt'):
+        export.main(args)
+    assert sorted(os.listdir(tmp_path)) == ['c.yaml', 'w.pdparams']
+
+
+def test_constants_are_folded_without_any_installation(tmp_path, monkeypatch):
+    need_onnx()
+    import onnx
+    import polygraphy.config
+    args = arguments(str(tmp_path), '-format', 'onnx')
+    monkeypatch.setattr(polygraphy.config, 'AUTOINSTALL_DEPS', True)
+    assert export.main(args) == 0 and not polygraphy.config.AUTOINSTALL_DEPS
+    nodes = onnx.load(os.path.join(args.output, 'model.onnx')).graph.node
+    assert not any(node.op_type in ('Constant', 'ConstantOfShape', 'Range') for node in nodes)
+
+
+@pytest.mark.parametrize('opset', [-1, 12, 22, 99])
+def test_an_opset_that_the_converter_does_not_know_is_refused(tmp_path, opset):
+    with pytest.raises(ValueError, match=f'-opset {opset}: it must be from 13 to 21'):
+        export.main(arguments(str(tmp_path), f'-opset={opset}'))
+
+
+def test_what_libraries_printed_is_shown_with_an_exception(capfd):
+    with export.quiet():
+        os.write(1, b'unseen\n')
+    with pytest.raises(RuntimeError), export.quiet():
+        os.write(2, b'seen\n')
+        raise RuntimeError
+    captured = capfd.readouterr()
+    assert captured.out == '' and captured.err == 'seen\n'
 
 
 def test_mistakes_are_said_first(tmp_path):

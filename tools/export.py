@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -21,6 +22,8 @@ from tools import cli, runtimes  # noqa: E402
 
 LIMIT = 1e-4
 BATCHES = (1, 3, 8)
+OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 raises lower ones and ends the process for higher ones
+NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'onnx', 'onnxruntime')
 FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': lambda folder: runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))}
 
 
@@ -32,7 +35,7 @@ def parser():
     options.add('dynamic', 'let images have any size too; slower in ONNX, and for networks of conv and halo blocks only',
                 action='store_true')
     options.add('format', 'what to write', nargs='+', choices=FORMATS, default=list(FORMATS))
-    options.add('opset', 'of ONNX; 13 or more', type=int, default=17)
+    options.add('opset', f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}', type=int, default=17)
     return options
 
 
@@ -43,9 +46,12 @@ def main(args):
         raise ValueError('-dynamic: bot and lambda blocks are built for one size; give it by -size')
     if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
         raise ValueError(f'-output {args.output} exists and is not an empty folder; choose another')
+    if args.opset not in OPSETS:
+        raise ValueError(f'-opset {args.opset}: it must be from {OPSETS[0]} to {OPSETS[-1]}')
     if 'onnx' in args.format:
-        for name in ('paddle2onnx', 'onnx', 'onnxruntime'):
-            runtimes.need(name)
+        with quiet():
+            for name in NEEDED:
+                runtimes.need(name)
     names = cli.find_class_names(config, args.classes)
     if names is None and config.MODEL.NUM_CLASSES:
         print('no class names are known: "classes" in meta.json will be null (-classes FILE gives names)', file=sys.stderr)
@@ -54,8 +60,9 @@ def main(args):
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
         model, _ = cli.load_model(config)
         expected = [(x, run(model, x)) for x in images(config.DATA.IMAGE_SIZE, args.dynamic)]
-        write(model, config.DATA.IMAGE_SIZE, args, folder)
-        differences = {name: difference(FORMATS[name](folder), expected) for name in args.format}
+        with quiet():
+            write(model, config.DATA.IMAGE_SIZE, args, folder)
+            differences = {name: difference(FORMATS[name](folder), expected) for name in args.format}
         for name, value in differences.items():
             print(f'{name}: differs from the model by {value:.1e} of the largest logit')
         if not all(value <= LIMIT for value in differences.values()):       # not a number fails too
@@ -70,6 +77,32 @@ def main(args):
         os.replace(ready, args.output)
     print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
     return 0
+
+
+@contextmanager
+def quiet():
+    """Hold back what libraries print within, from C++ too. Exceptions show it, except ValueError, which is a user's mistake."""
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        stream.flush()
+    saved = [os.dup(number) for number in (1, 2)]
+    with tempfile.TemporaryFile() as held:
+        try:
+            for number in (1, 2):
+                os.dup2(held.fileno(), number)
+            yield
+        except ValueError:
+            raise
+        except BaseException:
+            held.seek(0)
+            os.write(saved[1], held.read())
+            raise
+        finally:
+            for stream in streams:
+                stream.flush()
+            for number, copy in zip((1, 2), saved):
+                os.dup2(copy, number)
+                os.close(copy)
 
 
 def images(size, dynamic):
@@ -114,12 +147,19 @@ def save(model, side, path):
 
 
 def to_onnx(path, target, opset):
-    """A saved program -> an ONNX file, whose padding is made zero: paddle2onnx 2.1.0 writes memory that it never set there."""
+    """A saved program -> an ONNX file with constants folded.
+
+    Its padding is made zero: paddle2onnx 2.1.0 writes memory that it never set there.
+    """
     import numpy as np
     import onnx
     import paddle2onnx
-    paddle2onnx.export(f'{path}.json', f'{path}.pdiparams', target, opset_version=opset)
-    model = onnx.load(target)
+    import polygraphy.config
+    from polygraphy.backend.onnx import fold_constants
+    polygraphy.config.AUTOINSTALL_DEPS = False
+    # folded here: paddle2onnx would let polygraphy install packages, and go on without folding where that fails
+    paddle2onnx.export(f'{path}.json', f'{path}.pdiparams', target, opset_version=opset, optimize_tool='None')
+    model = fold_constants(onnx.load(target), error_ok=False)
     zero = onnx.numpy_helper.from_array(np.zeros([], 'float32'), 'pad.zero')
     model.graph.initializer.append(zero)
     for node in model.graph.node:
@@ -129,7 +169,7 @@ def to_onnx(path, target, opset):
     kept = [value for value in model.graph.initializer if value.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, target)
 
 
