@@ -124,8 +124,8 @@ def plain(value: Any, leaf) -> Any:
 
 def shown(text: str, longest: int = 80) -> str:
     """Text from a file on one line: control characters escaped, cut to `longest` characters."""
-    line = ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:longest])
-    return line if len(text) <= longest else line + '...'
+    line = ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:longest + 1])
+    return line if len(line) <= longest else line[:longest] + '...'
 
 
 class _Source:

@@ -1,4 +1,5 @@
 """Files of a run folder: whole or not there, recognised when damaged, the same bytes for the same content."""
+import hashlib
 import os
 import pickle
 
@@ -73,6 +74,50 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='system'):
         checkpoint.load(checkpoint.steps(tmp_path)[0])
     assert not os.path.exists('bomb_went_off')
+
+
+NESTED = [1]
+for _ in range(60):
+    NESTED = [NESTED, NESTED]                       # 2 ** 60 values
+
+
+@pytest.mark.parametrize('change', [
+    {'model': []}, {'model': {'w': 'text'}}, {'model': {'w': [1.0]}}, {'model': {1: np.zeros(3)}}, {'ema': None},
+    {'optimizer': 3}, {'ranks': {}}, {'ranks': [3]}, {'ranks': [{'buffers': {}, 'totals': {'sums': [1.0], 'seconds': 1.0}}]},
+    {'facts': 'text'}, {'progress': {'epoch': 'x'}},
+    {'progress': {'epoch': -2}}, {'progress': {'epoch': 2 ** 70}}, {'progress': {'other': 1}},
+    {'progress': {'best': [1]}}, {'progress': {'best': {'val': 'text'}}}, {'scaler': ()}, {'more': {}},
+])
+def test_a_checkpoint_of_other_parts_is_refused(tmp_path, change):
+    checkpoint.save(str(tmp_path), 1, state(0), keep=1)
+    rewrite(checkpoint.steps(tmp_path)[0], {**state_as_arrays(), **change})
+    with pytest.raises(ValueError, match='step_00000001.pdckpt: this checkpoint is of another version of this project'):
+        checkpoint.load(checkpoint.steps(tmp_path)[0])
+
+
+def state_as_arrays():
+    return checkpoint.to_numpy(state(0))
+
+
+def rewrite(path, content):
+    """Give a checkpoint another content, with the right checksum."""
+    data = pickle.dumps(content, protocol=4)
+    with open(path, 'wb') as file:
+        file.write(data + checkpoint.FOOTER + hashlib.sha256(data).hexdigest().encode())
+
+
+@pytest.mark.parametrize('content', [{**state(0), 'facts': {'SEED': NESTED}}, NESTED])
+def test_a_checkpoint_of_endless_values_is_refused(tmp_path, content):
+    """Python itself would take ages to compare or to show them."""
+    path = tmp_path / 'a.pdckpt'
+    rewrite(path, {**state_as_arrays(), 'facts': content['facts']} if isinstance(content, dict) else content)
+    with pytest.raises(ValueError, match=f'^{path}: .*nested deeper than 50 levels, or holds more than 1000000 values'):
+        checkpoint.load(str(path))
+
+
+def test_values_of_a_file_are_shown_on_one_line():
+    [line] = checkpoint.differences({'SEED': '\x1b[31m\n' * 999}, {'SEED': 0})
+    assert line.isprintable() and len(line) < 300
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -72,13 +72,20 @@ def write_old_pth(path, state):
 
 
 WRITERS = {'safetensors': lambda path, state: save_file(state, path), 'pth': write_pth, 'old pth': write_old_pth,
-           'checkpoint of timm': lambda path, state: write_pth_checkpoint(path, state)}
+           'checkpoint of timm': lambda path, state: write_pth_checkpoint(path, state),
+           'checkpoint of Paddle': lambda path, state: write_nested(path, state)}
 
 
 def write_pth_checkpoint(path, state):
     content, storages = as_torch({f'module.{key}': array for key, array in state.items()})
     write_zip(path, {'epoch': 3, 'state_dict': content, 'optimizer': {'state': {}, 'param_groups': [{'lr': 0.1}]}},
               {name: array.tobytes() for name, array in storages.items()})
+
+
+def write_nested(path, state):
+    """As PaddleViT's newer scripts write them, from a model in another one."""
+    tensors = {f'model.backbone.{key}': paddle.to_tensor(array) for key, array in state.items()}
+    paddle.save({'model': tensors, 'epoch': 3, 'optimizer': {'LR_Scheduler': {'last_lr': 0.1}}, 'best': np.float32(1)}, str(path))
 
 
 @pytest.mark.parametrize('kind', WRITERS)
@@ -98,6 +105,20 @@ def test_a_checkpoint_gives_raw_or_averaged_weights_by_choice(images, trained, t
     assert evaluate(images, tmp_path / 'ema', path, 'MODEL.PRETRAINED_EMA', True)[1] == pytest.approx(averaged['loss'], rel=1e-6)
     with pytest.raises(ValueError, match='holds no moving average'):
         evaluate(images, tmp_path / 'no', trained / 'final.pdparams', 'MODEL.PRETRAINED_EMA', True)
+
+
+def test_a_file_with_more_numbers_than_the_model_takes_is_not_read(tmp_path):
+    """A sparse file of 16 GB, and a real one with a classifier of more classes, which is."""
+    model = build_halonet(get_config(None, [*TINY, 'MODEL.NUM_CLASSES', 0]))
+    header = json.dumps({'stem.a': {'dtype': 'F32', 'shape': [2 ** 32], 'data_offsets': [0, 2 ** 34]}}).encode()
+    with open(tmp_path / 'sparse', 'wb') as file:
+        file.write(len(header).to_bytes(8, 'little') + header)
+        file.truncate(8 + len(header) + 2 ** 34)
+    with pytest.raises(ValueError, match=r'sparse: .*stem\.a: its arrays take more than 256 MB, too much for the model'):
+        weights.load_pretrained(model, str(tmp_path / 'sparse'))
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    save_file({**state, 'head.fc.weight': np.zeros((32, 100_000), 'float32')}, tmp_path / 'more')
+    weights.load_pretrained(model, str(tmp_path / 'more'))
 
 
 # ---- fine-tuning

@@ -5,17 +5,20 @@ torch.save (zip.pth, and legacy.pth with _use_new_zipfile_serialization=False) a
 holds its numbers by Tensor.numpy(). module.pth is the state_dict of a module, timm_checkpoint.pth.tar one in timm's layout.
 """
 import argparse
+import datetime
 import io
 import os
+import pathlib
 import pickle
 import shutil
 import struct
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
+import paddle
 import pytest
 import reference as ref
 from safetensors.numpy import save_file
@@ -137,6 +140,135 @@ def test_reads_what_this_file_s_writer_wrote(tmp_path, kind):
     np.testing.assert_array_equal(state['a'], [[0, 1, 2], [3, 4, 5]])
     np.testing.assert_array_equal(state['b'], [[1, 4], [2, 5]])
     assert state['c'] == 0 and state['c'].shape == ()
+
+
+# ---- Paddle's and numpy's files
+
+ARRAYS = {
+    'plain': np.arange(6, dtype='f4').reshape(2, 3), 'transposed': np.arange(24, dtype='f4').reshape(2, 3, 4).T,
+    'axes exchanged': np.arange(24, dtype='f4').reshape(2, 3, 4).transpose(0, 2, 1), 'steps': np.arange(9, dtype='i8')[::2],
+    'empty': np.zeros((0, 3), 'f4'), 'no axes': np.array(2.5), 'scalar': np.float64(2.5), 'big-endian': np.arange(3, dtype='>f8'),
+    'bool': np.array([True, False]), 'half': np.arange(3, dtype='f2'), 'bytes': np.arange(200, dtype='u1'),
+    'large': np.arange(5000, dtype='f4').reshape(50, 100),
+}
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+def test_reads_every_array_of_every_protocol(tmp_path, protocol):
+    path = tmp_path / 'file'
+    path.write_bytes(pickle.dumps({f'stem.{key}': value for key, value in ARRAYS.items()}, protocol))
+    for read in (weightfiles.read, weightfiles.read_pickle):
+        state = read(str(path))
+        assert [*state] == [f'stem.{key}' for key in ARRAYS]
+        for value, expected in zip(state.values(), ARRAYS.values()):
+            assert value.dtype == expected.dtype.newbyteorder('=') and value.shape == expected.shape
+            np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4])
+def test_reads_tensors_that_paddle_nested(tmp_path, protocol):
+    """paddle.save writes a tensor below another dictionary as a tuple (name, array)."""
+    path, layer = str(tmp_path / 'file'), paddle.nn.Linear(30, 40)
+    optimizer = paddle.optimizer.AdamW(parameters=layer.parameters())
+    layer(paddle.ones([1, 30])).sum().backward()
+    optimizer.step()
+    expected = {key: value.numpy() for key, value in layer.state_dict().items()}
+    half = {key: value.astype('bfloat16') for key, value in layer.state_dict().items()}
+    paddle.save({'model': {f'stem.{key}': value for key, value in layer.state_dict().items()}, 'epoch': 3,
+                 'model_ema': {f'stem.{key}': value for key, value in half.items()},
+                 'optimizer': optimizer.state_dict(), 'lr_scheduler': {'last_lr': 0.1}}, path, protocol=protocol)
+    state, averaged = weightfiles.read(path), weightfiles.read(path, ema=True)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(state[f'stem.{key}'], value)
+        np.testing.assert_array_equal(averaged[f'stem.{key}'], half[key].astype('float32').numpy())
+
+
+def test_reads_optimizer_files_of_paddle(tmp_path):
+    """Nobody needs them here; they are what lies beside weights of paddle.save."""
+    layer = paddle.nn.Linear(30, 40)
+    optimizer = paddle.optimizer.Momentum(paddle.optimizer.lr.StepDecay(0.1, 3), parameters=layer.parameters())
+    layer(paddle.ones([1, 30])).sum().backward()
+    optimizer.step()
+    paddle.save(optimizer.state_dict(), str(tmp_path / 'a.pdopt'))
+    state, expected = weightfiles.read_pickle(str(tmp_path / 'a.pdopt')), optimizer.state_dict()
+    assert state['LR_Scheduler'] == expected['LR_Scheduler']
+    assert all((state[key] == value.numpy()).all() for key, value in expected.items() if key != 'LR_Scheduler')
+
+
+class StaticTensor:
+    """Pickled as paddle.save writes a tensor of a static program."""
+
+    def __reduce__(self):
+        return eval, ('data', {'data': NUMBERS})
+
+
+def test_reads_tensors_of_static_programs(tmp_path):
+    (tmp_path / 'file').write_bytes(pickle.dumps({'model': {'stem.a': StaticTensor()}}))
+    np.testing.assert_array_equal(weightfiles.read(str(tmp_path / 'file'))['stem.a'], NUMBERS)
+
+
+# ---- other trainers' files
+
+def save_state(path, keys, **beside):
+    path.write_bytes(pickle.dumps({**{key: NUMBERS for key in keys}, **beside}))
+    return str(path)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.', 'module.module.', 'model.', 'timm_model.',
+                                    'model.backbone.', 'net.', 'student.encoder.'])
+def test_a_prefix_of_all_keys_is_taken_off(tmp_path, prefix, caplog):
+    path = save_state(tmp_path / 'file', [f'{prefix}stem.conv.weight', f'{prefix}head.fc.bias'], epoch=3)
+    with caplog.at_level('INFO'):
+        assert [*weightfiles.read(path)] == ['stem.conv.weight', 'head.fc.bias']
+    assert f'{path}: all keys begin with {prefix}, which is taken off' in caplog.text
+
+
+@pytest.mark.parametrize('keys', [['stem.conv.weight', 'head.fc.bias'], ['model.stem.conv.weight', 'head.fc.bias'],
+                                  ['stages.0.head.fc.weight'], ['a.b', 'a.c'], ['head.fc.weight']])
+def test_keys_without_a_common_prefix_stay(tmp_path, keys):
+    assert [*weightfiles.read(save_state(tmp_path / 'file', keys))] == keys
+
+
+def test_reads_an_averaged_model_of_torchvision(tmp_path):
+    averaged = {'n_averaged': tensor(shape=(), strides=()), 'module.stem.a': tensor()}
+    path = write_zip(tmp_path / 'file', {'model': {'stem.a': tensor()}, 'model_ema': averaged})
+    assert [*weightfiles.read(path, ema=True)] == [*weightfiles.read(path)] == ['stem.a']
+
+
+FOREIGN = {
+    'type of PyTorch': Named('torch', 'float32'), 'path': pathlib.PurePosixPath('/a'),
+    'defaultdict': defaultdict(list, {'a': [1]}),
+    'scalar of numpy': np.float32(3), 'text array': np.array(['a']), 'set': {1, 2}, 'frozenset': frozenset([(1, 2)]),
+    'options': argparse.Namespace(lr=0.1), 'class': Named('timm.models.byobnet', 'ByobNet'), 'tuple as key': {(1, 2): 3},
+    'ordered': OrderedDict(a=1), 'counter': Counter('aab'), 'deque': deque([1, 2]), 'date': datetime.date(2021, 3, 23),
+    'complex': 1j, 'range': range(3), 'number': 2 ** 70, 'bytes': b'a', 'none': None,
+}
+
+
+@pytest.mark.parametrize('kind', FOREIGN)
+@pytest.mark.parametrize('protocol', [2, 4, 5])
+def test_objects_beside_the_weights_are_left_alone(tmp_path, kind, protocol):
+    """Both beside a state dict and among its entries, where the names of weights have a dot."""
+    path, buffer = tmp_path / 'file', io.BytesIO()
+    for content in ({'state_dict': {'stem.a': NUMBERS}, 'other': FOREIGN[kind]}, {'stem.a': NUMBERS, 'other': FOREIGN[kind]}):
+        buffer.seek(0)
+        Writer(buffer, protocol).dump(content)
+        path.write_bytes(buffer.getvalue())
+        state = weightfiles.read(str(path))
+        assert [key for key in state if key != 'other'] == ['stem.a'] and state['stem.a'].tolist() == NUMBERS.tolist()
+
+
+def test_a_weight_that_is_no_array_is_never_left_out(tmp_path):
+    path = save_state(tmp_path / 'file', ['stem.a'], **{'stem.b': pathlib.PurePosixPath('/a')})
+    with pytest.raises(ValueError, match=f'^{path}: .*stem.b is no array of numbers: it contains pathlib'):
+        weightfiles.read(path)
+
+
+def test_arrays_beyond_the_limit_are_not_read(tmp_path):
+    path = save_state(tmp_path / 'file', ['stem.a'])
+    assert weightfiles.read(path, limit=NUMBERS.nbytes)['stem.a'].shape == NUMBERS.shape
+    with pytest.raises(ValueError, match=f'^{path}: .*stem.a: its arrays take more than 0 MB, too much for the model'):
+        weightfiles.read(path, limit=NUMBERS.nbytes - 1)
 
 
 # ---- weights or their moving average
