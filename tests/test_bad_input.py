@@ -65,6 +65,17 @@ def _(data):
     (data / 'train_list.txt').mkdir()
 
 
+# ---- class names
+
+NAMES = {
+    'binary data': ('is read, without names, and the log says so', b'\x89PNG\xff'),
+    'more names than classes': ('is read, without names, and the log says so', b'cat\ndog\nemu\nfox\ngnu\n'),
+    'fewer names than classes': ('is read, and the rest are called class N', b'cat\ndog\n'),
+}
+for how, (outcome, content) in NAMES.items():
+    case('class names', how, outcome)(lambda data, content=content: (data / 'class_names.txt').write_bytes(content) and [])
+
+
 # ---- images
 
 def image(how, outcome):
@@ -287,7 +298,10 @@ def test_broken_input(what, how, good, tmp_path, monkeypatch, capsys, request):
             assert 'left out: ' in capsys.readouterr().out
     else:
         train(data, *words)
-        assert 'weights: ' in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert 'weights: ' in out
+        if 'the log says so' in outcome:
+            assert f'{data}/class_names.txt: ' in out and not (data / 'run' / 'class_names.txt').exists()
     assert not os.path.exists('bomb_went_off')
 
 
@@ -295,4 +309,5 @@ def test_the_table_in_the_docs_is_this_one():
     """After a change, replace the table by the one that this shows."""
     rows = [f'| {what} | {how} | {outcome} |' for (what, how), (outcome, _) in CASES.items()]
     text = DOCS.read_text(encoding='utf-8')
-    assert re.findall(r'^\| (?:list|image|config|checkpoint|weights|records|run|data)\b.*', text, re.M) == rows, '\n'.join(rows)
+    kinds = 'list|class|image|config|checkpoint|weights|records|run|data'
+    assert re.findall(rf'^\| (?:{kinds})\b.*', text, re.M) == rows, '\n'.join(rows)

@@ -69,6 +69,17 @@ def test_what_pages_refer_to_exists(page):
         assert os.path.exists(os.path.join(cli.ROOT, path)), path
 
 
+def test_the_end_of_the_demo_is_as_the_readme_shows_it():
+    with open(os.path.join(cli.ROOT, 'run_demo.sh'), encoding='utf-8') as file:
+        (end,) = re.findall(r'cat <<END\n(.*?)\nEND\n', file.read(), re.S)
+    with open(os.path.join(cli.ROOT, 'README.md'), encoding='utf-8') as file:
+        text = file.read()
+    (result,) = re.findall(r'\nval  (acc@1 .* images\))\n', text)
+    for variable, value in {'here': '...', 'run': 'demo/run', 'data': 'demo/digits', 'result': result}.items():
+        end = end.replace(f'${variable}', value)
+    assert f'\n{end}\n```' in text and '$' not in end
+
+
 @pytest.mark.slow
 def test_fine_tuning_as_the_page_says(tmp_path):
     """In a copy of the repository, as a new user would; and better than from scratch."""
