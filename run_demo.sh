@@ -37,6 +37,12 @@ END
 
 tools/setup_env.sh requirements-dev.txt
 check_options -cfg "$cfg" -data_path "$data" "$@"   # before the run of last time is removed
+mkdir -p demo
+exec 9> demo/lock
+! command -v flock > /dev/null || flock -n 9 || {
+    echo 'run_demo.sh: error: another demo is running in this folder' >&2
+    exit 2
+}
 "$python" tools/make_digits.py "$data"
 
 echo "demo: training ($cfg)"

@@ -86,6 +86,8 @@ def trained(tmp_path_factory):
     """A folder with data/, and run/ of a tiny training."""
     folder = tmp_path_factory.mktemp('trained')
     make_images(folder / 'data')
+    for name in 'ab':
+        shutil.copytree(folder / 'data' / 'val', folder / 'classes' / name)
     program('main_single_gpu.py', '-data_path', folder / 'data', '-output', folder / 'run', *options(TINY))
     (folder / 'list.csv').write_text(f'cfg,pretrained\n{folder}/run/config.yaml,{folder}/run/final.pdparams\n')
     return folder
@@ -100,12 +102,12 @@ PROGRAMS = {                                        # FOLDER is that of `trained
     'tools/visualize.py -pretrained FOLDER/run/final FOLDER/data/val/0.png -output OUT/a.png': {},
     'tools/report.py FOLDER/run -output OUT/report.html': {},
     'tools/check_data.py FOLDER/data -workers 2': {},
-    'tools/make_lists.py FOLDER/data/val -output OUT': {2},
+    'tools/make_lists.py FOLDER/classes -force': {},
     'tools/make_digits.py OUT/digits': {},
     'tools/export.py -pretrained FOLDER/run/final -output OUT/export': {},
-    'tools/benchmark.py -cfg FOLDER/run/config.yaml -csv OUT/a.csv': {2},
-    'tools/port_weights.py FOLDER/run/final.pdparams OUT/a.safetensors -cfg FOLDER/run/config.yaml': {2},
-    'tools/model_table.py': {},
+    'tools/benchmark.py eval -cfg FOLDER/run/config.yaml -csv OUT/a.csv': {},
+    'tools/port_weights.py FOLDER/run/final.pdparams OUT/a.safetensors -cfg FOLDER/run/config.yaml': {},
+    'tools/model_table.py -check': {},
     '-m ops': {}}
 
 
@@ -164,6 +166,8 @@ def test_the_demo_ends_with_its_script(tmp_path, log):
     process = subprocess.Popen([tmp_path / 'run_demo.sh'], stdout=log.open('w'), stderr=subprocess.STDOUT, cwd=tmp_path,
                                env={**os.environ, 'RUN_OF_TEST': str(log)})
     wait_until(lambda: any(command.startswith('sleep') for command in processes(log).values()), 10, 'it has started')
+    second = subprocess.run([tmp_path / 'run_demo.sh'], capture_output=True, text=True, timeout=30, check=False)
+    assert second.returncode == 2 and 'another demo is running' in second.stderr
     ends_with(process, log)
 
 

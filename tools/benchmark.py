@@ -14,6 +14,7 @@ process's peak of resident memory grew while it ran. Exit status: 0, or 2 for a 
 """
 import argparse
 import csv
+import io
 import json
 import os
 import platform
@@ -82,10 +83,11 @@ def main(args):
             tasks.append(case.facts)
             rows += compare([other for other in cases if other.facts == case.facts], cases, args)
     if args.csv and rows:
-        with open(args.csv, 'w', encoding='utf-8', newline='') as file:
-            table = csv.DictWriter(file, [*rows[0], 'machine'])
-            table.writeheader()
-            table.writerows({**row, 'machine': machine} for row in rows)
+        text = io.StringIO()
+        table = csv.DictWriter(text, [*rows[0], 'machine'])
+        table.writeheader()
+        table.writerows({**row, 'machine': machine} for row in rows)
+        cli.write_text(args.csv, text.getvalue())
     return 0
 
 

@@ -170,7 +170,7 @@ def parser():
 def main(args):
     text = page()
     if not args.check:
-        PAGE.write_text(text, encoding='utf-8')
+        cli.write_text(str(PAGE), text)
     elif PAGE.read_text(encoding='utf-8') != text:
         print(f'{PAGE} is out of date; run python tools/model_table.py', file=sys.stderr)
         return 1

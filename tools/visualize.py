@@ -22,6 +22,7 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
+import safefiles  # noqa: E402
 from tools.fonts import Writer  # noqa: E402
 
 FINE = 2                                            # everything is drawn at twice its size, then made smooth
@@ -276,11 +277,13 @@ def main(args):
     for (pixels, _, (probability, label)), maps in zip(seen, chosen):
         caption = f'the model sees: {names[label]}, {100 * probability:.0f} %'
         rows += rows_of(pixels, caption, maps, heads, (x / size, y / size), args.side)
-    sheet(rows, f'{config.MODEL.NAME}: what a query attends to').save(args.output, quality=92, optimize=True)
+    picture = sheet(rows, f'{config.MODEL.NAME}: what a query attends to')
+    kind = Image.registered_extensions()[os.path.splitext(args.output)[1].lower()]
+    safefiles.atomic_write(args.output, lambda file: picture.save(file, kind, quality=92, optimize=True))
     print(f'{args.output}: {len(rows)} rows; layers ' + ', '.join(f'{a.name} ({len(a.probabilities)} heads)' for a in seen[0][1]))
     if args.npz:
         arrays = {f'{i}/{a.name}': a.probabilities.numpy() for i, (_, maps, _) in enumerate(seen) for a in maps}
-        np.savez_compressed(args.npz, **arrays)
+        safefiles.atomic_write(args.npz, lambda file: np.savez_compressed(file, **arrays))
         print(f'{args.npz}: weights (heads, query rows, query columns, window rows, window columns) by picture number and layer')
     return 0
 
