@@ -1,5 +1,6 @@
 """Broken lists, images, options, checkpoints and folders: every case of CASES, which docs/reliability.md shows as its table."""
 import ctypes
+import hashlib
 import os
 import pickle
 import re
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import ROOT, TINY, make_images
+from test_hostile_files import HOSTILE
 
+import checkpoint
 import datasets
 import engine
 import utils
@@ -179,6 +182,10 @@ def flip(data):
     return data[:2000] + bytes([data[2000] ^ 4]) + data[2001:]
 
 
+def with_checksum(data):
+    return data + checkpoint.FOOTER + hashlib.sha256(data).hexdigest().encode()
+
+
 for what, option, message in (('checkpoint', 'MODEL.RESUME', 'this is no checkpoint of this project, or it is damaged'),
                               ('weights', 'MODEL.PRETRAINED', 'not a readable weight file')):
     case(what, 'truncated', f'stops: {message}')(damaged(option, lambda data: data[:1000]))
@@ -190,6 +197,19 @@ case('checkpoint', 'a flipped bit', 'stops: this is no checkpoint of this projec
     damaged('MODEL.RESUME', flip))
 case('weights', 'of another model', 'stops: the weights do not fit the model, and nothing was loaded')(
     damaged('MODEL.PRETRAINED', lambda data: pickle.dumps({'fc.weight': np.zeros((2, 2), 'float32')})))
+
+
+case('weights', 'a pickle of objects by their addresses', 'stops: its numbers are O8')(
+    damaged('MODEL.PRETRAINED', lambda data: HOSTILE['scalar of objects']))
+case('weights', 'a key of tuples that contain each other', 'stops: a key that is no name')(
+    damaged('MODEL.PRETRAINED', lambda data: HOSTILE['doubled tuples as key']))
+case('weights', 'a zip entry shorter than its directory says', 'stops: not a readable weight file')(
+    damaged('MODEL.PRETRAINED', lambda data: HOSTILE['short zip entry']))
+case('weights', 'in another dictionary, keys below `model.module.`', 'is read, said in the log')(
+    damaged('MODEL.PRETRAINED', lambda data: pickle.dumps(
+        {'model': {f'model.module.{key}': value for key, value in pickle.loads(data).items()}, 'epoch': 3})))
+case('checkpoint', 'another content, with its checksum', 'stops: of another version of this project')(
+    damaged('MODEL.RESUME', lambda data: with_checksum(pickle.dumps({'model': {}}))))
 
 
 @case('checkpoint', 'the newest damaged, `-resume auto`', 'the one before it is used, said in the log')
