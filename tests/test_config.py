@@ -439,7 +439,8 @@ def test_every_config_file_is_valid(request):
 MAY_IMPORT = {                              # top-level module -> those of ours that it may import
     'console': set(), 'config': {'console'}, 'class_names': set(), 'packages': set(), 'augment': set(), 'optim': set(),
     'lifeline': set(),
-    'safefiles': set(), 'utils': {'console', 'lifeline', 'safefiles'}, 'safepickle': set(), 'weightformats': {'safepickle'},
+    'paddle_import': set(), 'safefiles': set(), 'utils': {'console', 'lifeline', 'paddle_import', 'safefiles'},
+    'safepickle': set(), 'weightformats': {'safepickle'},
     'weightfiles': {'safepickle', 'utils', 'weightformats'},
     'weights': {'utils', 'weightfiles'},
     'layers': {'ops'},
@@ -447,14 +448,14 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'halonet': {'attention', 'layers', 'weights'},
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
-    'datasets': {'augment', 'imagefiles', 'listfile', 'pixels_cv2', 'utils'},
+    'datasets': {'augment', 'imagefiles', 'lifeline', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
     'results': {'halonet', 'safefiles', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'safefiles', 'utils', 'tools'},          # tools.report, when a training ends
     'builders': {'augment', 'checkpoint', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
     'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results',
                'safepickle', 'utils', 'weights'},
-    'main_multi_gpu': {'config', 'engine', 'packages', 'utils'},
+    'main_multi_gpu': {'config', 'engine', 'lifeline', 'packages', 'utils'},
     'main_single_gpu': {'config', 'engine', 'packages'},
 }
 STANDARD_AND_PADDLE = {'contextlib', 'dataclasses', 'functools', 'math', 'paddle'}     # all that these need besides
