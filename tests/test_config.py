@@ -458,7 +458,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'main_multi_gpu': {'config', 'engine', 'lifeline', 'packages', 'utils'},
     'main_single_gpu': {'config', 'engine', 'packages'},
 }
-STANDARD_AND_PADDLE = {'contextlib', 'dataclasses', 'functools', 'math', 'paddle'}     # all that these need besides
+# all that the network needs besides
+STANDARD_AND_PADDLE = {'collections', 'contextlib', 'dataclasses', 'functools', 'math', 'typing', 'paddle'}
 
 
 def top_level(request):
