@@ -36,6 +36,8 @@ def multiply_adds(model, image_size):
 def check_table(path):
     """Raise ValueError for a file with other columns, before there is work to lose; none, or an empty one, is fine."""
     if os.path.exists(path):
+        if not os.path.isfile(path) and not os.path.isdir(path):            # reading a pipe would wait for ever
+            raise ValueError(f'{path}: not a file that lines can be appended to; name another file by -results')
         with open(path, encoding='utf-8', newline='') as file:
             _check_heading(path, next(csv.reader(file), None))
 

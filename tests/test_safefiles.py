@@ -169,6 +169,12 @@ def test_the_table_of_results_survives_a_full_disk(tmp_path, model):
     assert [line.split(',')[1] for line in path.read_text().splitlines()] == ['weights', 'one', 'four', 'five']
 
 
+def test_a_table_of_results_cannot_be_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ValueError, match='/pipe: not a file that lines can be appended to'):
+        results.check_table(str(tmp_path / 'pipe'))
+
+
 def test_the_records_survive_a_full_disk(tmp_path):
     metrics = monitor.Metrics(tmp_path)
     metrics.write(epoch=1, step=0, split='val', loss=1.0)
