@@ -15,6 +15,7 @@ import checkpoint
 import datasets
 import monitor
 import optim
+from config import changed
 from utils import log
 
 
@@ -78,6 +79,36 @@ class Saver:
         """(this process wishes to stop, it wishes a checkpoint after `step`); the time is rank 0's."""
         late = self.seconds and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
         return self.stop.requested, late or self.steps and step % self.steps == 0
+
+
+def settle_classes(config):
+    """Return the config with the number of classes that the data have, if MODEL.NUM_CLASSES is -1.
+
+    Raises ValueError for a class_names.txt with more names than outputs, and where the data do not say how many.
+    """
+    asked = config.MODEL.NUM_CLASSES
+    count, source = datasets.count_classes(config.DATA.DATA_PATH, read_lists=asked < 0)
+    if count > asked >= 0:
+        raise ValueError(f'{source} has {count} names and the model {asked} outputs (MODEL.NUM_CLASSES); {classes_hint(count)}')
+    if asked >= 0:
+        return config
+    log.info('%d classes, as %s says', count, source)
+    return changed(config, 'MODEL.NUM_CLASSES', count)
+
+
+def check_labels(config, *loaders):
+    """Log a line if class_names.txt, or the lists without one, has fewer classes than the model outputs."""
+    count, source = datasets.count_classes(config.DATA.DATA_PATH)
+    if not source:
+        lists = [loader.dataset.samples for loader in loaders]
+        count, source = max(samples.count_classes() for samples in lists), lists[0].list_file
+    if count < config.MODEL.NUM_CLASSES:
+        log.warning('%s has %d classes and the model %d outputs (MODEL.NUM_CLASSES); %s', source, count,
+                    config.MODEL.NUM_CLASSES, classes_hint(count))
+
+
+def classes_hint(count):
+    return f'set it to {count}, or to -1: as many classes as the data have'
 
 
 def build_autocast(config, device):

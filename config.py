@@ -55,7 +55,7 @@ _C.DATA.TIMEOUT = 600                   # seconds that a data process may take f
 
 _C.MODEL = CN()
 _C.MODEL.NAME = 'halonet_26t'           # for logs and run folders
-_C.MODEL.NUM_CLASSES = 1000             # 0: a backbone that gives pooled features, without a classifier
+_C.MODEL.NUM_CLASSES = 1000             # -1: as many as the data have; 0: a backbone without a classifier
 _C.MODEL.STEM = 'tiered'                # tiered (three 3x3), 7x7 or 3x3 (one convolution of that size)
 _C.MODEL.STEM_WIDTH = 64                # output channels of the stem
 _C.MODEL.STEM_POOL = True               # 3x3 max pooling, stride 2, after the stem; without it a tiered stem ends with stride 2
@@ -162,7 +162,7 @@ AT_LEAST = {
     'VALIDATE_FREQ': 1,
     'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 0, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0,
     'DATA.MAX_PIXELS': 1, 'DATA.TIMEOUT': 0,
-    'MODEL.NUM_CLASSES': 0, 'MODEL.STEM_WIDTH': 8, 'MODEL.GROUP_SIZE': 0, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
+    'MODEL.NUM_CLASSES': -1, 'MODEL.STEM_WIDTH': 8, 'MODEL.GROUP_SIZE': 0, 'MODEL.BLOCK_SIZE': 1, 'MODEL.HALO_SIZE': 0,
     'MODEL.HEAD_DIM': 0, 'MODEL.HEAD_WIDTH': 0, 'MODEL.FREEZE': 0, 'TRAIN.RECOMPUTE': 0,
     'TRAIN.NUM_EPOCHS': 1, 'TRAIN.LAST_EPOCH': -1, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.BASE_LR': 0, 'TRAIN.LR_BATCH': 0,
     'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.WARMUP_LR': 0, 'TRAIN.END_LR': 0, 'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.GRAD_CLIP': 0,

@@ -18,12 +18,15 @@ import paddle
 from PIL import Image
 
 import augment
+import class_names
 import imagefiles
 import lifeline
 import utils
-from listfile import read_list
+from listfile import ImageList, read_list
 
 IDLE = -1                                           # instead of the index of an image that is read
+LISTS = ('train_list.txt', 'val_list.txt')
+ANY_LABEL = 10 ** 9                                  # more than any list has
 WORKER_PATIENCE = 10                                # seconds a worker gets to finish its batch when nobody wants it any more
 
 
@@ -324,6 +327,28 @@ def _init_worker(worker_id):
     utils.Stop.unlisten()
     lifeline.die_with_parent()
     warnings.filterwarnings('ignore', module='PIL')  # odd metadata, which every worker would tell anew in every epoch
+
+
+def count_classes(data_path: str, read_lists: bool = False) -> tuple[int, str]:
+    """Return how many classes a data folder has, and the file that says so: class_names.txt, else with `read_lists` the lists.
+
+    (0, '') where nothing says it. Raises as read_list, and ValueError for labels that cannot count the classes from 0.
+    """
+    path = os.path.join(data_path, class_names.FILE)
+    if os.path.isfile(path):
+        return len(class_names.read_names(path)), path
+    if not read_lists:
+        return 0, ''
+    paths = [os.path.join(data_path, name) for name in LISTS]
+    lists = [read_list(path, data_path, ANY_LABEL) for path in paths if os.path.isfile(path)] or \
+        [read_list(paths[0], data_path, ANY_LABEL)]
+    largest = max(lists, key=ImageList.count_classes)
+    count = largest.count_classes()
+    if count > sum(len(samples) for samples in lists):
+        where = largest.where(int(largest.labels.argmax()))
+        raise ValueError(f'{where}: label {count - 1}, but there are fewer images than that; labels count the classes from 0. '
+                         'Mend the line, or set MODEL.NUM_CLASSES')
+    return count, largest.list_file
 
 
 def build_train(config, rank=0, world=1):

@@ -16,7 +16,7 @@ import checkpoint
 import monitor
 import optim
 import weights
-from builders import build_evaluation, build_saver, build_training
+from builders import build_evaluation, build_saver, build_training, check_labels, settle_classes
 from checkpoint import Progress
 from config import dump_run
 from halonet import build_halonet, count_parameters
@@ -39,39 +39,62 @@ def run(config, stop=None):
         raise ValueError('-resume auto needs -output, the run folder to go on in')
     stop = stop or utils.Stop()
     device = utils.start(config.DEVICE)
+    made = utils.broadcast(utils.missing_folders(config.OUTPUT or config.SAVE))
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
+    made = made if config.OUTPUT else [folder, *made]
     with utils.reserved(folder):
-        return run_in(folder, config, stop, device)
+        with utils.undone_by_mistakes(folder, made):
+            utils.setup_logger(folder)
+            describe(config, device, folder)
+            if config.EVAL:
+                return run_evaluation(config, folder, device, stop)
+            parts = prepare_training(config, folder, device, stop)
+        training, *_ = parts
+        with training.monitor.watch(folder):
+            return train(*parts)
 
 
-def run_in(folder, config, stop, device):
-    """`run` in its folder, which no other run writes to."""
-    utils.setup_logger(folder)
-    describe(config, device, folder)
+def run_evaluation(config, folder, device, stop):
+    """Evaluate as the config says, and write what is kept of it to the run folder. Returns {'val': result}."""
+    config = settle_classes(config)
     evaluation = build_evaluation(config, device, folder, stop)
-    paddle.seed(config.SEED)
-    model = build_halonet(config)
-    log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
-    metrics = monitor.Metrics(folder)
-    if config.EVAL:
-        table = config.RESULTS or os.path.join(folder, 'results.csv')
-        check_table(table)                          # better told now than after the evaluation
-        path = load_for_evaluation(model, config, folder)
-        write_config(config, folder, 'config_eval.yaml')
-        monitor.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
-        result = evaluate(model, evaluation)
-        evaluation.predictions.save('eval')
-        monitor.write_report(folder)
-        report(result, metrics, 'val', epoch=0, step=0)                      # the last line on the console
-        save_result(table, config, model, path, result, device)
-        return {'val': result}
+    check_labels(config, evaluation.loader)
+    model, metrics = build_model(config), monitor.Metrics(folder)
+    table = config.RESULTS or os.path.join(folder, 'results.csv')
+    check_table(table)                              # before the evaluation, not after it
+    path = load_for_evaluation(model, config, folder)
+    write_config(config, folder, 'config_eval.yaml')
+    monitor.write_machine(os.path.join(folder, 'machine_eval.json'), device)
+    monitor.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
+    result = evaluate(model, evaluation)
+    evaluation.predictions.save('eval')
+    monitor.write_report(folder)
+    report(result, metrics, 'val', epoch=0, step=0)                          # the last line on the console
+    save_result(table, config, model, path, result, device)
+    return {'val': result}
+
+
+def prepare_training(config, folder, device, stop):
+    """Build and restore all that `train` takes; the run folder gets its config.yaml last, when nothing can be wrong."""
+    config = settle_classes(config)
+    evaluation = build_evaluation(config, device, folder, stop)
+    model, metrics = build_model(config), monitor.Metrics(folder)
     training = build_training(config, model, device)
+    check_labels(config, training.loader, evaluation.loader)
     saver = build_saver(config, training, folder, stop)
     progress = restore(training, saver, config, metrics)
     write_config(config, folder, 'config.yaml')
+    monitor.write_machine(os.path.join(folder, 'machine.json'), device)
     monitor.keep_class_names(folder, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES, resumed=progress.step > 0)
-    with training.monitor.watch(folder):
-        return train(training, evaluation, progress, saver, metrics)
+    return training, evaluation, progress, saver, metrics
+
+
+def build_model(config):
+    """Return the network with fresh weights, which the seed decides."""
+    paddle.seed(config.SEED)
+    model = build_halonet(config)
+    log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
+    return model
 
 
 @utils.plain_errors()
@@ -366,7 +389,6 @@ def write_config(config, folder, name):
 def describe(config, device, folder):
     """Log what runs where, and how it was started."""
     log.debug('started by: %s', monitor.command())
-    monitor.write_machine(os.path.join(folder, 'machine_eval.json' if config.EVAL else 'machine.json'), device)
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,

@@ -353,6 +353,8 @@ def freeze_norms(layer):
 def build_halonet(config):
     """The HaloNet that a config (see config.get_config) describes, with fresh weights."""
     model = config.MODEL
+    if model.NUM_CLASSES < 0:
+        raise ValueError('MODEL.NUM_CLASSES is -1, as many classes as the data have; without data it must be a number')
     operators = Operators(
         block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM, qk_ratio=model.QK_RATIO,
         value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE, group_size=model.GROUP_SIZE,

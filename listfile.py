@@ -5,6 +5,7 @@
 import hashlib
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -40,6 +41,10 @@ class ImageList:
 
     def path(self, index):
         return os.path.join(self.data_path, file_name(self.name(index), self.data_path))
+
+    def count_classes(self) -> int:
+        """Return the largest label plus 1."""
+        return int(self.labels.max()) + 1
 
     def digest(self) -> str:
         """Describe the names and labels, in their order; comments, empty lines and line endings do not count."""
@@ -96,7 +101,12 @@ def read_list(list_file, data_path, num_classes):
     Missing images are found when they are read. Raises FileNotFoundError, and ValueError with the first SHOWN bad lines.
     """
     if not os.path.isfile(list_file):
-        raise FileNotFoundError(f'{list_file}: no such list file; expected {LIST_FORMAT}, as the README describes')
+        folder = os.path.dirname(list_file) or '.'
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f'{list_file}: no such list file, for there is no folder {folder}; -data_path names the '
+                                    'folder with the images')
+        raise FileNotFoundError(f'{list_file}: no such list file; it has {LIST_FORMAT}. If each class has a folder, '
+                                f'python tools/make_lists.py {shlex.quote(folder)} makes it')
     with open(list_file, 'rb') as file:
         text = file.read()
     first, lines, samples, bad, parts = len(BOM) if text.startswith(BOM) else 0, 0, 0, [], []

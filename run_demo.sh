@@ -68,6 +68,6 @@ demo: done: $result
 Next, in this shell:
   cd $here && source .venv/bin/activate
   python tools/predict.py -pretrained $run/final.pdparams $data/val/8
-Then your own images (a folder DIR with train_list.txt and val_list.txt, see docs/finetune.md), here with three classes:
-  python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES 3
+Then your own images (a folder DIR with train_list.txt and val_list.txt, see docs/finetune.md):
+  python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES -1
 END

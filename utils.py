@@ -333,6 +333,37 @@ def make_run_folder(output, save, name):
     return broadcast(folder)
 
 
+BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', safefiles.LOCK)
+
+
+def missing_folders(path: str) -> list[str]:
+    """Return `path` and its parents as far as they do not exist, the deepest first."""
+    missing, path = [], os.path.abspath(path)
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+@contextmanager
+def undone_by_mistakes(folder: str, made: list[str]):
+    """Remove the run folder if the block ends with a mistake of the user, and this start has made it.
+
+    made: the folders that this start has made, the deepest first. Those that hold anything else are kept.
+    """
+    try:
+        yield
+    except (*MISTAKES, Failure) as error:
+        if made and (isinstance(error, MISTAKES) or rank()):                 # rank 0 keeps the log of a failure
+            for name in [f'log_rank{rank()}.txt'] if rank() else BEFORE_TRAINING:
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, name))
+            with suppress(OSError):                 # something is left in it, or another process was faster
+                for path in made:
+                    os.rmdir(path)
+        raise
+
+
 @contextmanager
 def reserved(folder):
     """Keep other runs out of the run folder for the time of the block: rank 0 holds its lock.

@@ -246,6 +246,18 @@ def _(data):
     (data / 'run').mkdir(mode=0o500)
 
 
+case('data folder', 'missing', 'stops: no such list file, for there is no folder')(
+    lambda data: ['-data_path', data / 'none'])
+
+
+def with_names(count):
+    return lambda data: (data / 'class_names.txt').write_text(''.join(f'name {i}\n' for i in range(count))) and None
+
+
+case('data folder', '`class_names.txt` with more names than outputs', 'stops: has 5 names and the model 4 outputs')(with_names(5))
+case('data folder', '`class_names.txt` with fewer names than outputs', RUNS + ', and a line says so')(with_names(3))
+
+
 @case('data folder', 'without permission', 'stops: Permission denied')
 def _(data):
     (data / 'val_list.txt').chmod(0)
@@ -310,6 +322,8 @@ def test_broken_input(what, how, good, tmp_path, monkeypatch, capsys, request):
         message = capsys.readouterr().err if stop.type is SystemExit else str(stop.value)
         assert outcome.split('stops: ')[1] in message and len(message) < 2000
         assert named or str(tmp_path) in message
+        if what not in ('image', 'data worker') and (what, how) != ('run folder', 'without permission'):
+            assert not (data / 'run').exists()       # training has not begun
         assert not [*data.glob('run/**/*.pd*')] and not [*data.glob('**/*.tmp*')]
         assert {path: path.read_bytes() for path in data.glob('good/**/*.pd*')} == before
         if outcome.startswith(SKIP):

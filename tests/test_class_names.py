@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_names_and_says_so(data, tmp_path):
 
 
 @pytest.mark.parametrize('names, kept', [(['cat', 'dog', 'emu'], ['cat', 'dog', 'emu', 'class 3']), ([], None),
-                                         ([*ANIMALS, 'gnu'], None), (['caf\u00e9', '\u98df', '<b>', 'x y'], 'all')])
+                                         (['caf\u00e9', '\u98df', '<b>', 'x y'], 'all')])
 def test_names_that_a_run_keeps(data, tmp_path, names, kept):
     write(tmp_path / 'data', names)
     if not names:
@@ -155,7 +155,6 @@ def test_names_that_a_run_keeps(data, tmp_path, names, kept):
     run(data, tmp_path / 'run')
     assert (read(tmp_path / 'run') if (tmp_path / 'run' / 'class_names.txt').exists() else None) == (
         names if kept == 'all' else kept)
-    assert ('5 names for 4 classes' in (tmp_path / 'run' / 'log.txt').read_text(encoding='utf-8')) == (len(names) > 4)
 
 
 def test_names_of_checkpoints_and_of_a_run_in_the_data_folder(data, tmp_path):

@@ -448,7 +448,7 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'halonet': {'attention', 'layers', 'weights'},
     'hubconf': {'config', 'halonet', 'weights'},
     'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
-    'datasets': {'augment', 'imagefiles', 'lifeline', 'listfile', 'pixels_cv2', 'utils'},
+    'datasets': {'augment', 'class_names', 'imagefiles', 'lifeline', 'listfile', 'pixels_cv2', 'utils'},
     'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
     'results': {'halonet', 'safefiles', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'safefiles', 'utils', 'tools'},          # tools.report, when a training ends
