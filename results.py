@@ -68,7 +68,7 @@ def save_result(path, config, model, weights, result, device):
 def _line(values):
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerow(values)
-    return text.getvalue().encode()
+    return text.getvalue().encode('utf-8', 'backslashreplace')               # a path may be no text
 
 
 def _is_row(line):

@@ -61,3 +61,20 @@ def test_messages_of_the_tools_are_escaped(capsys):
     with pytest.raises(SystemExit):
         cli.Parser('x').run(lambda args: (_ for _ in ()).throw(ValueError('a\x1b[31m')), [])
     assert capsys.readouterr().err.endswith('error: a\\x1b[31m\n')
+
+
+def test_a_run_survives_a_locale_without_utf_8_and_names_that_are_no_text(tmp_path):
+    folder = tmp_path / os.fsdecode(b'B\xc3\xa4r \xff')
+    data = make_images(folder)
+    (folder / 'val' / '3.png').rename(folder / 'val' / '食.png')
+    path = folder / 'val_list.txt'
+    path.write_text(path.read_text().replace('val/3.png', 'val/食.png'), encoding='utf-8')
+    words = [*options(TINY), 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'DATA.NUM_WORKERS', 1]
+    locale = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    program('main_single_gpu.py', '-data_path', data, '-output', folder / 'run', *words, **locale)
+    weights = folder / 'run' / 'final.pdparams'
+    done = program('main_single_gpu.py', '-data_path', data, '-output', folder / 'run', '-eval', '-pretrained', weights, *words,
+                   **locale)
+    assert '(11 images)' in done.stdout and 'Logging error' not in done.stderr
+    done = program('tools/predict.py', '-pretrained', weights, path, '-csv', folder / 'a.csv', **locale)
+    assert '11 pictures in' in done.stdout and '\\udcff' in (folder / 'a.csv').read_text(encoding='utf-8')

@@ -177,6 +177,7 @@ def metadata(config, args, names, differences):
     data = config.DATA
     return {'model': config.MODEL.NAME, 'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
             'size': data.IMAGE_SIZE, 'dynamic_size': args.dynamic, 'crop_pct': data.CROP_PCT, 'interpolation': 'bicubic',
+            'background': data.BACKGROUND,         # of transparent pixels, as DATA.BACKGROUND
             'resize': 'the shorter side to size / crop_pct, then the centre size x size', 'mean': list(data.MEAN),
             'std': list(data.STD), 'difference_from_model': differences, 'classes': names}
 
