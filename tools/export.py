@@ -23,7 +23,7 @@ from tools import cli, runtimes  # noqa: E402
 LIMIT = 1e-4
 BATCHES = (1, 3, 8)
 OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 raises lower ones and ends the process for higher ones
-NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'onnx', 'onnxruntime')
+NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'sympy', 'onnx', 'onnxruntime')
 FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': lambda folder: runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))}
 
 
