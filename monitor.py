@@ -84,7 +84,8 @@ class Metrics:
             self.writers[split] = None
 
 
-def is_json(line):
+def is_json(line: bytes) -> bool:
+    """True for a whole record."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:                              # UnicodeDecodeError is one

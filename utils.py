@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import paddle_import  # isort: skip  (first: it prepares for Paddle's import)
@@ -259,7 +260,7 @@ class LogFile(_OneComplaint, logging.FileHandler):
 
 
 class Console(_OneComplaint, logging.StreamHandler):
-    pass
+    """The log on a terminal, or in whatever reads it."""
 
 
 class Formatter(logging.Formatter):
@@ -365,7 +366,7 @@ def undone_by_mistakes(folder: str, made: list[str]):
 
 
 @contextmanager
-def reserved(folder):
+def reserved(folder: str) -> Iterator[None]:
     """Keep other runs out of the run folder for the time of the block: rank 0 holds its lock.
 
     Raises ValueError on rank 0, and Failure on the others, where another run holds it.

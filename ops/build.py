@@ -59,7 +59,7 @@ def library(arch=''):
     return str(path)
 
 
-def check_owner(folder):
+def check_owner(folder: Path) -> None:
     """Raise BuildError for a folder in which another user could change the library that is loaded.
 
     One of the user's own that others can write to is replaced by an empty one that they cannot.
@@ -75,7 +75,7 @@ def check_owner(folder):
         folder.mkdir(mode=0o755)
 
 
-def is_whole(path):
+def is_whole(path: Path) -> bool:
     """True if the library is as it was built, and only a TRUSTED user can change it: a damaged one would end the process."""
     try:
         status = path.lstat()
@@ -85,11 +85,11 @@ def is_whole(path):
         return False
 
 
-def digest(path):
+def digest(path: Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).hexdigest().encode()
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder: Path) -> None:
     """Remove what builds that were killed have left in a locked folder."""
     for entry in folder.iterdir():
         if entry.is_dir():
