@@ -34,7 +34,7 @@ _C.SAVE_FREQ = 1                        # epochs between checkpoints
 _C.SAVE_STEPS = 0                       # optimizer steps between checkpoints within an epoch; 0: none
 _C.SAVE_MINUTES = 0.0                   # minutes between checkpoints within an epoch; 0: none
 _C.SAVE_KEEP = 3                        # newest checkpoints that are kept
-_C.REPORT_FREQ = 50                     # optimizer steps between log lines
+_C.REPORT_FREQ = 50                     # optimizer steps between log lines, counted within each epoch
 _C.VALIDATE_FREQ = 1                    # epochs between evaluations
 
 _C.DATA = CN()
