@@ -1,4 +1,5 @@
 """What a training or an evaluation consists of, built from the config: Evaluation, Training, Saver."""
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from paddle import nn
 
 import augment
 import checkpoint
+import class_names
 import datasets
 import monitor
 import optim
-from config import changed
+import weights
+from config import OF_ONE_START, changed, flatten, get_config
 from utils import log
+
+CHANGES_NO_SHAPE = {*OF_ONE_START, 'MODEL.ATTENTION', 'MODEL.DROPOUT', 'MODEL.DROPPATH', 'MODEL.FREEZE', 'MODEL.FREEZE_NORM'}
 
 
 @dataclass
@@ -111,6 +116,29 @@ def classes_hint(count):
     return f'set it to {count}, or to -1: as many classes as the data have'
 
 
+def load_weights(config, model, path, fine_tune=False):
+    """Load the weights at `path` as the config says. Raises as weights.load_pretrained, with the model that they are of."""
+    try:
+        weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA, fine_tune=fine_tune)
+    except ValueError as error:
+        hint = model_beside(config, path) if 'do not fit the model' in str(error) else ''
+        raise ValueError(f'{error}{hint}') from None
+
+
+def model_beside(config, path):
+    """Return in words how the config.yaml beside weights describes another model than `config`, or ''."""
+    beside = os.path.join(class_names.run_folder_of(path), 'config.yaml')
+    try:
+        theirs, ours = flatten(get_config(beside)), flatten(config)
+    except (ValueError, OSError):
+        return ''
+    keys = [key for key in ours if key.startswith('MODEL.') and key not in CHANGES_NO_SHAPE and ours[key] != theirs[key]]
+    if not keys:
+        return ''
+    shown = ', '.join(f'{key} {theirs[key]} there and {ours[key]} here' for key in keys[:3])
+    return f'\n  {beside} describes another model ({shown}); give that file by -cfg'
+
+
 def build_autocast(config, device):
     """A function that gives the context of a forward pass: mixed precision with AMP on a GPU, nothing otherwise."""
     if config.AMP and device == 'cpu':
@@ -132,11 +160,14 @@ def build_training(config, model, device):
     loader = datasets.build_train(config, utils.rank(), world)
     train, data = config.TRAIN, config.DATA
     log.info('%s: %d images to train on', data.DATA_PATH, len(loader.dataset))
-    global_batch = data.BATCH_SIZE * world * train.ACCUM_ITER
+    passes = min(train.ACCUM_ITER, len(loader))
+    if passes < train.ACCUM_ITER:
+        log.warning('TRAIN.ACCUM_ITER is %d and an epoch has %d forward passes: it is one step', train.ACCUM_ITER, passes)
+    global_batch = data.BATCH_SIZE * world * passes
     base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
     steps_per_epoch = -(-len(loader) // train.ACCUM_ITER)
     log.info('training: %d steps per epoch of %d images (%d per forward pass x %d processes x %d passes), learning rate %.3e',
-             steps_per_epoch, global_batch, data.BATCH_SIZE, world, train.ACCUM_ITER, base_lr)
+             steps_per_epoch, global_batch, data.BATCH_SIZE, world, passes, base_lr)
 
     def to_input(images, indices, epoch):
         images = datasets.normalise(images, data.MEAN, data.STD)

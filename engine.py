@@ -15,8 +15,7 @@ import augment
 import checkpoint
 import monitor
 import optim
-import weights
-from builders import build_evaluation, build_saver, build_training, check_labels, settle_classes
+from builders import build_evaluation, build_saver, build_training, check_labels, load_weights, settle_classes
 from checkpoint import Progress
 from config import dump_run
 from halonet import build_halonet, count_parameters
@@ -116,7 +115,7 @@ def load_for_evaluation(model, config, folder):
         raise ValueError('-eval needs weights: give -pretrained FILE')
     if config.MODEL.RESUME:
         checkpoint.load(path)                       # raises where it is damaged
-    weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA)
+    load_weights(config, model, path)
     log.info('evaluating %s', path)
     return path
 
@@ -130,7 +129,7 @@ def restore(training, saver, config, metrics):
     elif not resume and os.path.isdir(os.path.join(folder, checkpoint.FOLDER)):
         raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, or choose another folder with -output')
     elif config.MODEL.PRETRAINED:
-        weights.load_pretrained(training.model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA, fine_tune=True)
+        load_weights(config, training.model, config.MODEL.PRETRAINED, fine_tune=True)
         training.ema = optim.build_ema(config, training.model)               # it starts at these weights
         log.info('starting from the weights of %s', config.MODEL.PRETRAINED)
     else:

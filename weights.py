@@ -108,7 +108,7 @@ def load_state_dict(model, state_dict, load, partial=False):
                  for key in wanted if key in state and list(state[key].shape) != list(wanted[key].shape)]
     if (missing or unexpected or misshapen) and not partial:
         raise ValueError('the weights do not fit the model, and nothing was loaded' + ''.join(
-            f'\n  {title} ({len(keys)}): ' + ', '.join(keys[:20]) + (', ...' if len(keys) > 20 else '')
+            f'\n  {title} ({len(keys)}): ' + ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
             for title, keys in (('missing', missing), ('unexpected', unexpected), ('other shape', misshapen)) if keys))
     fitting = {key: state[key] for key in wanted if key in state and list(state[key].shape) == list(wanted[key].shape)}
     fitting = {key: _cast(key, value, wanted[key].dtype) for key, value in fitting.items()}

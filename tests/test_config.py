@@ -452,7 +452,8 @@ MAY_IMPORT = {                              # top-level module -> those of ours 
     'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
     'results': {'halonet', 'safefiles', 'utils', 'tools'},          # the counter of multiply-adds
     'monitor': {'class_names', 'safefiles', 'utils', 'tools'},          # tools.report, when a training ends
-    'builders': {'augment', 'checkpoint', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils'},
+    'builders': {'augment', 'checkpoint', 'class_names', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils',
+                 'weights'},
     'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results',
                'safepickle', 'utils', 'weights'},
     'main_multi_gpu': {'config', 'engine', 'lifeline', 'packages', 'utils'},

@@ -102,3 +102,31 @@ def test_two_processes_leave_nothing_either(tmp_path):
     done = program('main_multi_gpu.py', '-nprocs', 2, '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b',
                    *options(TINY), check=False)
     assert done.returncode == 2 and content(tmp_path) == {}
+
+
+# ---- weights of another model, more passes than an epoch has
+
+OTHER = ['MODEL.STAGES', ['conv', 'conv'], 'MODEL.HEADS', [0, 0], 'MODEL.WIDTHS', [16, 16], 'MODEL.NAME', 'other']
+
+
+@pytest.mark.parametrize('opts', [['EVAL', True], []])
+def test_weights_of_another_model_say_which(images, tmp_path, opts):
+    start(images, 'OUTPUT', str(tmp_path / 'run'), 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0)
+    for path in (tmp_path / 'run/final.pdparams', checkpoint.newest(tmp_path / 'run')):
+        with pytest.raises(ValueError, match='the weights do not fit the model, and nothing was loaded') as error:
+            start(images, *OTHER, *opts, 'MODEL.PRETRAINED', str(path), 'OUTPUT', str(tmp_path / 'new'))
+        text = str(error.value)
+        assert f'{tmp_path}/run/config.yaml describes another model (MODEL.NAME tiny there and other here, ' in text
+        assert text.endswith('; give that file by -cfg') and len(text) < 1000
+    os.remove(tmp_path / 'run/config.yaml')
+    with pytest.raises(ValueError) as error:
+        start(images, *OTHER, 'MODEL.PRETRAINED', str(path), 'OUTPUT', str(tmp_path / 'new'))
+    assert 'config.yaml' not in str(error.value)
+
+
+def test_accumulation_over_more_passes_than_an_epoch_has(images, tmp_path):
+    """20 images are 2 batches of 8: a step of 16 images, whatever is asked for."""
+    start(images, 'OUTPUT', str(tmp_path), 'TRAIN.ACCUM_ITER', 1000, 'TRAIN.LR_BATCH', 16, 'TRAIN.BASE_LR', 0.002)
+    log = (tmp_path / 'log.txt').read_text()
+    assert 'TRAIN.ACCUM_ITER is 1000 and an epoch has 2 forward passes: it is one step' in log
+    assert '1 steps per epoch of 16 images (8 per forward pass x 1 processes x 2 passes), learning rate 2.000e-03' in log

@@ -95,11 +95,11 @@ def config_of(args):
 def load_model(config):
     """The HaloNet of a config with the weights of MODEL.PRETRAINED, for evaluation, on the chosen device; and that device."""
     import utils  # isort: skip  (first: it prepares for Paddle's import)
-    import weights
+    from builders import load_weights
     from halonet import build_halonet
     device = utils.start(config.DEVICE)
     model = build_halonet(config)
-    weights.load_pretrained(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA)
+    load_weights(config, model, config.MODEL.PRETRAINED)
     model.eval()
     return model, device
 
