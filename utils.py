@@ -189,7 +189,7 @@ def gather(value):
 def on_rank_0(work, *args):
     """What `work(*args)` returns on rank 0, on every rank; the others wait up to PATIENCE, as in `meet`.
 
-    What it raises is raised on rank 0, and Failure on the others.
+    What it raises is raised on rank 0; on the others Failure, or ValueError where a new start would meet the same error.
     """
     result, error = None, None
     if rank() == 0:
@@ -197,16 +197,22 @@ def on_rank_0(work, *args):
             result = work(*args)
         except Exception as raised:
             error = raised
-    meet(failed=error is not None)
+    meet(failed=exit_code(error) if error else 0)
     if error:
         raise error
     return broadcast(result)
 
 
-def meet(failed=False):
+def exit_code(error: Exception) -> int:
+    """MISTAKE for an error that another start would meet again, else FAILURE."""
+    return MISTAKE if isinstance(error, MISTAKES) else FAILURE
+
+
+def meet(failed=0):
     """Wait until every process is here, up to PATIENCE: gloo gives up on a collective after 30 s, this does not.
 
-    Raises Failure where one of them has `failed`, has ended or does not come. The waiting lets signals through.
+    Raises Failure where one of them has `failed`, has ended or does not come, and ValueError where it has failed by a MISTAKE:
+    `failed` is its exit code. The waiting lets signals through.
     """
     if world_size() == 1:
         return
@@ -214,7 +220,7 @@ def meet(failed=False):
     meet.calls += 1
     here, broken = f'halonet/meet/{meet.calls}', f'halonet/meet/{meet.calls}/failed'
     if failed:
-        store.add(broken, 1)
+        store.add(broken, failed)
     store.add(here, 1)
     start, pause = time.monotonic(), 0.001
     while store.add(here, 0) < world_size():
@@ -224,10 +230,10 @@ def meet(failed=False):
             raise Failure(f'{world_size() - store.add(here, 0)} of {world_size()} processes did not come within {PATIENCE} s')
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
-    others_failed = store.add(broken, 0) > failed
+    code = store.add(broken, 0) - failed            # of the others
     dist.barrier()                                  # rank 0 holds the store: it stays until everybody has read
-    if others_failed:
-        raise Failure('another process failed; its message says why')
+    if code:
+        raise (ValueError if code == MISTAKE else Failure)('another process failed; its message says why')
 
 
 meet.calls = 0
@@ -308,7 +314,7 @@ def plain_errors():
             log.error('error: %s', error)           # on the console of rank 0 only
         else:
             print(visible(f'rank {rank()}: error: {error}' if rank() else f'error: {error}'), file=sys.stderr)
-        sys.exit(MISTAKE if isinstance(error, MISTAKES) else FAILURE)
+        sys.exit(exit_code(error))
 
 
 # ---- run folders

@@ -276,6 +276,25 @@ def test_the_failure_of_another_process_is_told(store):
         utils.meet()
 
 
+def test_a_mistake_of_another_process_is_one_here(store):
+    """So that no machine starts again, and waits for one that does not."""
+    store.update({'halonet/meet/1': 1, 'halonet/meet/1/failed': utils.MISTAKE})
+    with pytest.raises(ValueError, match='another process failed') as error:
+        utils.meet()
+    assert utils.exit_code(error.value) == utils.MISTAKE
+
+
+@pytest.mark.parametrize('error, code', [(ValueError('in use'), utils.MISTAKE), (OSError(28, 'full'), utils.FAILURE)])
+def test_a_process_reports_how_it_failed(store, error, code):
+    store['halonet/meet/1'] = 1
+
+    def fail():
+        raise error
+    with pytest.raises(type(error)):
+        utils.on_rank_0(fail)
+    assert store['halonet/meet/1/failed'] == code
+
+
 def test_a_process_that_failed_tells_the_others_and_raises_its_own_error(store):
     store['halonet/meet/1'] = 1
     with pytest.raises(OSError, match='full'):
