@@ -17,7 +17,7 @@ import numpy as np
 MEMORY = 1 << 27                                    # bytes that a pickle may take, apart from the contents of its Blobs
 COST = 128                                          # bytes that one instruction takes at most, on average
 LONGEST = 1024                                      # bytes of the longest text or byte string that is no Blob
-DEPTH, VALUES = 50, 1_000_000                       # of nested containers; of the values in them
+DEPTH, VALUES = 50, 200_000                         # of nested containers; of the values in them
 REFUSED = {                                         # modules of which only an attack needs something
     'asyncio', 'code', 'commands', 'concurrent', 'ctypes', 'http', 'imp', 'importlib', 'marshal', 'multiprocessing', 'nt', 'os',
     'pdb', 'pickle', 'pip', 'popen2', 'posix', 'pty', 'runpy', 'shutil', 'signal', 'site', 'socket', 'subprocess', 'sys',

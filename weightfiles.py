@@ -64,8 +64,8 @@ def read_pickle(path: str) -> Any:
 
 def _reason(error: Exception) -> str:
     """One line that says what is wrong: the text of an error that is made for people, else its type."""
-    text = str(error) if isinstance(error, (ValueError, zipfile.BadZipFile)) else ''
-    return shown(text or type(error).__name__, 400)
+    made_for_people = isinstance(error, (ValueError, zipfile.BadZipFile)) and str(error)
+    return shown(str(error), 400) if made_for_people else f'it is damaged ({type(error).__name__})'
 
 
 def _name(value) -> str:

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_endless_values_is_refused(tmp_path, content):
     """Python itself would take ages to compare or to show them."""
     path = tmp_path / 'a.pdckpt'
     rewrite(path, {**state_as_arrays(), 'facts': content['facts']} if isinstance(content, dict) else content)
-    with pytest.raises(ValueError, match=f'^{path}: .*nested deeper than 50 levels, or holds more than 1000000 values'):
+    with pytest.raises(ValueError, match=f'^{path}: .*nested deeper than 50 levels, or holds more than 200000 values'):
         checkpoint.load(str(path))
 
 
