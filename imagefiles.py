@@ -26,7 +26,7 @@ FOREIGN = (                                         # (offset, bytes, what it is
     (0, b'<!doctype', 'a web page'), (0, b'<html', 'a web page'), (0, b'PK\3\4', 'a ZIP archive'), (0, b'DICM', 'DICOM'),
     (128, b'DICM', 'DICOM'), (0, b'\0\0\0\x0cjP  ', 'JPEG 2000'), (0, b'\xffO\xffQ', 'JPEG 2000'), (0, b'\xff\x0a', 'JPEG XL'),
     (4, b'JXL ', 'JPEG XL'), (4, b'ftypavif', 'AVIF, which needs Pillow 11.3 or newer'), (4, b'ftyphei', 'HEIC'),
-    (4, b'ftyphev', 'HEIC'), (4, b'ftypmif1', 'HEIC'), (4, b'ftypmsf1', 'HEIC'), (4, b'ftyp', 'a film'),
+    (4, b'ftyphev', 'HEIC'), (4, b'ftypmif1', 'HEIC'), (4, b'ftypmsf1', 'HEIC'), (4, b'ftyp', 'a video'),
     (0, b'version https://git-lfs', 'a pointer of Git LFS: fetch its content by git lfs pull'),
 )
 TRAITS = {                                          # what an image may have -> what it is, and what becomes of it
@@ -127,6 +127,7 @@ def to_rgb(image, background=BACKGROUND):
             flat = Image.new('RGB', image.size, ImageColor.getrgb(background))
             flat.paste(rgba, mask=rgba)
             return flat
+        return rgba.convert('RGB')
     if image.mode == 'RGB':
         image.load()
         return image

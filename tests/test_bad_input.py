@@ -274,6 +274,12 @@ def _(data):
     return ['-opts', 'DATA.NUM_WORKERS', 1]
 
 
+@case('data worker', 'reads one file without end', 'stops: could not be read within DATA.TIMEOUT 1 s')
+def _(data):
+    datasets.train_pixels = lambda *args, **kwargs: signal.pause()           # the fixture puts it back
+    return ['-opts', 'DATA.NUM_WORKERS', 1, 'DATA.TIMEOUT', 1]
+
+
 # ---- the test
 
 @pytest.fixture(scope='module')
