@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import warnings
+from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 
@@ -182,7 +183,8 @@ class Watch:
             before, seconds = now, np.where(unchanged, seconds + 1, 0)       # a clock would count the time of a stopped trainer
             if seconds.max() >= self.limit:
                 process, self.late, _ = now[seconds.argmax()].tolist()
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(process, signal.SIGKILL)
                 return
 
 
