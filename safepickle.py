@@ -1,11 +1,11 @@
 """Read a pickle without calling anything that it names.
 
-Python's own unpickler follows a list of allowed instructions. Text, numbers, lists, tuples and dictionaries are built as they
-are. Everything else becomes an inert stand-in: a Global for a name, a Call for an object, a Reference for what lies outside.
-Long byte strings stay in the file, as a Blob, until an array is made of them.
+Python's own unpickler follows a list of allowed instructions. Text, numbers, lists, tuples and dictionaries are
+built as they are. Everything else becomes an inert stand-in: a Global for a name, a Call for an object, a Reference
+for what lies outside. Long byte strings stay in the file, as a Blob, until an array is made of them.
 
-Time and memory are bounded by MEMORY, whatever the file holds. Only text and small numbers are ever hashed, because hashing
-tuples that contain each other twice takes time without end.
+Time and memory are bounded by MEMORY, whatever the file holds. Only text and small numbers are ever hashed, because
+hashing tuples that contain each other twice takes time without end.
 """
 import io
 import pickle
@@ -14,15 +14,16 @@ from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
-MEMORY = 1 << 27                                    # bytes that a pickle may take, apart from the contents of its Blobs
+MEMORY = 1 << 27                                    # bytes that a pickle may take, apart from its Blobs
 COST = 128                                          # bytes that one instruction takes at most, on average
 LONGEST = 1024                                      # bytes of the longest text or byte string that is no Blob
 DEPTH, VALUES = 50, 200_000                         # of nested containers; of the values in them
 REFUSED = {                                         # modules of which only an attack needs something
-    'asyncio', 'code', 'commands', 'concurrent', 'ctypes', 'http', 'imp', 'importlib', 'marshal', 'multiprocessing', 'nt', 'os',
-    'pdb', 'pickle', 'pip', 'popen2', 'posix', 'pty', 'runpy', 'shutil', 'signal', 'site', 'socket', 'subprocess', 'sys',
-    'threading', 'timeit', 'urllib', 'webbrowser'}
-REFUSED_BUILTINS = {'__import__', 'breakpoint', 'compile', 'delattr', 'exec', 'globals', 'input', 'open', 'setattr', 'vars'}
+    'asyncio', 'code', 'commands', 'concurrent', 'ctypes', 'http', 'imp', 'importlib', 'marshal', 'multiprocessing',
+    'nt', 'os', 'pdb', 'pickle', 'pip', 'popen2', 'posix', 'pty', 'runpy', 'shutil', 'signal', 'site', 'socket',
+    'subprocess', 'sys', 'threading', 'timeit', 'urllib', 'webbrowser'}
+REFUSED_BUILTINS = {
+    '__import__', 'breakpoint', 'compile', 'delattr', 'exec', 'globals', 'input', 'open', 'setattr', 'vars'}
 OLD_MODULES = {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}             # so protocol 2 calls them
 DICTIONARIES = ('collections.OrderedDict', 'collections.defaultdict')
 
@@ -41,7 +42,7 @@ class Global:
 
 
 class Call:
-    """An object by the call that would have made it, `function(*args)`, and the `state` it would have been given."""
+    """An object, by the call `function(*args)` that would have made it and the `state` it would have."""
 
     __slots__ = ('function', 'args', 'state')
 
@@ -64,7 +65,7 @@ class Reference:
 
 
 class Opaque:
-    """Something that is of no use here: a set, or the key of a dictionary that is neither text nor a small number."""
+    """Something of no use here: a set, or a key that is neither text nor a small number."""
 
     __slots__ = ()
 
@@ -78,7 +79,7 @@ class Blob:
         self.file, self.start, self.length, self.text = file, start, length, text
 
     def array(self, dtype: np.dtype) -> np.ndarray:
-        """Read all the bytes as an array (count,) that can be written to. Raises ValueError where the file is shorter."""
+        """Read all the bytes as an array (count,). Raises ValueError where the file is shorter."""
         numbers = np.empty(self.length // dtype.itemsize, dtype)
         self.file.seek(self.start)
         if numbers.nbytes != self.length or self.file.readinto(numbers.view(np.uint8)) != self.length:
@@ -90,9 +91,10 @@ STAND_INS = (Global, Call, Reference, Opaque, Blob)
 
 
 def load(file: BinaryIO, references: Optional[list] = None) -> Any:
-    """Read one pickle from an open file, up to its end. Raises ValueError for one that is damaged, too large or an attack.
+    """Read one pickle from an open file, up to its end.
 
-    references: gets every Reference in the order of the file.
+    references: gets every Reference in the order of the file. Raises ValueError for a pickle that is damaged, too
+    large or an attack.
     """
     try:
         return _Unpickler(_Source(file), [] if references is None else references).load()
@@ -103,12 +105,12 @@ def load(file: BinaryIO, references: Optional[list] = None) -> Any:
 
 
 def plain(value: Any, leaf) -> Any:
-    """Copy nested containers, stand-ins replaced by `leaf(stand-in)`. Raises ValueError where they hold too much."""
+    """Copy nested containers with `leaf(stand-in)` for each stand-in. Raises ValueError where they hold too much."""
     left = VALUES
 
     def copy(value, depth):
         nonlocal left
-        left -= 1                                   # shared parts count each time, as they do for whoever walks the copy
+        left -= 1                                   # shared parts count each time: a walk of the copy meets them so
         if depth > DEPTH or left < 0:
             raise ValueError(f'it is nested deeper than {DEPTH} levels, or holds more than {VALUES} values')
         if type(value) is dict:
@@ -165,20 +167,20 @@ class _Source:
 
 
 def _key(key):
-    """`key`, if it is quick to hash whatever the file holds: text, or a number too small for crafted collisions."""
-    safe = type(key) is str or type(key) in (int, bool) and -1 <= key < 1 << 20 or key is None or type(key) is Global
-    return key if safe else Opaque()
+    """Return `key` if it is quick to hash: text, or a number too small for crafted collisions. Else an Opaque."""
+    is_small = type(key) in (int, bool) and -1 <= key < 1 << 20
+    return key if is_small or key is None or type(key) in (str, Global) else Opaque()
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler with the instructions that pickles of protocol 2 to 5 consist of, none of which calls anything."""
+    """Python's unpickler with the instructions of protocol 2 to 5 that weight files need. None calls anything."""
 
-    AS_THEY_ARE = (                                 # not DUP, LONG4, EXT, INST, OBJ, out-of-band buffers and text of protocol 0
-        pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
-        pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE,
-        pickle.SHORT_BINBYTES, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST,
-        pickle.EMPTY_DICT, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.BINPUT, pickle.MEMOIZE, pickle.BINGET,
-        pickle.LONG_BINGET)
+    AS_THEY_ARE = (                                 # not DUP, LONG4, EXT, INST, OBJ, buffers elsewhere, protocol 0
+        pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE, pickle.NEWTRUE,
+        pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
+        pickle.SHORT_BINUNICODE, pickle.SHORT_BINBYTES, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+        pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID,
+        pickle.BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET)
 
     def __init__(self, source, references):
         super().__init__(source)
@@ -187,7 +189,8 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module, name):
         module = OLD_MODULES.get(module, module)
         if module.split('.')[0] in REFUSED or module == 'builtins' and name in REFUSED_BUILTINS:
-            raise pickle.UnpicklingError(f'it contains {shown(module)}.{shown(name)}, and a weight file may hold arrays only')
+            name = f'{shown(module)}.{shown(name)}'
+            raise pickle.UnpicklingError(f'it contains {name}, and a weight file may hold arrays only')
         return self.globals.setdefault((module, name), Global(module, name))
 
     def persistent_load(self, pid):
@@ -198,7 +201,7 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError('it has an instruction that no weight file needs, or is damaged')
 
     def load_frame(self):
-        self.read(8)                                # its length; the instructions within are read from the file
+        self.read(8)                                # its length; what is within is read from the file
 
     def load_binunicode(self):
         self.load_string(4, text=True)
@@ -279,9 +282,10 @@ class _Unpickler(pickle._Unpickler):
     dispatch = dict.fromkeys(range(256), refuse)
     dispatch.update({code[0]: pickle._Unpickler.dispatch[code[0]] for code in AS_THEY_ARE})
     dispatch.update({
-        pickle.FRAME[0]: load_frame, pickle.BINUNICODE[0]: load_binunicode, pickle.BINUNICODE8[0]: load_binunicode8,
+        pickle.FRAME[0]: load_frame, pickle.LONG_BINPUT[0]: load_long_binput,
+        pickle.BINUNICODE[0]: load_binunicode, pickle.BINUNICODE8[0]: load_binunicode8,
         pickle.BINBYTES[0]: load_binbytes, pickle.BINBYTES8[0]: load_binbytes8, pickle.BYTEARRAY8[0]: load_binbytes8,
-        pickle.LONG_BINPUT[0]: load_long_binput, pickle.EMPTY_SET[0]: load_empty_set, pickle.FROZENSET[0]: load_frozenset,
+        pickle.EMPTY_SET[0]: load_empty_set, pickle.FROZENSET[0]: load_frozenset,
         pickle.ADDITEMS[0]: load_additems, pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends,
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex, pickle.BUILD[0]: load_build})

@@ -1,8 +1,8 @@
 """Weight files of Paddle, PyTorch and safetensors -> {key: numpy array}. Only numpy is needed.
 
-What a file is follows from its content, not from its ending, and nothing in it is ever run: safepickle reads the pickles, and
-arrays are made afterwards, from bytes whose number was checked. Whatever a file holds, reading it ends within seconds, and
-memory is bounded.
+What a file is follows from its content, not from its ending, and nothing in it is ever run: safepickle reads the
+pickles, and arrays are made afterwards, from bytes whose number was checked. Whatever a file holds, reading it ends
+within seconds, and memory is bounded.
 """
 import math
 import os
@@ -21,7 +21,7 @@ AVERAGE_COUNTER = 'n_averaged'                      # torch.optim.swa_utils.Aver
 WHOLE, AVERAGED = ('state_dict', 'model', 'model_state_dict'), ('state_dict_ema', 'model_ema', 'ema')  # entries of checkpoints
 OWN_PARTS = {'stem', 'stages', 'final_conv', 'head', 'stage1', 'stage2', 'stage3', 'stage4', 'classifier'}  # keys begin so
 WRAPPERS = {'module', '_orig_mod', 'model', 'timm_model'}   # parallel, compiled and other models around the model
-LIMIT = 1 << 32                                     # bytes of the arrays of a file, where the caller gives no other limit
+LIMIT = 1 << 32                                     # bytes of the arrays of a file, where no limit is given
 SLACK = 1 << 26                                     # bytes that arrays may take beyond 4 times their file
 KEY = 256                                           # characters of the longest key
 PARAMETERS = ('torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state')
@@ -30,11 +30,12 @@ NUMPY = {'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1'}
 
 
 def read(path: str, ema: bool = False, limit: int = LIMIT) -> dict:
-    """Read the state dict {key: numpy array} of a weight file or a training checkpoint, under the file's own keys.
+    """Read the state dict {key: numpy array} of a weight file or a checkpoint, under the file's own keys.
 
-    A checkpoint's weights are the raw ones, or with `ema` their moving average. A prefix that all keys share before the names
-    of a HaloNet is taken off. limit: bytes that the arrays may take. Raises FileNotFoundError, and ValueError, naming the
-    file, for one that is damaged, holds something else or too much, or has no moving average when that is asked for.
+    A checkpoint's weights are the raw ones, or with `ema` their moving average. A prefix that all keys have before
+    the names of a HaloNet is taken off. limit: bytes that the arrays may take. Raises FileNotFoundError, and
+    ValueError, naming the file, for one that is damaged, holds something else or too much, or has no moving average
+    when that is asked for.
     """
     with open(path, 'rb') as file:
         try:
@@ -69,7 +70,7 @@ def _reason(error: Exception) -> str:
 
 
 def _name(value) -> str:
-    """The name of a stand-in or the type of a value, for a message. Values of a file are never shown: they may be endless."""
+    """The name of a stand-in or the type of a value, for a message. Values may be endless and are never shown."""
     name = value.name if isinstance(value, (Global, Call)) else ''
     return shown(name or type(value).__name__)
 
@@ -133,7 +134,10 @@ def _take_arrays(state: dict, arrays: '_Arrays', path: str) -> dict:
 # ---- arrays
 
 class _Arrays:
-    """Makes arrays of the stand-ins of a file, within budgets. find: weightformats' function from a Storage to its bytes."""
+    """Makes arrays of the stand-ins of a file, within budgets.
+
+    find: the function of weightformats.open_file from a Storage to its bytes or Blob.
+    """
 
     def __init__(self, file: BinaryIO, find=None, limit: float = math.inf):
         size = os.fstat(file.fileno()).st_size
@@ -249,7 +253,10 @@ def _size(shape) -> int:
 
 
 def _numbers(data, kind: str, shape: tuple) -> np.ndarray:
-    """Bytes or a Blob -> array of `shape` in native byte order; bfloat16 becomes float32. Raises ValueError unless they fit."""
+    """Bytes or a Blob -> array of `shape` in native byte order; bfloat16 becomes float32.
+
+    Raises ValueError where their number is another one.
+    """
     dtype = np.dtype('<u2' if kind == 'bfloat16' else kind)
     length, expected = data.length if type(data) is Blob else len(data), _size(shape) * dtype.itemsize
     if length != expected:
