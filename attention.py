@@ -131,30 +131,41 @@ class RelativePosition(nn.Layer):
         self.width_rel = self.create_parameter(shape, default_initializer=normal)
 
     def forward(self, q):
-        """Both tables, (2w-1, d) each, for any queries q: Paddle's tools count and watch only layers that get an input."""
+        """Return both tables, (2w-1, d) each. They are the same for all queries q.
+
+        Paddle's summary, flops and quantisation need layers that are called with an input.
+        """
         return self.height_rel, self.width_rel
 
 
-def attend(owner, q, kv, tables, *, num_heads, block_size, halo_size, stride=1):
-    """`halo_attention`, by the compiled operator where `owner` is to use it (layers.compiled) and it gives the same.
+def attend(owner: nn.Layer, q: paddle.Tensor, kv: paddle.Tensor, tables: tuple, *, num_heads: int, block_size: int,
+           halo_size: int, stride: int = 1) -> paddle.Tensor:
+    """Compute `halo_attention`, with the compiled operator if `owner` may use it and it gives the same.
 
-    Raises ValueError if the tables or q do not fit the sizes.
+    `tables` are those of vertical and of horizontal relative positions. Raises ValueError if they or q do not
+    fit the sizes.
     """
     height_rel, width_rel = tables
     rows, d = 2 * (block_size + 2 * halo_size) - 1, height_rel.shape[1]
     if not height_rel.shape[0] == width_rel.shape[0] == rows:
-        raise ValueError(f'attention with block_size {block_size} and halo_size {halo_size} needs tables of {rows} relative '
-                         f'positions; these have {height_rel.shape[0]} and {width_rel.shape[0]}')
+        raise ValueError(f'attention with block_size {block_size} and halo_size {halo_size} needs tables of {rows} '
+                         f'relative positions; these have {height_rel.shape[0]} and {width_rel.shape[0]}')
     if q.shape[1] != num_heads * d:
-        raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; these have {q.shape[1]}')
+        raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; '
+                         f'these have {q.shape[1]}')
     same = has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu'))
     operator = ops.halo_attention if same else halo_attention
-    return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size, stride=stride)
+    return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
+                    stride=stride)
 
 
-def has_stride(q, kv, block_size, stride):
-    """True if `stride` is the one that the compiled operator finds from the sides of q and kv. Sides unknown in tracing pass."""
-    known = [(queries, side) for queries, side in zip(q.shape[2:], kv.shape[2:]) if isinstance(side, int) and side >= 0]
+def has_stride(q: paddle.Tensor, kv: paddle.Tensor, block_size: int, stride: int) -> bool:
+    """True if `stride` is the one that the compiled operator finds from the sides of q and kv.
+
+    Sides that are unknown in tracing pass.
+    """
+    sides = zip(q.shape[2:], kv.shape[2:])
+    known = [(queries, side) for queries, side in sides if isinstance(side, int) and side >= 0]
     return block_size % stride == 0 and all(queries == -(-side // stride) for queries, side in known)
 
 
@@ -214,7 +225,8 @@ class BottleneckAttention(nn.Layer):
         if max(H, W) > self.map_size:
             raise ValueError(f'a feature map of {H}x{W} exceeds the {self.map_size}x{self.map_size} that bottleneck attention '
                              'was built for; build the model with the DATA.IMAGE_SIZE that it is to take')
-        q, k, value = convolve(self, self.qkv, x).split([self.qk_width, self.qk_width, self.out_width], axis=1)
+        qkv = convolve(self, self.qkv, x)
+        q, k, value = qkv.split([self.qk_width, self.qk_width, self.out_width], axis=1)
         k = k.reshape([-1, self.qk_width // self.num_heads, H, W])          # (B*N, d, H, W)
         value = value.reshape([-1, self.out_width // self.num_heads, H, W])  # (B*N, v, H, W)
         kv = paddle.concat([k, value], axis=1)                              # (B*N, d+v, H, W)
@@ -226,16 +238,18 @@ class BottleneckAttention(nn.Layer):
 class PositionLambdas(nn.Conv3D):
     """The linear functions of the surroundings of each pixel: v (B, v, H, W) -> (B, v, d, H, W).
 
-    Its parameters are those of timm's convolution over (side, side, 1), which treats each channel of v on its own. A 2D
-    convolution computes the same, faster.
+    Its parameters are those of timm's convolution over (side, side, 1), which treats each channel of v on its
+    own. A 2D convolution computes the same, faster.
     """
 
     def __init__(self, d, side):
-        super().__init__(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5), bias_attr=Uniform(-1 / side, 1 / side))
+        super().__init__(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5),
+                         bias_attr=Uniform(-1 / side, 1 / side))
 
     def forward(self, v):
         kernel, (_, width, H, W) = self.weight.squeeze(-1), v.shape           # (d, 1, side, side)
-        out = F.conv2d(v.reshape([-1, 1, H, W]), kernel, self.bias, padding=kernel.shape[-1] // 2)     # (B*v, d, H, W)
+        v = v.reshape([-1, 1, H, W])                                        # (B*v, 1, H, W)
+        out = F.conv2d(v, kernel, self.bias, padding=kernel.shape[-1] // 2)  # (B*v, d, H, W)
         return out.reshape([-1, width, out.shape[1], H, W])
 
 

@@ -115,7 +115,7 @@ class Bottleneck(nn.Layer):
         return self.act(out if shortcut is None else out + shortcut)
 
     def can_fuse_end(self, x, shortcut):
-        """True if one compiled operator gives what the last convolution of x, the shortcut and the activation give."""
+        """True if one compiled operator gives what the last convolution of x, shortcut and activation give."""
         last, drop_path = self.conv3_1x1, self.drop_path
         return (type(last) is ConvNormAct and type(last.act) is nn.Identity and supported_act(last.act)
                 and type(drop_path) is DropPath and not drop_path.training
@@ -123,11 +123,12 @@ class Bottleneck(nn.Layer):
                 and (shortcut is None or can_add(last.conv, x, shortcut)))
 
 
-def can_add(conv, x, shortcut):
+def can_add(conv: nn.Conv2D, x: paddle.Tensor, shortcut: paddle.Tensor) -> bool:
     """True if `shortcut` has the type and shape that the convolution `conv` of x (B, C, H, W) gives."""
     B, _, H, W = x.shape
     stride = conv._stride[0]
-    return shortcut.dtype == x.dtype and shortcut.shape == [B, conv.weight.shape[0], -(-H // stride), -(-W // stride)]
+    shape = [B, conv.weight.shape[0], -(-H // stride), -(-W // stride)]
+    return shortcut.dtype == x.dtype and shortcut.shape == shape
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The layers that every block is made of, and the choice between Paddle's operators and the compiled ones of ops/.
+"""The layers of every block, and the choice between Paddle's operators and the compiled ones of ops/.
 
-The network consists of Paddle's own layers (Conv2D, BatchNorm2D, MaxPool2D, ...), so that Paddle's tools know them.
-The blocks around them run one compiled operator in place of one or more layers, if that gives the same result.
+The network consists of Paddle's own layers (Conv2D, BatchNorm2D, MaxPool2D, ...), so that Paddle's tools know
+them. The blocks around them run one compiled operator instead of one or more layers, if the result is the same.
 
-In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a stride
-does not divide is rounded up: H/stride stands for ceil(H/stride).
+In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a
+stride does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
 from collections.abc import Iterable
@@ -25,8 +25,8 @@ FORWARD = {kind: kind.forward for kind in (nn.Conv2D, nn.BatchNorm2D, nn.MaxPool
 def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     """True if the compiled operators that exist for `devices` are to be used in the layer `owner`.
 
-    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU). A static program
-    for inference is traced with Paddle's operators, because it may run where ours do not exist.
+    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU). A static
+    program for inference is traced with Paddle's operators, because it may run where ours do not exist.
 
     Raises ValueError if `operators` is fused and they cannot be compiled.
     """
@@ -38,8 +38,8 @@ def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     if device in ops.load():
         return True
     if kind == 'fused':
-        raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well (the log says what is '
-                         'amiss); auto and composed need neither')
+        raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well (the log says '
+                         'what is amiss); auto and composed need neither')
     return False
 
 
@@ -56,11 +56,15 @@ def use_operators(network: nn.Layer, kind: str) -> nn.Layer:
 def unchanged(*layers: nn.Layer) -> bool:
     """True if none of the layers has a hook or another `forward` than its class had."""
     return not any(layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer)
-                   or FORWARD.get(type(layer), type(layer).forward) is not type(layer).forward for layer in layers)
+                   or type(layer).forward is not FORWARD.get(type(layer), type(layer).forward)
+                   for layer in layers)
 
 
 def supported_convolution(conv: nn.Layer) -> bool:
-    """True if `conv` is what ops.convolution computes: one group, half padding with zeros, one stride, no dilation, no bias."""
+    """True if `conv` is what ops.convolution computes.
+
+    That is a square kernel with half padding of zeros and one stride, without groups, dilation and bias.
+    """
     if type(conv) is not nn.Conv2D or not unchanged(conv):
         return False
     weight, stride = conv.weight, conv._stride
@@ -74,7 +78,7 @@ def supported_convolution(conv: nn.Layer) -> bool:
 
 
 def supported_norm(norm: nn.Layer) -> bool:
-    """True if `norm` is what the compiled operators compute: a batch norm of channels, with a weight and a bias."""
+    """True if `norm` is what the compiled operators compute: a batch norm with a weight and a bias."""
     if type(norm) is not nn.BatchNorm2D or not unchanged(norm):
         return False
     return (norm.weight is not None and norm.bias is not None and norm.weight.dtype in FLOATS
@@ -88,7 +92,8 @@ def supported_act(act: nn.Layer) -> bool:
 
 def supported_pool(pool: nn.Layer) -> bool:
     """True if `pool` is what ops.max_pool computes: windows of 3x3 pixels, 2 apart, with half padding."""
-    return (type(pool) is nn.MaxPool2D and unchanged(pool) and pool.ksize == 3 and pool.stride == 2 and pool.padding == 1
+    return (type(pool) is nn.MaxPool2D and unchanged(pool)
+            and pool.ksize == 3 and pool.stride == 2 and pool.padding == 1
             and not pool.ceil_mode and not pool.return_mask and pool.data_format == 'NCHW')
 
 
@@ -101,17 +106,17 @@ def in_inference(norm: nn.Layer) -> bool:
 def can_fuse(owner: nn.Layer, conv: nn.Layer, norm: nn.Layer, act: nn.Layer, *skipped: nn.Layer) -> bool:
     """True if one compiled operator gives what `conv`, `norm` and `act` give in inference.
 
-    `skipped` are layers around them that the operator stands for as well. The options of `owner` decide, as in `compiled`.
+    `skipped` are layers around them that the operator replaces as well. `owner` decides as in `compiled`.
     """
     return (type(norm) is nn.BatchNorm2D and in_inference(norm)
-            and supported_convolution(conv) and supported_norm(norm) and supported_act(act) and unchanged(*skipped)
-            and compiled(owner))
+            and supported_convolution(conv) and supported_norm(norm) and supported_act(act)
+            and unchanged(*skipped) and compiled(owner))
 
 
 def lacks_statistics(x: paddle.Tensor) -> bool:
-    """True if a channel of x (B, C, H, W) has at most one value, so its variance is undefined. Always False while tracing.
+    """True if a channel of x (B, C, H, W) has at most one value, so its variance is undefined.
 
-    Paddle then keeps the running statistics.
+    Paddle then keeps the running statistics. Always False while tracing.
     """
     return paddle.in_dynamic_mode() and x.size <= x.shape[1]
 
@@ -130,7 +135,8 @@ def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -
     if (not norm.training or not supported_norm(norm) or norm._use_global_stats or lacks_statistics(x)
             or not supported_act(act) or not compiled(owner)):
         return act(norm(x))
-    out, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm._epsilon, COMPILED_ACTIVATIONS[type(act)])
+    name = COMPILED_ACTIVATIONS[type(act)]
+    out, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm._epsilon, name)
     for running, new in (norm._mean, mean), (norm._variance, variance):
         paddle.assign(running * norm._momentum + new * (1 - norm._momentum), running)
     return out
@@ -142,14 +148,18 @@ def max_pool(owner: nn.Layer, pool: nn.Layer, x: paddle.Tensor) -> paddle.Tensor
 
 
 def pixel_mean(x: paddle.Tensor) -> paddle.Tensor:
-    """(B, C, H, W) -> (B, C). One axis at a time: on a CPU, Paddle's gradient of a mean over both takes 40 times as long."""
+    """Average over pixels: (B, C, H, W) -> (B, C).
+
+    One axis at a time: on a CPU, Paddle's gradient of a mean over both takes 40 times as long.
+    """
     return x.mean(3).mean(2)
 
 
 def conv2d(in_width: int, width: int, kernel_size: int, stride: int = 1, groups: int = 1,
            init: Optional[Initializer] = None) -> nn.Conv2D:
     """Make a convolution with half padding and no bias: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
-    return nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init, bias_attr=False)
+    return nn.Conv2D(in_width, width, kernel_size, stride, kernel_size // 2, groups=groups, weight_attr=init,
+                     bias_attr=False)
 
 
 class ConvNormAct(nn.Layer):
@@ -173,16 +183,21 @@ class ConvNormAct(nn.Layer):
     def fused(self, x, act, residual=None):
         """act(norm(convolution of x) + residual) by one compiled operator."""
         conv = self.conv
-        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv._stride[0], act=COMPILED_ACTIVATIONS[type(act)],
-                                        residual=residual)
+        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv._stride[0],
+                                        act=COMPILED_ACTIVATIONS[type(act)], residual=residual)
 
 
 def batch_norms(network: nn.Layer) -> dict:
     """{name: layer} of the batch norms in a network, synchronised ones included."""
-    return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, (nn.BatchNorm2D, nn.SyncBatchNorm))}
+    kinds = nn.BatchNorm2D, nn.SyncBatchNorm
+    return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, kinds)}
 
 
 def running_statistics(network: nn.Layer) -> dict:
-    """{key: tensor} of those entries of the state dict that a process's own batches change: batch norms', unless frozen."""
-    return {f'{name}.{key}': getattr(norm, key) for name, norm in batch_norms(network).items() if not norm._use_global_stats
-            for key in ('_mean', '_variance')}
+    """{key: tensor} of the state dict's entries that a process's own batches change: batch norms', unless frozen."""
+    statistics = {}
+    for name, norm in batch_norms(network).items():
+        if not norm._use_global_stats:
+            statistics[f'{name}._mean'] = norm._mean
+            statistics[f'{name}._variance'] = norm._variance
+    return statistics

@@ -42,7 +42,8 @@ def affine(norm):
 
 def convolution(conv, weight, bias=None):
     """A convolution as `conv`, with other weights (and output channels) and a bias or none."""
-    made = nn.Conv2D(conv._in_channels, len(weight), conv._kernel_size, conv._stride, conv._padding, groups=conv._groups,
+    made = nn.Conv2D(conv._in_channels, len(weight), conv._kernel_size, conv._stride, conv._padding,
+                     dilation=conv._dilation, groups=conv._groups, padding_mode=conv._padding_mode,
                      bias_attr=None if bias is not None else False)
     made.weight.set_value(weight.astype('float32'))
     if bias is not None:

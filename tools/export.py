@@ -22,7 +22,7 @@ from tools import cli, runtimes  # noqa: E402
 
 LIMIT = 1e-4
 BATCHES = (1, 3, 8)
-OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 raises lower ones and ends the process for higher ones
+OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 ends the process for higher ones
 NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'sympy', 'onnx', 'onnxruntime')
 FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': lambda folder: runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))}
 
@@ -81,7 +81,7 @@ def main(args):
 
 @contextmanager
 def quiet():
-    """Hold back what libraries print within, from C++ too. Exceptions show it, except ValueError, which is a user's mistake."""
+    """Hold back what libraries print within, from C++ too. An exception other than ValueError shows it."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
         stream.flush()
@@ -157,7 +157,7 @@ def to_onnx(path, target, opset):
     import polygraphy.config
     from polygraphy.backend.onnx import fold_constants
     polygraphy.config.AUTOINSTALL_DEPS = False
-    # folded here: paddle2onnx would let polygraphy install packages, and go on without folding where that fails
+    # folded here: paddle2onnx would let polygraphy install packages, and not fold if that fails
     paddle2onnx.export(f'{path}.json', f'{path}.pdiparams', target, opset_version=opset, optimize_tool='None')
     model = fold_constants(onnx.load(target), error_ok=False)
     zero = onnx.numpy_helper.from_array(np.zeros([], 'float32'), 'pad.zero')
