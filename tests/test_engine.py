@@ -114,7 +114,10 @@ def test_the_progress_line_counts_the_images_that_are_trained_on(images, tmp_pat
 
 
 def test_left_out_images_of_all_processes_are_told(monkeypatch, caplog):
-    loader = SimpleNamespace(epoch=lambda epoch: [(paddle.zeros([2, 3]), paddle.zeros([2], 'int64'), [0, 1])], skipped=0)
+    class OneBatch(SimpleNamespace):
+        def __len__(self):
+            return 1
+    loader = OneBatch(epoch=lambda epoch: [(paddle.zeros([2, 3]), paddle.zeros([2], 'int64'), [0, 1])], skipped=0)
     evaluation = SimpleNamespace(loader=loader, stop=SimpleNamespace(requested=False), autocast=nullcontext, to_input=lambda x: x,
                                  predictions=SimpleNamespace(add=lambda *words: None))
     monkeypatch.setattr(utils, 'gather', lambda value: [value, 2, 1])
