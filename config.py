@@ -16,8 +16,8 @@ import yaml
 from PIL import ImageColor
 from yacs.config import CfgNode as CN
 
-import console
-from console import visible
+from system import console
+from system.console import visible
 
 _C = CN()
 _C.BASE = []                            # config files to start from, relative to this file

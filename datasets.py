@@ -18,12 +18,10 @@ import numpy as np
 import paddle
 from PIL import Image
 
-import augment
-import class_names
-import imagefiles
-import lifeline
 import utils
-from listfile import ImageList, read_list
+from data import augment, class_names, image_files
+from data.list_file import ImageList, read_list
+from system import lifeline
 
 IDLE = -1                                           # instead of the index of an image that is read
 LISTS = ('train_list.txt', 'val_list.txt')
@@ -37,7 +35,7 @@ class DataError(ValueError):
 
 # Pixels
 
-read_pillow = imagefiles.read                           # the image in a file, as RGB
+read_pillow = image_files.read                           # the image in a file, as RGB
 
 
 def reader(backend):
@@ -48,20 +46,20 @@ def reader(backend):
     if backend == 'pillow':
         return read_pillow
     try:
-        import pixels_cv2
+        from data import opencv
     except ImportError as error:
         raise ValueError(f'DATA.BACKEND is cv2, but OpenCV is not usable here ({error}); install it by '
                          "python -m pip install 'opencv-python-headless>=4.10,<6', or set DATA.BACKEND pillow") from None
-    return pixels_cv2.read
+    return opencv.read
 
 
-def eval_pixels(image: Image.Image, image_size: int, crop_pct: float, background: str = imagefiles.BACKGROUND) -> np.ndarray:
+def eval_pixels(image: Image.Image, image_size: int, crop_pct: float, background: str = image_files.BACKGROUND) -> np.ndarray:
     """A PIL image of any mode -> uint8 (H, W, 3): shorter side to floor(image_size / crop_pct), bicubic, then the centre.
 
     Equal to torchvision's Resize and CenterCrop as timm combines them, pixel by pixel; for images of another mode than RGB
-    see imagefiles.to_rgb.
+    see image_files.to_rgb.
     """
-    image = imagefiles.to_rgb(image, background)
+    image = image_files.to_rgb(image, background)
     width, height = image.size
     side = math.floor(image_size / crop_pct)
     if width <= height:
@@ -69,7 +67,7 @@ def eval_pixels(image: Image.Image, image_size: int, crop_pct: float, background
     else:
         size = int(side * width / height), side
     left, top = (_centre(length, image_size) for length in size)
-    return np.asarray(imagefiles.resize_and_crop(image, size, (left, top, left + image_size, top + image_size)))
+    return np.asarray(image_files.resize_and_crop(image, size, (left, top, left + image_size, top + image_size)))
 
 
 def _centre(length, size):
@@ -121,7 +119,7 @@ class ListDataset:
         return pixels.transpose(2, 0, 1), self.samples.labels[image_index], index
 
     def _problem(self, index, path, error):
-        return f'{self.samples.where(index)} {path}: {imagefiles.reason(error)}'
+        return f'{self.samples.where(index)} {path}: {image_files.reason(error)}'
 
     def batch(self, keys, note=lambda index: None):
         """Images (B, 3, S, S), labels (B,), indices (B,), texts; a sample with a text has zeros elsewhere.

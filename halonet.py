@@ -17,9 +17,9 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
-import weights
-from attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
-from layers import (
+from model import weights
+from model.attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
+from model.layers import (
     ACTIVATIONS,
     ConvNormAct,
     batch_norms,

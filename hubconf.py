@@ -62,7 +62,7 @@ _SHARED = _callers_own()
 with _project():
     import config
     import halonet
-    import weights
+    from model import weights
     if not all(map(_is_ours, (config, halonet, weights))):
         raise ImportError(f'modules of {_ROOT} are not found there: something else imports config, halonet or weights first')
 

@@ -11,15 +11,15 @@ import sys
 import time
 import traceback
 
-import lifeline
-import packages  # noqa: F401  (it reports a missing package)
+from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
 from config import parse_args
+from system import lifeline
 
 GRACE = 10                                          # seconds that the others get to leave when a process has failed
 
 
 def worker(config):
-    from engine import main
+    from training.engine import main
     main(config)
 
 

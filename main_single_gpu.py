@@ -2,7 +2,7 @@
 import signal
 import sys
 
-import packages  # noqa: F401  (it reports a missing package)
+from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
 from config import parse_args
 
 
@@ -11,7 +11,7 @@ def main():
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))    # for utils.Stop; Paddle's handler may hang
     if config.NPROCS > 1:
         print('main_single_gpu.py runs one process; -nprocs is for main_multi_gpu.py', file=sys.stderr)
-    from engine import main
+    from training.engine import main
     main(config)
 
 

@@ -11,17 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-import paddle_import  # isort: skip  (first: it prepares for Paddle's import)
+from system import paddle_import  # isort: skip  (first: it prepares for Paddle's import)
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
-import console
-import lifeline
-import safefiles
-from console import visible
-from safefiles import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
+from system import console, files, lifeline
+from system.console import visible
+from system.files import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
 
 log = logging.getLogger('halonet')
 
@@ -340,7 +338,7 @@ def make_run_folder(output, save, name):
     return broadcast(folder)
 
 
-BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', safefiles.LOCK)
+BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
 
 
 def missing_folders(path: str) -> list[str]:
@@ -378,7 +376,7 @@ def reserved(folder: str) -> Iterator[None]:
     Raises ValueError on rank 0, and Failure on the others, where another run holds it.
     """
     with ExitStack() as stack:
-        on_rank_0(stack.enter_context, safefiles.reserved(folder))
+        on_rank_0(stack.enter_context, files.reserved(folder))
         yield
 
 

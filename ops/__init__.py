@@ -6,7 +6,7 @@ result and gradients bit for bit in every run and for any number of threads; on 
 import functools
 import logging
 
-import paddle_import  # noqa: F401  isort: skip  (first: it prepares for Paddle's import)
+from system import paddle_import  # noqa: F401  isort: skip  (first: it prepares for Paddle's import)
 
 from paddle import _C_ops
 from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op

@@ -22,7 +22,7 @@ from pathlib import Path
 import paddle
 from paddle.utils.cpp_extension import extension_utils
 
-import safefiles
+from system import files
 
 logger = logging.getLogger('halonet.ops')
 
@@ -51,7 +51,7 @@ def library(arch=''):
     path = folder / 'operators.so'
     if not is_whole(path):
         with open(folder / 'lock', 'wb') as file:
-            locked = safefiles.lock(file)                # until the file is closed, or its process dies
+            locked = files.lock(file)                # until the file is closed, or its process dies
             if not is_whole(path):
                 if locked:
                     remove_leftovers(folder)
@@ -165,8 +165,8 @@ def compile_library(compiler, path, nvcc, arch):
         run([*compiler, *FLAGS, '-shared', str(SOURCE), '-o', output, *gpu, *include_flags(), *link_flags()], folder)
         os.chmod(output, 0o755)
         with open(output, 'rb') as file:
-            safefiles.sync(file.fileno())
-        safefiles.atomic_write(path.with_suffix('.sha256'), lambda file: file.write(digest(Path(output))))
+            files.sync(file.fileno())
+        files.atomic_write(path.with_suffix('.sha256'), lambda file: file.write(digest(Path(output))))
         os.replace(output, path)                      # whole or not at all
     logger.info('compiled in %.0f s', time.time() - start)
 

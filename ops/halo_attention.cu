@@ -1,6 +1,6 @@
 // Halo attention on a GPU, forward and backward: float, half or bfloat16 in memory, float in every sum.
 //
-// STATE: compiled with nvcc 13 and checked on a CPU through tests/cuda_emulation.h, which runs the kernels thread by thread.
+// STATE: compiled with nvcc 13 and checked on a CPU through tests/helpers/cuda_emulation.h, which runs the kernels thread by thread.
 // It has never run on a GPU: nothing is known of its speed, so that only MODEL.ATTENTION fused asks for it, not auto.
 //
 // Flash style: a softmax in one sweep with a running maximum, and nothing of the size (queries x keys) in memory. A thread

@@ -1,6 +1,6 @@
 // Halo attention on a CPU, forward and backward, with no framework in sight: `forward` and `backward` at the end.
 //
-// Axes, as in attention.py: B batch, N heads, d and v widths of a key and a value head, H and W of the map in pixels;
+// Axes, as in model/attention.py: B batch, N heads, d and v widths of a key and a value head, H and W of the map in pixels;
 // Y, X grid of blocks; b side of a block of queries; w side of its window (block + 2 * halo).
 // Inside a block: i runs over its queries (b*b of them, padded to whole vectors: `lanes`), j over the keys of its window,
 // r over the R = b + w - 1 rows of a position table that the block reaches.

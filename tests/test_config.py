@@ -1,5 +1,4 @@
 """Options: what overrides what, what is refused and how, the command line; and the shape that the code is held to."""
-import ast
 import re
 
 import pytest
@@ -432,65 +431,3 @@ def test_every_config_file_is_valid(request):
     for path in paths:
         name = get_config(path).MODEL.NAME
         assert path.name.startswith('_') or path.name.startswith(name)
-
-
-# ---- the shape of the code
-
-MAY_IMPORT = {                              # top-level module -> those of ours that it may import
-    'console': set(), 'config': {'console'}, 'class_names': set(), 'packages': set(), 'augment': set(), 'optim': set(),
-    'lifeline': set(),
-    'paddle_import': set(), 'safefiles': set(), 'utils': {'console', 'lifeline', 'paddle_import', 'safefiles'},
-    'safepickle': set(), 'weightformats': {'safepickle'},
-    'weightfiles': {'safepickle', 'utils', 'weightformats'},
-    'weights': {'utils', 'weightfiles'},
-    'layers': {'ops'},
-    'attention': {'layers', 'ops'},
-    'halonet': {'attention', 'layers', 'weights'},
-    'hubconf': {'config', 'halonet', 'weights'},
-    'listfile': set(), 'imagefiles': set(), 'pixels_cv2': {'augment', 'imagefiles'},
-    'datasets': {'augment', 'class_names', 'imagefiles', 'lifeline', 'listfile', 'pixels_cv2', 'utils'},
-    'checkpoint': {'config', 'layers', 'optim', 'safepickle', 'utils', 'weights'},
-    'results': {'halonet', 'safefiles', 'utils', 'tools'},          # the counter of multiply-adds
-    'monitor': {'class_names', 'safefiles', 'utils', 'tools'},          # tools.report, when a training ends
-    'builders': {'augment', 'checkpoint', 'class_names', 'config', 'datasets', 'halonet', 'layers', 'monitor', 'optim', 'utils',
-                 'weights'},
-    'engine': {'augment', 'builders', 'checkpoint', 'config', 'halonet', 'layers', 'monitor', 'optim', 'results',
-               'safepickle', 'utils', 'weights'},
-    'main_multi_gpu': {'config', 'engine', 'lifeline', 'packages', 'utils'},
-    'main_single_gpu': {'config', 'engine', 'packages'},
-}
-# all that the network needs besides
-STANDARD_AND_PADDLE = {'collections', 'contextlib', 'dataclasses', 'functools', 'math', 'typing', 'paddle'}
-
-
-def top_level(request):
-    """{module name: its syntax tree} of the Python files in the root of the repository."""
-    return {path.stem: ast.parse(path.read_text(encoding='utf-8')) for path in sorted(request.config.rootpath.glob('*.py'))}
-
-
-def imports(tree):
-    """The packages and modules, without what follows a dot, that are imported anywhere in a syntax tree."""
-    nodes = list(ast.walk(tree))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or '.' for node in nodes if isinstance(node, ast.ImportFrom)]
-    return {name.split('.')[0] for name in names}
-
-
-def test_imports_point_one_way(request):
-    trees = top_level(request)
-    assert trees.keys() <= MAY_IMPORT.keys(), 'give a new module its line in MAY_IMPORT'
-    ours = MAY_IMPORT.keys() | {'ops', 'tools', 'tests'}
-    too_many = {name: imports(tree) & ours - MAY_IMPORT[name] for name, tree in trees.items()}
-    assert {name: modules for name, modules in too_many.items() if modules} == {}
-    for name in ('halonet', 'attention', 'layers'):
-        assert imports(trees[name]) <= MAY_IMPORT[name] | STANDARD_AND_PADDLE
-
-
-def test_every_option_is_read(request):
-    """`.KEY` stands, as code, in some module besides config.py."""
-    trees = [tree for name, tree in top_level(request).items() if name != 'config']
-    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    unread = {'BASE', 'DATA.DATASET'}       # the second is for the predecessor's commands, and has one value
-    assert [key for key in DEFAULTS if key not in unread and key.split('.')[-1] not in read] == []
-    names = [key.split('.')[-1] for key in DEFAULTS]
-    assert len(names) == len({*names})              # or the check above could mistake one option for another

@@ -11,11 +11,11 @@ import copy, sys
 import paddle
 
 def theirs():
-    import utils, config, data.folder, layers
-    assert utils.__path__ and utils.__file__ is None and config.MINE == 1 and data.folder.MINE == 2 and layers.MINE == 3
+    import utils, config, data.folder, model.layers
+    assert utils.__path__ and utils.__file__ is None and config.MINE == 1 and data.folder.MINE == 2 and model.layers.MINE == 3
     import utils.tool
     assert utils.tool.MINE == 4
-    return utils, config, data.folder, layers, utils.tool
+    return utils, config, data.folder, model.layers, utils.tool
 
 before = theirs() if BEFORE else None
 path = list(sys.path)
@@ -27,7 +27,7 @@ assert type(loaded) is type(model), 'the second call has imported everything aga
 assert sys.path == path
 after = theirs()
 assert before is None or all(one is other for one, other in zip(before, after))
-assert 'halonet' not in sys.modules and 'weights' not in sys.modules
+assert 'halonet' not in sys.modules and 'model.weights' not in sys.modules
 
 model.eval(), loaded.eval()
 images = paddle.randn([2, 3, 32, 32])
@@ -53,13 +53,13 @@ def run(folder, text, **environment):
 def test_the_caller_s_modules_of_the_same_names(tmp_path, before):
     """A namespace package, a package, plain modules: each means the caller's own before and after, and ours work."""
     for name, text in (('utils/tool.py', 'MINE = 4'), ('config.py', 'MINE = 1'), ('data/__init__.py', ''),
-                       ('data/folder.py', 'MINE = 2'), ('layers.py', 'MINE = 3')):
+                       ('data/folder.py', 'MINE = 2'), ('model/layers.py', 'MINE = 3')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     run(tmp_path, f'ROOT, BEFORE = {ROOT!r}, {before}\n{PROGRAM}')
 
 
-@pytest.mark.parametrize('first', ['', 'import halonet, layers\n'])
+@pytest.mark.parametrize('first', ['', 'import halonet, model.layers\n'])
 def test_a_caller_in_this_folder_gets_the_same_modules(tmp_path, first):
     run(ROOT, f"{first}import paddle\nmodel = paddle.hub.load('.', 'halonet_digits', source='local')\n"
               'import halonet\nassert type(model) is halonet.HaloNet')

@@ -10,13 +10,13 @@ from functools import partial
 import paddle
 from paddle import nn
 
-from attention import HaloAttention
-from layers import convolve
+from model.attention import HaloAttention
+from model.layers import convolve
 
 
 @dataclass
 class AttentionMap:
-    """The attention of one layer to one picture, with the axes of attention.py.
+    """The attention of one layer to one picture, with the axes of model/attention.py.
 
     probabilities (N, Hq, Wq, w, w): of each head and query over the w x w window, whose corner lies `halo_size` pixels
     before the block's. They add up to 1 with those of the zeros around the map; of a map that does not divide into blocks

@@ -25,10 +25,10 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 
 import numpy as np  # noqa: E402
 
-import imagefiles  # noqa: E402
-import lifeline  # noqa: E402
-from console import visible  # noqa: E402
-from listfile import read_list  # noqa: E402
+from data import image_files  # noqa: E402
+from data.list_file import read_list  # noqa: E402
+from system import lifeline  # noqa: E402
+from system.console import visible  # noqa: E402
 
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all
@@ -41,7 +41,7 @@ class Result(NamedTuple):
     height: int = 0
     format: str = ''
     mode: str = ''                                  # Pillow's
-    traits: tuple = ()                              # keys of imagefiles.TRAITS
+    traits: tuple = ()                              # keys of image_files.TRAITS
     digest: str = ''                                # of the file's content
 
 
@@ -49,16 +49,16 @@ def read(path: str, max_pixels: int) -> Result:
     """Read a whole image as training does."""
     try:
         digest = hashlib.sha256()
-        with imagefiles.open_file(path) as file:
+        with image_files.open_file(path) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
             file.seek(0)
-            image = imagefiles.open_image(file, max_pixels)
-            mode, traits = image.mode, tuple(imagefiles.traits(image))
-            imagefiles.to_rgb(image)
+            image = image_files.open_image(file, max_pixels)
+            mode, traits = image.mode, tuple(image_files.traits(image))
+            image_files.to_rgb(image)
             return Result('', *image.size, image.format, mode, traits, digest.hexdigest())
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        return Result(imagefiles.reason(error))
+        return Result(image_files.reason(error))
 
 
 def read_all(samples, workers, what, max_pixels):
@@ -141,7 +141,7 @@ def as_text(report, names):
 def part_text(part, facts, names):
     kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(facts['formats'].items()))
     lines = [f'{part}: {facts["images"]} images in {len(facts["per_class"])} classes; {kinds or "none can be read"}']
-    lines += [f'  {facts["traits"][trait]} {what}: {outcome}' for trait, (what, outcome) in imagefiles.TRAITS.items()
+    lines += [f'  {facts["traits"][trait]} {what}: {outcome}' for trait, (what, outcome) in image_files.TRAITS.items()
               if trait in facts['traits']]
     if 'size' in facts:
         lines.append('  width x height: ' + ', '.join(f'{name} {w}x{h}' for name, (w, h) in facts['size'].items()))
@@ -168,7 +168,7 @@ def parser():
                default=len(os.sched_getaffinity(0)), metavar='N')
     parser.add('classes', 'number of classes, so that larger labels are an error (default: as many as the lists have)',
                type=int, default=0, metavar='N')
-    parser.add('max_pixels', 'larger images are bad files, as by DATA.MAX_PIXELS', type=int, default=imagefiles.MAX_PIXELS,
+    parser.add('max_pixels', 'larger images are bad files, as by DATA.MAX_PIXELS', type=int, default=image_files.MAX_PIXELS,
                metavar='N')
     parser.add('json', 'write the report with all files as JSON; - is the console', metavar='FILE')
     return parser

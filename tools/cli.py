@@ -10,14 +10,12 @@ import sys
 import time
 from typing import Any, Optional
 
-import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
+from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
 
-import class_names
 import config as options
-import console
-import lifeline
-import safefiles
-from class_names import imagenet_classes, read_names  # noqa: F401  for the tools
+from data import class_names
+from data.class_names import imagenet_classes, read_names  # noqa: F401  for the tools
+from system import console, files, lifeline
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130                                   # exit status after Ctrl-C
@@ -95,8 +93,8 @@ def config_of(args):
 def load_model(config):
     """The HaloNet of a config with the weights of MODEL.PRETRAINED, for evaluation, on the chosen device; and that device."""
     import utils  # isort: skip  (first: it prepares for Paddle's import)
-    from builders import load_weights
     from halonet import build_halonet
+    from training.builders import load_weights
     device = utils.start(config.DEVICE)
     model = build_halonet(config)
     load_weights(config, model, config.MODEL.PRETRAINED)
@@ -147,7 +145,7 @@ def write_text(path, text):
     if path == '-':
         sys.stdout.write(text)
         return
-    safefiles.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'backslashreplace')))
+    files.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'backslashreplace')))
 
 
 def progress(items, total, what):

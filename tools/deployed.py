@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from attention import HaloAttention
+from model.attention import HaloAttention
 
 
 def deployed(model):
@@ -80,7 +80,7 @@ class Shift(nn.Layer):
 
 
 class WindowLookup(nn.Layer):
-    """HaloAttention for maps of a known size, its letters as in attention.py, with P = Y*X.
+    """HaloAttention for maps of a known size, its letters as in model/attention.py, with P = Y*X.
 
     Channels come last, as runtimes keep them, so that a pixel's head is a row of numbers and blocks, windows and padding
     are one lookup of rows each: nothing is cut and transposed.

@@ -147,7 +147,7 @@ def parser():
 
 
 def main(args):
-    import results  # late: with it comes Paddle
+    from training import results  # late: with it comes Paddle
     jobs, failed, rows = jobs_of(args.list, args.image_size, args.crop_pct), [], []
     for job in jobs:
         opts_of(job, args)                          # a contradiction is better told before hours of evaluations

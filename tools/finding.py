@@ -3,10 +3,10 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-import imagefiles
+from data import image_files
 
 TRUSTED = frozenset(('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.gif', '.bmp', '.dib', '.tif', '.tiff',
-                     '.ppm', '.pgm', '.pbm', '.pnm', *(['.avif'] if 'AVIF' in imagefiles.FORMATS else [])))
+                     '.ppm', '.pgm', '.pbm', '.pnm', *(['.avif'] if 'AVIF' in image_files.FORMATS else [])))
 THUMBNAILS = frozenset(('@eadir', '__macosx', '#recycle', '@recycle', '$recycle.bin'))     # of NAS systems, macOS, Windows
 TWICE = 'linked again'
 
@@ -102,7 +102,7 @@ class _Search:
             self.left_out['special files'] += 1
             return False
         ending = os.path.splitext(path)[1].lower()
-        if ending in TRUSTED or imagefiles.is_image(path):
+        if ending in TRUSTED or image_files.is_image(path):
             return True
         self.left_out[ending or 'without an ending'] += 1
         return False

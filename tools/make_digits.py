@@ -10,14 +10,12 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import packages  # noqa: E402, F401  isort: skip  (first: it reports a missing package)
+from system import packages  # noqa: E402, F401  isort: skip  (first: it reports a missing package)
 
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import safefiles  # noqa: E402
+from system import files  # noqa: E402
 
 
 def read_digits():
@@ -49,9 +47,9 @@ def digit_files(images, labels):
     return {**files, **lists, 'class_names.txt': ''.join(f'{digit}\n' for digit in range(10)).encode()}
 
 
-def write_files(folder, files):
-    """Make `folder` hold `files`; what is right already stays untouched, so an interrupted run is finished by the next."""
-    for name, content in files.items():
+def write_files(folder, contents):
+    """Make `folder` hold {name: content}; what is right already stays, so the next run finishes an interrupted one."""
+    for name, content in contents.items():
         path = os.path.join(folder, name)
         try:
             with open(path, 'rb') as file:
@@ -59,7 +57,7 @@ def write_files(folder, files):
                     continue
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        safefiles.atomic_write(path, lambda file, content=content: file.write(content))
+        files.atomic_write(path, lambda file, content=content: file.write(content))
 
 
 def main(argv=None):
@@ -67,14 +65,14 @@ def main(argv=None):
     parser.add_argument('folder', metavar='DIR', nargs='?', default='demo/digits', help='where to write (default: demo/digits)')
     folder = parser.parse_args(argv).folder
     try:
-        files = digit_files(*read_digits())
+        contents = digit_files(*read_digits())
     except ImportError as error:
         parser.error(f'{error}; scikit-learn holds the digits: pip install -r requirements-dev.txt')
     try:
-        write_files(folder, files)
+        write_files(folder, contents)
     except OSError as error:
         parser.error(f'cannot write {folder}: {error}')
-    train, val = (files[f'{part}_list.txt'].count(b'\n') for part in ('train', 'val'))
+    train, val = (contents[f'{part}_list.txt'].count(b'\n') for part in ('train', 'val'))
     print(f'{folder}: {train} training and {val} validation images of 10 digits')
 
 

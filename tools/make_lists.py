@@ -33,9 +33,9 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 
 import numpy as np  # noqa: E402
 
-from class_names import FILE, readable  # noqa: E402
-from console import visible  # noqa: E402
-from listfile import name_of_file  # noqa: E402
+from data.class_names import FILE, readable  # noqa: E402
+from data.list_file import name_of_file  # noqa: E402
+from system.console import visible  # noqa: E402
 from tools import finding  # noqa: E402
 
 TRAIN = ('train', 'training')

@@ -1,4 +1,4 @@
-"""Convert weights of any format that weights.py reads into Paddle's and PaddleViT's (.pdparams) or timm's (.safetensors).
+"""Convert weights of any format that model/weights.py reads into Paddle's and PaddleViT's (.pdparams) or timm's (.safetensors).
 
 SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
 The copy is read back and compared with the source, number by number, before it gets its name; with -cfg a model loads it too.
@@ -20,9 +20,9 @@ import numpy as np  # noqa: E402
 from safetensors.numpy import save  # noqa: E402
 
 import utils  # noqa: E402
-import weights  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
+from model import weights  # noqa: E402
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}

@@ -26,8 +26,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
 
-from console import visible  # noqa: E402
-from listfile import file_name  # noqa: E402
+from data.list_file import file_name  # noqa: E402
+from system.console import visible  # noqa: E402
 from tools import finding  # noqa: E402
 
 LINES = "lines 'relative/path' or 'relative/path label'"
@@ -80,12 +80,12 @@ def read_list(path):
 def read(picture, data):
     """Fill in the pixels of a Picture by the options `data`, config.DATA, or its error. Any number of threads may do so."""
     import datasets
-    import imagefiles
+    from data import image_files
     try:
         image = datasets.read_pillow(picture.path, data.BACKGROUND, data.MAX_PIXELS)
         picture.pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        picture.error = imagefiles.reason(error)
+        picture.error = image_files.reason(error)
     return picture
 
 
@@ -230,8 +230,8 @@ def main(args):
     if args.csv:
         cli.write_text(args.csv, as_csv(done, names))
     if args.html:
-        from tools import predict_page
-        cli.write_text(args.html, predict_page.page(done[:args.html_most], names, facts, line, len(done)))
+        from reporting import predictions
+        cli.write_text(args.html, predictions.page(done[:args.html_most], names, facts, line, len(done)))
     return status or int(any(picture.error for picture in done))
 
 

@@ -16,20 +16,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tools import cli  # noqa: E402
 
 
-def write(folders, path, classes=None):
-    """Make the HTML file `path` about one run folder, or about several side by side; `classes`: a file of class names.
-
-    Raises ValueError for a folder that holds no run, OSError where `path` cannot be written.
-    """
-    import utils  # isort: skip  (first: it prepares for Paddle's import)
-    from tools.reporting import page
-    from tools.reporting.runs import read_run
-    runs = [read_run(folder, classes) for folder in folders]
-    text = page.run_page(runs[0]) if len(runs) == 1 else page.comparison(runs)
-    utils.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'replace')))
-    return path
-
-
 def parser():
     parser = cli.Parser(__doc__)
     parser.add_argument('run', nargs='+', metavar='RUN', help='run folder')
@@ -41,7 +27,8 @@ def parser():
 
 def main(args):
     default = os.path.join(args.run[0], 'report.html') if len(args.run) == 1 else 'compare.html'
-    print(write(args.run, args.output or default, args.classes))
+    from reporting import report
+    print(report.write(args.run, args.output or default, args.classes))
     return 0
 
 

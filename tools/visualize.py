@@ -22,7 +22,7 @@ from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing p
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-import safefiles  # noqa: E402
+from system import files  # noqa: E402
 from tools.fonts import Writer  # noqa: E402
 
 FINE = 2                                            # everything is drawn at twice its size, then made smooth
@@ -240,13 +240,13 @@ def look(model, config, path):
     import paddle
 
     import datasets
-    import imagefiles
+    from data import image_files
     from tools.attention_maps import attention_maps
     try:
         image = datasets.read_pillow(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
         pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
-        raise ValueError(f'{path}: {imagefiles.reason(error)}') from None
+        raise ValueError(f'{path}: {image_files.reason(error)}') from None
     images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])
     maps, logits = attention_maps(model, datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
     if not maps:
@@ -279,11 +279,11 @@ def main(args):
         rows += rows_of(pixels, caption, maps, heads, (x / size, y / size), args.side)
     picture = sheet(rows, f'{config.MODEL.NAME}: what a query attends to')
     kind = Image.registered_extensions()[os.path.splitext(args.output)[1].lower()]
-    safefiles.atomic_write(args.output, lambda file: picture.save(file, kind, quality=92, optimize=True))
+    files.atomic_write(args.output, lambda file: picture.save(file, kind, quality=92, optimize=True))
     print(f'{args.output}: {len(rows)} rows; layers ' + ', '.join(f'{a.name} ({len(a.probabilities)} heads)' for a in seen[0][1]))
     if args.npz:
         arrays = {f'{i}/{a.name}': a.probabilities.numpy() for i, (_, maps, _) in enumerate(seen) for a in maps}
-        safefiles.atomic_write(args.npz, lambda file: np.savez_compressed(file, **arrays))
+        files.atomic_write(args.npz, lambda file: np.savez_compressed(file, **arrays))
         print(f'{args.npz}: weights (heads, query rows, query columns, window rows, window columns) by picture number and layer')
     return 0
 

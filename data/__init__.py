@@ -1,0 +1,1 @@
+"""From a list file to batches: reading, augmentation, mixing."""

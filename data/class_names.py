@@ -1,0 +1,137 @@
+"""Class names: the text files that hold them, and which of these names the labels of a model."""
+import os
+from typing import Callable, Optional
+
+FILE = 'class_names.txt'                            # one name per line, in the order of the labels
+IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet_classes.txt')
+IMAGENET_CLASSES = 1000
+
+
+def read_names(path: str, what: str = 'a class name per line') -> list[str]:
+    """Read the lines of a text file with `what`, without empty lines and lines that start with #.
+
+    Raises OSError, and ValueError for a file that is not UTF-8 text.
+    """
+    with open(path, encoding='utf-8-sig') as file:
+        try:
+            lines = [line.strip() for line in file]
+        except UnicodeDecodeError:
+            raise ValueError(f'{path}: not a UTF-8 text file; expected {what}') from None
+    return [line for line in lines if line and not line.startswith('#')]
+
+
+def imagenet_classes() -> dict[str, str]:
+    """Return ImageNet's 1000 classes in the order of its labels: {WordNet id: names, the usual one first}."""
+    return dict(line.split(' ', 1) for line in read_names(IMAGENET))
+
+
+def readable(names: list[str]) -> list[str]:
+    """Replace WordNet ids by ImageNet's words, if all of `names` are such ids."""
+    words = imagenet_classes()
+    if not all(name in words for name in names):
+        return names
+    return [words[name].split(', ')[0] for name in names]
+
+
+def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_path: str = '',
+         warn: Callable[[str], None] = lambda text: None) -> Optional[list[str]]:
+    """Return the `count` class names of a model, in the order of its labels, or None if they are not known.
+
+    The first of these sources decides:
+      1. `file`, which the user has named;
+      2. class_names.txt of `run_folder`, where training has put it beside the weights;
+      3. the data folder: its class_names.txt, or its class folders, if they name `count` classes;
+      4. ImageNet's names for 1000 classes.
+    The data may have changed since the training, so it decides only for weights without names.
+    A class_names.txt with another number of names, or one that cannot be read, is reported by `warn`, and the result
+    is None: it may belong to other labels. Raises ValueError for a `file` with another number of names.
+    """
+    if file:
+        names = read_names(file)
+        if len(names) != count:
+            raise ValueError(f'{file}: {len(names)} names for {count} classes; it needs one per line, '
+                             'in the order of the labels')
+        return names
+    for folder in (run_folder, data_path):
+        path = os.path.join(folder, FILE)
+        if not os.path.isfile(path):
+            continue
+        names, problem = _try_read(path, count)
+        if not problem:
+            return names
+        warn(f'{problem}; it is not used, and labels are shown as numbers')
+        return None
+    return names_of_folders(data_path, count) or (imagenet_names() if count == IMAGENET_CLASSES else None)
+
+
+def _try_read(path: str, count: int) -> tuple[list[str], str]:
+    """Return the names in a file, and the reason why they cannot name `count` classes, or ''."""
+    try:
+        names = read_names(path)
+    except (ValueError, OSError) as error:
+        return [], str(error)
+    return names, '' if len(names) == count else f'{path}: {len(names)} names for {count} classes'
+
+
+def imagenet_names() -> list[str]:
+    """Return the usual name of each of ImageNet's classes, in the order of its labels."""
+    return [names.split(', ')[0] for names in imagenet_classes().values()]
+
+
+def names_of_folders(data_path: str, count: int) -> Optional[list[str]]:
+    """Return the class folders of the images in a data folder, if each of `count` labels has a folder of its own."""
+    for list_name in ('val_list.txt', 'train_list.txt'):
+        folders = _folders(os.path.join(data_path, list_name))
+        names = [''.join(folders[label]) for label in sorted(folders) if len(folders[label]) == 1]
+        if sorted(folders) == list(range(count)) and len({*names}) == count > 1:
+            return readable(names)
+    return None
+
+
+def _folders(list_file: str) -> dict[int, set[str]]:
+    """Return {label: names of the folders that its images are in} of a list file; {} if it cannot be read."""
+    found: dict[int, set[str]] = {}
+    try:
+        with open(list_file, encoding='utf-8-sig') as file:
+            for line in file:
+                path, *label = line.strip().rsplit(None, 1) or ['']
+                if label and label[0].isdecimal() and not path.startswith('#'):
+                    found.setdefault(int(label[0]), set()).add(os.path.basename(os.path.dirname(path)))
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return found
+
+
+def run_folder_of(weights: str) -> str:
+    """Return the run folder that a weight file lies in; checkpoints are one folder deeper."""
+    folder = os.path.dirname(weights)
+    return os.path.dirname(folder) if os.path.basename(folder) == 'checkpoints' else folder
+
+
+def for_a_run(data_path: str, count: int) -> Optional[list[str]]:
+    """Return the names that a training on a data folder keeps for its `count` classes, or None if it has no file of them.
+
+    Labels that the file does not reach are called 'class N'. Raises ValueError if it has more than `count` names.
+    """
+    path = os.path.join(data_path, FILE)
+    if not os.path.isfile(path):
+        return None
+    names = read_names(path)
+    if len(names) > count:
+        raise ValueError(f'{path}: {len(names)} names for {count} classes')
+    return names + numbered(count)[len(names):]
+
+
+def numbered(count: int) -> list[str]:
+    """Return 'class 0', 'class 1', ... for classes without names."""
+    return [f'class {label}' for label in range(count)]
+
+
+def first_difference(ours: list[str], others: list[str]) -> str:
+    """Return in words where two lists of class names differ first, or ''."""
+    if len(ours) != len(others):
+        return f'{len(ours)} and {len(others)} names'
+    for label, (one, other) in enumerate(zip(ours, others)):
+        if one != other:
+            return f'label {label} is {one!r} and {other!r}'
+    return ''

@@ -1,0 +1,1 @@
+"""The network: attention, layers, and the loading of weights."""

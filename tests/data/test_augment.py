@@ -1,0 +1,587 @@
+"""Augmentation against arithmetic by hand, Pillow, timm's tables, and the distributions that timm documents."""
+import collections
+import itertools
+import math
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from reference import timm_recipes
+
+from data import augment
+
+FILL = (124, 116, 104)
+
+
+def rng(*key):
+    return np.random.default_rng([1, *key])
+
+
+def picture(width=40, height=30, seed=0):
+    return Image.fromarray(rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+# generators
+
+def test_generators_depend_on_every_key_and_on_nothing_else():
+    keys = itertools.product((0, 1), (augment.ERASE, augment.MIX), (0, 1), (0, 1))
+    first = {key: augment.rng_for(*key).random() for key in keys}
+    assert len(set(first.values())) == 16
+    np.random.seed(0)
+    assert all(augment.rng_for(seed, purpose, np.int64(epoch), index).random() == value
+               for (seed, purpose, epoch, index), value in first.items())
+
+
+# crop, flip, colours
+
+def test_crop_is_pillows_crop_and_bicubic_resize():
+    image = picture()
+    left, top, width, height = augment._crop_box(40, 30, rng(5), (0.08, 1.0), (3 / 4, 4 / 3))
+    expected = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels(augment.random_resized_crop(image, 16, rng(5))), pixels(expected))
+
+
+def test_crop_boxes_have_uniform_area_and_log_uniform_ratio():
+    draw = rng()
+    boxes = np.array([augment._crop_box(1600, 900, draw, (0.05, 0.25), (0.5, 2.0)) for _ in range(4000)])
+    left, top, width, height = boxes.T
+    area, ratio = width * height / (1600 * 900), np.log2(width / height)
+    assert abs(area.mean() - 0.15) < 0.004 and abs(area.std() - 0.2 / 12 ** 0.5) < 0.003
+    assert 0.0499 < area.min() < 0.051 and 0.249 < area.max() < 0.2503
+    assert abs(ratio.mean()) < 0.05 and abs(ratio.std() - 2 / 12 ** 0.5) < 0.03 and abs(ratio).max() < 1.01
+    assert (left >= 0).all() and (left + width <= 1600).all() and (top >= 0).all() and (top + height <= 900).all()
+    assert abs((left / (1600 - width)).mean() - 0.5) < 0.03 and abs((top / (900 - height)).mean() - 0.5) < 0.03
+
+
+def test_crop_ratios_are_width_over_height():
+    boxes = [augment._crop_box(900, 900, rng(i), (0.1, 0.2), (2.0, 3.0)) for i in range(100)]
+    assert all(1.97 < width / height < 3.03 for _, _, width, height in boxes)
+
+
+@pytest.mark.parametrize('size, box', [((1000, 9), (494, 0, 12, 9)), ((9, 1000), (0, 494, 9, 12)), ((1, 1), (0, 0, 1, 1)),
+                                       ((100, 90), (0, 0, 100, 90))])
+def test_crop_falls_back_to_the_largest_centre(size, box):
+    assert augment._crop_box(*size, rng(), (5.0, 5.0), (3 / 4, 4 / 3)) == box         # five times the area never fits
+
+
+def test_a_line_of_pixels_can_be_cropped():
+    assert all(augment.random_resized_crop(picture(200, 1), 8, rng(i)).size == (8, 8) for i in range(20))
+
+
+def test_flip():
+    image, draw = picture(), rng()
+    flipped = [np.array_equal(pixels(augment.random_flip(image, draw, 0.3)), pixels(image)[:, ::-1]) for _ in range(1000)]
+    assert abs(np.mean(flipped) - 0.3) < 0.05
+    assert augment.random_flip(image, rng(), 0) is image
+
+
+def test_color_jitter_draws_each_order_and_uniform_factors(monkeypatch):
+    calls = []
+
+    def recorder(name):
+        def enhancer(image):
+            return type('', (), {'enhance': lambda self, factor: calls.append((name, factor)) or image})()
+        return enhancer
+    for name in ('Brightness', 'Contrast', 'Color'):
+        monkeypatch.setattr(augment.ImageEnhance, name, recorder(name))
+    draw = rng()
+    for _ in range(1200):
+        augment.color_jitter(None, 0.4, draw)
+    orders = collections.Counter(tuple(name for name, _ in calls[i:i + 3]) for i in range(0, len(calls), 3))
+    assert len(orders) == 6 and all(150 < count < 250 for count in orders.values())
+    for name in ('Brightness', 'Contrast', 'Color'):
+        factors = np.array([factor for called, factor in calls if called == name])
+        assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4 and abs(factors.mean() - 1) < 0.03
+    calls.clear()
+    for _ in range(200):
+        augment.color_jitter(None, 2.0, draw)
+    assert 0 <= min(factor for _, factor in calls) < 0.1 and 2.8 < max(factor for _, factor in calls) <= 3
+
+
+def test_color_jitter_pixels():
+    gray = Image.new('RGB', (4, 4), (100, 100, 100))         # contrast and saturation leave it; brightness multiplies
+    values = {int(pixels(augment.color_jitter(gray, 0.2, rng(i)))[0, 0, 0]) for i in range(100)}
+    assert min(values) in range(80, 84) and max(values) in range(117, 121)
+    image = picture()
+    assert augment.color_jitter(image, 0, rng()) is image
+
+
+# RandAugment: the strings
+
+def test_the_usual_string():
+    policy = augment.parse_auto_augment('rand-m9-mstd0.5-inc1')
+    assert policy == augment.RandAugment(magnitude=9, deviation=0.5, increasing=True)
+    assert policy.layers == 2 and policy.probability == 0.5 and policy.weights is None and policy.largest == 10
+    assert policy.ops == ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd', 'Color',
+                          'Contrast', 'Brightness', 'Sharpness', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('rand', {}),
+    ('rand-m7-n3-p0.8', {'magnitude': 7, 'layers': 3, 'probability': 0.8}),
+    ('rand-inc0-mmax15-m12', {'largest': 15, 'magnitude': 12}),
+    ('rand-mstd100', {'deviation': 100.0}),
+    ('rand-mstd101-inc1', {'deviation': math.inf, 'increasing': True}),
+    ('rand-t3a', {'ops': ('Solarize', 'Desaturate', 'GaussianBlur'), 'increasing': True}),
+])
+def test_strings(text, expected):
+    assert augment.parse_auto_augment(text) == augment.RandAugment(**expected)
+
+
+@pytest.mark.parametrize('text, weights', [
+    ('rand-w0', {'Rotate': 0.3, 'Brightness': 0.005}),
+    ('rand-tweights', {'Rotate': 3 / 10.1, 'Invert': 0.05 / 10.1}),
+    ('rand-t3aw', {'GaussianBlur': 6 / 33, 'Invert': 1 / 33})])
+def test_weights(text, weights):
+    policy = augment.parse_auto_augment(text)
+    assert sum(policy.weights) == pytest.approx(1) and len(policy.weights) == len(policy.ops)
+    assert policy.increasing == (text != 'rand-w0')
+    for name, weight in weights.items():
+        assert policy.weights[policy.ops.index(name)] == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize('text', [
+    '', 'augmix-m5', 'original-m9', 'v0-inc1', 'v1',
+    'rand-', 'rand-m', 'rand-m9-x3', 'rand-m9-m8', 'rand-m-3', 'rand-n0', 'rand-n1.5', 'rand-p1.5',
+    'rand-inc2', 'rand-mmax0', 'rand-w1', 'rand-tother', 'rand-w0-tweights', 'rand-n14-w0', 'rand m9', 'rand-m9\n', 'rand-m²'])
+def test_wrong_strings_say_what_is_allowed(text):
+    with pytest.raises(ValueError, match='rand-m9-mstd0.5-inc1') as error:
+        augment.parse_auto_augment(text)
+    assert repr(text) in str(error.value)
+
+
+# AutoAugment
+
+@pytest.mark.parametrize('name', ['original', 'originalr', 'v0', 'v0r', '3a'])
+def test_policies_are_those_of_timm(name):
+    policy = augment.parse_auto_augment(name)
+    expected = [[(op.replace('Rel', ''), chance, level) for op, chance, level in choice]
+                for choice in timm_recipes('policies')[name]]
+    assert [[*choice] for choice in policy.choices] == expected and policy.deviation == 0
+    assert augment.parse_auto_augment(f'{name}-mstd0.5') == augment.AutoAugment(policy.choices, 0.5)
+    assert augment.parse_auto_augment(f'{name}-mstd101').deviation == 101               # unlike rand-mstd101
+
+
+def test_choices_of_a_policy_are_drawn_alike_and_in_order(monkeypatch):
+    drawn = record(monkeypatch, '3a', 1500)
+    counts = collections.Counter(image[0] for image in drawn)
+    assert counts.keys() == {('Solarize', 5), ('Desaturate', 10), ('GaussianBlurRand', 10)} and min(counts.values()) > 430
+    drawn = record(monkeypatch, 'v0', 5000)
+    turned = [image for image in drawn if image[0:1] == [('Rotate', 7)]]               # one choice starts so, always applied
+    assert abs(len(turned) / 5000 - 1 / 25) < 0.01
+    assert {len(image) for image in turned} == {1, 2} and all(image[1:] in ([], [('TranslateY', 9)]) for image in turned)
+    assert abs(np.mean([len(image) == 2 for image in turned]) - 0.8) < 0.1
+    expected = sum(chance for choice in augment.parse_auto_augment('v0').choices for _, chance, _ in choice) / 25
+    assert abs(sum(map(len, drawn)) / 5000 - expected) < 0.03
+
+
+def test_magnitudes_of_a_policy_deviate(monkeypatch):
+    drawn = np.array([m for image in record(monkeypatch, '3a-mstd0.5') for name, m in image if name == 'Solarize'])
+    assert abs(np.median(drawn) - 5) < 0.06 and abs(drawn.std() - 0.5) < 0.04
+
+
+# RandAugment: what is drawn
+
+def record(monkeypatch, text, images=3000):
+    """[[(operation, magnitude), ...] of each image] for a policy."""
+    drawn = []
+    monkeypatch.setattr(augment, 'apply_op', lambda image, name, magnitude, *rest: drawn[-1].append((name, magnitude)))
+    draw, policy = rng(), augment.parse_auto_augment(text)
+    for _ in range(images):
+        drawn.append([])
+        policy(None, draw)
+    return drawn
+
+
+def test_operations_are_drawn_alike(monkeypatch):
+    drawn = record(monkeypatch, 'rand-m9-n3-p0.4')
+    counts = collections.Counter(name for image in drawn for name, _ in image)
+    expected = 3000 * 3 * 0.4 / 15
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert len(counts) == 15 and chi_square < 36.1                                    # one fair draw in a thousand is above
+    assert abs(sum(counts.values()) / 9000 - 0.4) < 0.02
+    assert any(len({name for name, _ in image}) < len(image) for image in drawn)      # with replacement
+    assert {magnitude for image in drawn for _, magnitude in image} == {9}
+
+
+def test_weighted_operations_are_drawn_without_replacement(monkeypatch):
+    drawn = record(monkeypatch, 'rand-n3-p1-tweights')
+    assert all(len({name for name, _ in image}) == 3 for image in drawn)
+    first = collections.Counter(image[0][0] for image in drawn)
+    assert abs(first['Rotate'] / 3000 - 3 / 10.1) < 0.03 and abs(first['ShearX'] / 3000 - 2 / 10.1) < 0.03
+
+
+def magnitudes(monkeypatch, text):
+    return np.array([magnitude for image in record(monkeypatch, text) for _, magnitude in image])
+
+
+def test_magnitudes_are_normal_and_cut(monkeypatch):
+    drawn = magnitudes(monkeypatch, 'rand-m9-mstd0.5-p1')
+    assert drawn.max() == 10 and abs((drawn == 10).mean() - 0.0228) < 0.008           # 2 deviations above
+    assert abs(np.median(drawn) - 9) < 0.03 and abs(np.percentile(drawn, 15.87) - 8.5) < 0.04
+    assert magnitudes(monkeypatch, 'rand-m1-mstd2-p1').min() == 0
+    assert magnitudes(monkeypatch, 'rand-m14-mmax15-p1').max() == 14
+
+
+def test_magnitudes_are_uniform_for_a_huge_deviation(monkeypatch):
+    drawn = magnitudes(monkeypatch, 'rand-m8-mstd101-p1')
+    assert np.allclose(np.percentile(drawn, [0, 25, 50, 75, 100]), [0, 2, 4, 6, 8], atol=0.2) and drawn.max() <= 8
+
+
+# RandAugment: the operations
+
+@pytest.mark.parametrize('name, magnitude, plain, increasing', [
+    ('Rotate', 9, {27, -27}, {27, -27}), ('Posterize', 9, {3}, {1}), ('Posterize', 10, {4}, {0}), ('Posterize', 0, {0}, {4}),
+    ('Solarize', 9, {230}, {26}), ('Solarize', 10, {256}, {0}), ('Solarize', 20, {256}, {0}), ('SolarizeAdd', 9, {99}, {99}),
+    ('SolarizeAdd', 20, {128}, {128}), ('Color', 9, {1.72}, {0.19, 1.81}), ('Contrast', 5, {1.0}, {0.55, 1.45}),
+    ('Brightness', 10, {1.9}, {0.1, 1.9}), ('Sharpness', 0, {0.1}, {1.0}), ('Brightness', 20, {3.7}, {0.1, 2.8}),
+    ('ShearX', 9, {0.27, -0.27}, {0.27, -0.27}), ('ShearY', 10, {0.3, -0.3}, {0.3, -0.3}),
+    ('TranslateX', 9, {0.405, -0.405}, {0.405, -0.405}),
+    ('TranslateY', 10, {0.45, -0.45}, {0.45, -0.45}), ('Desaturate', 0, {0.5}, {0.5}), ('Desaturate', 9, {0.05}, {0.05}),
+    ('GaussianBlur', 9, {1.81}, {1.81}), ('GaussianBlur', 20, {2.0}, {2.0}),
+])
+def test_arguments_of_operations(name, magnitude, plain, increasing, monkeypatch):
+    draw, values = rng(), []
+    monkeypatch.setitem(augment.OPS, name, (lambda image, value, how: values.append(value), *augment.OPS[name][1:]))
+    for wanted, up in ((plain, False), (increasing, True)):
+        values.clear()
+        for _ in range(60):
+            augment.apply_op(None, name, magnitude, draw, FILL, up)
+        assert {round(value, 6) for value in values} == wanted
+        shares = np.array(list(collections.Counter(values).values())) / 60
+        assert (abs(shares - 1 / len(wanted)) < 0.25).all()
+
+
+TIMM_ARGUMENTS = timm_recipes('arguments')
+OURS = {'TranslateXRel': 'TranslateX', 'TranslateYRel': 'TranslateY', 'TranslateX': None, 'TranslateY': None}  # None: in pixels
+
+
+@pytest.mark.parametrize('timm_name', TIMM_ARGUMENTS)
+def test_arguments_of_operations_equal_timm_s(timm_name):
+    name = OURS.get(timm_name, timm_name)
+    if name is None:
+        return
+    increasing = name.endswith('Increasing') and name not in augment.OPS
+    values = augment.OPS[name.replace('Increasing', '') if increasing else name][1:]
+    for level, expected in TIMM_ARGUMENTS[timm_name].items():
+        draw = rng()
+        ours = [float(values[-1 if increasing else 0](int(level) / 10, draw)) for _ in range(40)]
+        if name == 'Desaturate':
+            ours = [1 - factor for factor in ours]            # timm takes it from 1 later on
+        if name == 'GaussianBlurRand':                        # timm draws the radius later on, from 0.1 to twice the argument
+            ends = sorted([0.1, 2 * expected[0]])
+            assert ends[0] <= min(ours) and max(ours) <= ends[1] and max(ours) - min(ours) > 0.8 * (ends[1] - ends[0])
+        else:
+            np.testing.assert_allclose(sorted({round(value, 9) for value in ours}), expected, atol=1e-8)
+
+
+def test_every_operation_has_its_arguments_checked():
+    checked = test_arguments_of_operations.pytestmark[0].args[1]
+    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} | TIMM_ARGUMENTS.keys() >= set(augment.OPS)
+    assert all(augment.OPS[name][1] is None for name in ('AutoContrast', 'Equalize', 'Invert'))
+
+
+def by_hand(name, value):
+    """(image -> expected pixels) of an operation: arithmetic where it is short, else Pillow's own."""
+    x = pixels
+    return {
+        'Invert': lambda i: 255 - x(i),
+        'Posterize': lambda i: x(i) // 2 ** (8 - value) * 2 ** (8 - value),
+        'Solarize': lambda i: np.where(x(i) < value, x(i), 255 - x(i)),
+        'SolarizeAdd': lambda i: np.where(x(i) < 128, np.minimum(x(i) + value, 255), x(i)),
+        'AutoContrast': lambda i: x(ImageOps.autocontrast(i)),
+        'Equalize': lambda i: x(ImageOps.equalize(i)),
+        'Brightness': lambda i: x(ImageEnhance.Brightness(i).enhance(value)),
+        'Contrast': lambda i: x(ImageEnhance.Contrast(i).enhance(value)),
+        'Color': lambda i: x(ImageEnhance.Color(i).enhance(value)),
+        'Desaturate': lambda i: x(ImageEnhance.Color(i).enhance(value)),
+        'Sharpness': lambda i: x(ImageEnhance.Sharpness(i).enhance(value)),
+        'GaussianBlur': lambda i: x(i.filter(ImageFilter.GaussianBlur(value))),
+    }[name]
+
+
+@pytest.mark.parametrize('name, value', [
+    ('Invert', None), ('Posterize', 4), ('Posterize', 1), ('Posterize', 0), ('Posterize', 8), ('Solarize', 26), ('Solarize', 256),
+    ('SolarizeAdd', 99), ('AutoContrast', None), ('Equalize', None), ('Brightness', 0.5), ('Contrast', 1.7), ('Color', 0.2),
+    ('Desaturate', 0.05), ('Sharpness', 1.8), ('GaussianBlur', 1.5)])
+def test_pixels_of_operations(name, value):
+    image = Image.fromarray((np.asarray(picture()) // 2 + 40).astype(np.uint8))       # leaves room for autocontrast
+    before = pixels(image)
+    assert np.array_equal(pixels(augment.OPS[name][0](image, value, {})), by_hand(name, value)(image))
+    assert np.array_equal(pixels(image), before)
+
+
+def test_posterize_beyond_the_range():
+    image = picture()
+    assert pixels(augment.OPS['Posterize'][0](image, -4, {})).max() == 0
+    assert np.array_equal(pixels(augment.OPS['Posterize'][0](image, 12, {})), pixels(image))
+
+
+def how(resample=Image.Resampling.BILINEAR):
+    return {'resample': resample, 'fillcolor': FILL}
+
+
+def test_translate_moves_by_a_share_of_the_side():
+    image = picture(40, 30)
+    right = pixels(augment.OPS['TranslateX'][0](image, -0.25, how()))
+    assert np.array_equal(right[:, 10:], pixels(image)[:, :-10]) and (right[:, :10] == FILL).all()
+    up = pixels(augment.OPS['TranslateY'][0](image, 0.1, how()))
+    assert np.array_equal(up[:-3], pixels(image)[3:]) and (up[-3:] == FILL).all()
+
+
+def test_shear_moves_each_row_by_its_height():
+    image = picture(40, 30)
+    sheared = pixels(augment.OPS['ShearX'][0](image, 1.0, how(Image.Resampling.NEAREST)))
+    for y in (0, 10, 29):                                     # pixel centre (x, y) + 0.5 reads at x + y + 1
+        assert np.array_equal(sheared[y, :39 - y], pixels(image)[y, y + 1:]) and (sheared[y, 39 - y:] == FILL).all()
+    turned = image.transpose(Image.Transpose.TRANSPOSE)
+    assert np.array_equal(pixels(augment.OPS['ShearY'][0](turned, 0.3, how())),
+                          pixels(augment.OPS['ShearX'][0](image, 0.3, how())).swapaxes(0, 1))
+
+
+def test_rotate_is_counter_clockwise_about_the_centre():
+    image = picture(30, 30)
+    assert np.array_equal(pixels(augment.OPS['Rotate'][0](image, 90, how())), np.rot90(pixels(image)))
+    assert (pixels(augment.OPS['Rotate'][0](image, 45, how()))[0, 0] == FILL).all()
+
+
+def test_affine_operations_draw_both_filters(monkeypatch):
+    filters = []
+    monkeypatch.setitem(augment.OPS, 'Rotate', (lambda image, value, how: filters.append(how['resample']), None))
+    draw = rng()
+    for _ in range(200):
+        augment.apply_op(None, 'Rotate', 9, draw, FILL, True)
+    counts = collections.Counter(filters)
+    assert set(counts) == {Image.Resampling.BILINEAR, Image.Resampling.BICUBIC} and min(counts.values()) > 70
+
+
+@pytest.mark.parametrize('text', [
+    'rand-m10-mstd2-mmax30-inc1-p1', 'rand-m10-mstd2-mmax30-p1', 'rand-m10-n4-p1-t3aw', 'rand-n9-w0-p1', 'original-mstd2',
+    'v0r', '3a'])
+def test_policies_run_on_any_size_and_leave_the_image(text):
+    policy = augment.parse_auto_augment(text)
+    for seed, size in enumerate([(1, 1), (7, 20), (32, 32)] * 20):
+        image = picture(*size, seed)
+        before = pixels(image)
+        out = policy(image, rng(seed), FILL)
+        assert out.size == size and out.mode == 'RGB' and np.array_equal(pixels(image), before)
+        assert np.array_equal(pixels(out), pixels(policy(image, rng(seed), FILL)))
+
+
+# random erasing
+
+def test_erase_boxes():
+    draw = rng()
+    boxes = [augment.erase_box(draw, 300, 500, 0.3) for _ in range(8000)]
+    assert abs(np.mean([box is not None for box in boxes]) - 0.3) < 0.02
+    top, left, height, width = np.array([box for box in boxes if box]).T
+    assert (top >= 0).all() and (top + height <= 300).all() and (left >= 0).all() and (left + width <= 500).all()
+    assert max(top + height) == 300 and max(left + width) == 500
+    assert augment.erase_box(rng(), 1, 1, 1.0) is None
+
+
+def test_erase_areas_and_ratios():
+    draw = rng()
+    boxes = np.array([augment.erase_box(draw, 2000, 2000, 1.0) for _ in range(4000)])
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 4e6, np.log(boxes[:, 2] / boxes[:, 3])
+    # an area above 0.3 with the most oblong ratio would not fit: such draws are repeated, and shift the means by little
+    assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.006 and area.min() > 0.0199 and area.max() < 0.3335
+    assert abs(ratio.mean()) < 0.04 and abs(ratio.std() - 2 * math.log(1 / 0.3) / 12 ** 0.5) < 0.03
+
+
+def batch(size, height=12, width=20, seed=0):
+    return paddle.to_tensor(rng(seed).standard_normal((size, 3, height, width), dtype=np.float32))
+
+
+def test_erase_fills_its_box_only():
+    images = batch(3)
+    before = images.numpy()
+    boxes = [(2, 5, 4, 10), None, (0, 0, 12, 1)]
+    zeros = augment.erase(images, boxes, [rng(i) for i in range(3)], 'const').numpy()
+    expected = before.copy()
+    expected[0, :, 2:6, 5:15] = 0
+    expected[2, :, :, 0] = 0
+    assert np.array_equal(zeros, expected) and np.array_equal(images.numpy(), before)
+    noise = augment.erase(images, boxes, [rng(i) for i in range(3)], 'pixel').numpy()
+    assert np.array_equal(noise[zeros != 0], before[zeros != 0])
+    expected[0, :, 2:6, 5:15] = rng(0).standard_normal((3, 4, 10), dtype=np.float32)
+    assert np.array_equal(noise[:2], expected[:2])
+
+
+def test_erase_noise_is_standard_normal():
+    noise = augment.erase(paddle.zeros([1, 3, 100, 100]), [(0, 0, 100, 100)], [rng()], 'pixel').numpy()
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert abs(np.corrcoef(noise.reshape(3, -1))[0, 1]) < 0.05
+
+
+def test_erase_batch_depends_on_the_sample_not_on_its_batch():
+    options = {'seed': 3, 'probability': 0.6, 'mode': 'pixel'}
+    images, indices = batch(8), paddle.to_tensor([7, 3, 90, 2, 11, 5, 6, 0])
+    whole = augment.erase_batch(images, indices, 2, **options).numpy()
+    parts = [augment.erase_batch(images[i:i + 4], indices[i:i + 4], 2, **options).numpy() for i in (0, 4)]
+    assert np.array_equal(whole, np.concatenate(parts))
+    erased = (whole != images.numpy()).any((1, 2, 3))
+    assert 0 < erased.sum() < 8
+    assert not np.array_equal(whole, augment.erase_batch(images, indices, 3, **options).numpy())
+    assert augment.erase_batch(images, indices, 2, seed=3, probability=0, mode='pixel') is images
+
+
+# targets, mixup, cutmix
+
+def test_one_hot_by_hand():
+    targets = augment.one_hot(paddle.to_tensor([2, 0]), 4, 0.2)
+    assert targets.dtype == paddle.float32
+    np.testing.assert_allclose(targets.numpy(), [[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]], rtol=1e-6)
+    assert augment.one_hot(paddle.to_tensor([1]), 3).numpy().tolist() == [[0, 1, 0]]
+
+
+def mixed_by(mix, images, targets, draw):
+    """`mix` with samples named 10, 11, ..."""
+    return mix(images, targets, draw, paddle.arange(10, 10 + len(images)))
+
+
+def mixing_case(size=5):
+    images, targets = batch(size), augment.one_hot(paddle.arange(size), 9, 0.1)
+    return images, targets, [1, 0, 3, 2, 4]
+
+
+def test_mixup_by_hand():
+    images, targets, partner = mixing_case()
+    before = images.numpy(), targets.numpy()
+    mixed, soft = mixed_by(augment.make_mix(0.4, 0), images, targets, rng(2))
+    draw = rng(2)
+    draw.random()                                             # whether to mix at all
+    lam = draw.beta(0.4, 0.4)
+    assert 0.05 < lam < 0.95
+    np.testing.assert_allclose(mixed.numpy(), before[0] * lam + before[0][partner] * (1 - lam), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(soft.numpy(), before[1] * lam + before[1][partner] * (1 - lam), rtol=1e-5, atol=1e-7)
+    assert np.array_equal(images.numpy(), before[0]) and np.array_equal(targets.numpy(), before[1])
+
+
+def test_cutmix_by_hand_on_oblong_images(monkeypatch):
+    monkeypatch.setattr(augment, 'cut_box', lambda draw, height, width, lam: ((2, 5, 6, 16), 1 - 30 / (height * width)))
+    images, targets, partner = mixing_case()
+    before = images.numpy(), targets.numpy()
+    mixed, soft = mixed_by(augment.make_mix(0, 1.0), images, targets, rng())
+    expected = before[0].copy()
+    expected[:, :, 2:5, 6:16] = before[0][partner][:, :, 2:5, 6:16]
+    assert np.array_equal(mixed.numpy(), expected)
+    np.testing.assert_allclose(soft.numpy(), before[1] * 0.875 + before[1][partner] * 0.125, rtol=1e-6)
+    assert np.array_equal(images.numpy(), before[0]) and np.array_equal(targets.numpy(), before[1])
+
+
+def test_cutmix_draws_its_box_over_the_whole_oblong_image():
+    images, targets, partner = mixing_case()
+    for seed in range(8):
+        draw = rng(seed)
+        draw.random()                                         # whether to mix at all
+        (top, bottom, left, right), _ = augment.cut_box(draw, 12, 20, draw.beta(1.0, 1.0))
+        expected = images.numpy()
+        expected[:, :, top:bottom, left:right] = images.numpy()[partner][:, :, top:bottom, left:right]
+        assert np.array_equal(mixed_by(augment.make_mix(0, 1.0), images, targets, rng(seed))[0].numpy(), expected)
+
+
+def test_cut_boxes_have_the_wanted_area_and_the_true_lambda():
+    draw = rng()
+    boxes = [augment.cut_box(draw, 102, 300, 0.75) for _ in range(3000)]
+    top, bottom, left, right = np.array([box for box, _ in boxes]).T
+    assert max(bottom - top) == 51 and max(right - left) == 150                       # sides times sqrt(1 - lambda)
+    assert (top >= 0).all() and bottom.max() == 102 and (left >= 0).all() and right.max() == 300
+    assert np.allclose([lam for _, lam in boxes], 1 - (bottom - top) * (right - left) / 30600)
+    # the centre is uniform in the image: half of the boxes keep their height, half their width
+    assert abs((bottom - top == 51).mean() - 0.5) < 0.04 and abs((right - left == 150).mean() - 0.5) < 0.04
+
+
+@pytest.mark.parametrize('lam', [0.0, 1.0])
+def test_cutmix_of_everything_and_of_nothing(lam):
+    draw = rng()
+    for _ in range(20):
+        (top, bottom, left, right), true = augment.cut_box(draw, 8, 6, lam)
+        assert 0 <= top <= bottom <= 8 and 0 <= left <= right <= 6 and 0 <= true <= 1 and (lam < 1 or true == 1)
+
+
+def test_extreme_lambdas_run():
+    images, targets, _ = mixing_case(4)
+    for seed in range(30):
+        mixed, soft = mixed_by(augment.make_mix(0.01, 0.01), images, targets, rng(seed))       # lambda is nearly always 0 or 1
+        assert np.isfinite(mixed.numpy()).all() and np.allclose(soft.sum(1).numpy(), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize('mode', augment.SHARING)
+@pytest.mark.parametrize('alphas', [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_a_batch_and_its_parts_mix_alike(alphas, mode):
+    images, targets, _ = mixing_case(8)
+    mix, indices, changed = augment.make_mix(*alphas, mode=mode), paddle.to_tensor([7, 3, 90, 2, 11, 5, 6, 0]), 0
+    before = images.numpy(), targets.numpy()
+    for seed in range(5):
+        whole = mix(images, targets, rng(seed), indices)
+        changed += not np.isin(whole[0].numpy(), images.numpy()).all() or not np.isin(whole[1].numpy(), targets.numpy()).all()
+        parts = [mix(images[i:i + 4], targets[i:i + 4], rng(seed), indices[i:i + 4]) for i in (0, 4)]
+        for all_at_once, *split in zip(whole, *parts):
+            assert np.array_equal(all_at_once.numpy(), np.concatenate([part.numpy() for part in split]))
+    assert changed >= 3 and np.array_equal(images.numpy(), before[0]) and np.array_equal(targets.numpy(), before[1])
+
+
+@pytest.mark.parametrize('size', [8, 5])
+@pytest.mark.parametrize('mode', ['pair', 'elem', 'half'])
+def test_draws_of_pairs_and_images_by_hand(mode, size):
+    """Each image against the one draw that its own generator makes, over steps in which all kinds of draws occur."""
+    images, targets, _ = mixing_case(size)
+    partner, indices, kinds = [min(i ^ 1, size - 1) for i in range(size)], np.arange(10, 10 + size), collections.Counter()
+    mix = augment.make_mix(0.8, 1.0, 0.7, 0.5, mode)
+    for seed in range(4):
+        mixed, soft = (x.numpy() for x in mixed_by(mix, images, targets, rng(seed)))
+        key = rng(seed).integers(2 ** 63)
+        rows = range(0, size, 2) if mode == 'half' else range(size)
+        assert len(mixed) == len(soft) == len(rows)
+        for row, i in enumerate(rows):
+            drawer = i if mode == 'elem' else i // 2 * 2
+            lam, box = mix.draw(np.random.default_rng([key, indices[drawer]]), 12, 20)
+            kinds['none' if lam == 1 else 'cutmix' if box else 'mixup'] += 1
+            own, other = images.numpy()[i], images.numpy()[partner[i]]
+            expected = own * lam + other * (1 - lam) if not box else own.copy()
+            if box:
+                top, bottom, left, right = box
+                expected[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+                assert np.array_equal(mixed[row], expected)
+            np.testing.assert_allclose(mixed[row], expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(soft[row], targets.numpy()[i] * lam + targets.numpy()[partner[i]] * (1 - lam), atol=1e-6)
+    assert len(kinds) == 3
+
+
+@pytest.mark.parametrize('mode', augment.SHARING)
+def test_shares_are_distributed_as_timm_s(mode):
+    images, targets = paddle.zeros([4, 3, 16, 24]), paddle.eye(4)
+    mix, kept = augment.make_mix(0.2, 1.0, 0.8, 0.4, mode), []
+    for i in range(1500):
+        soft = mixed_by(mix, images, targets, rng(i))[1].numpy()
+        kept.append([soft[0, 0], soft[1, 2 if mode == 'half' else 1]])
+    kept = np.array(kept)                                     # the sums are of float32: 1 may be a little more
+    ours, timm_s = np.histogram(kept[:, 0].clip(0, 1), 10, (0, 1))[0] / 1500, timm_recipes(f'shares.{mode}')
+    assert abs(ours - timm_s).max() < 0.04 and abs(ours.cumsum() - timm_s.cumsum()).max() < 0.05
+    assert abs((abs(kept[:, 0] - kept[:, 1]) < 1e-6).mean() - timm_recipes(f'same.{mode}')) < 0.04
+
+
+def test_how_often_a_batch_is_mixed_and_cut():
+    images, targets, _ = mixing_case(2)
+    mix, draw, counts = augment.make_mix(1.0, 1.0, 0.6, 0.25), rng(), collections.Counter()
+    for _ in range(800):
+        mixed, soft = (tensor.numpy() for tensor in mixed_by(mix, images, targets, draw))
+        copied = np.isin(mixed, images.numpy()).all()
+        counts['none' if np.array_equal(soft, targets.numpy()) else 'cutmix' if copied else 'mixup'] += 1
+    assert abs(counts['none'] / 800 - 0.4) < 0.06                                     # a cut of no pixel counts here, too
+    assert abs(counts['cutmix'] / 800 - 0.6 * 0.25) < 0.05
+
+
+def test_no_mix():
+    images, targets, _ = mixing_case()
+    for alphas in ((0, 0), (0.2, 1.0, 0.0)):
+        mix = augment.make_mix(*alphas)
+        assert isinstance(mix, augment.NoMix)
+        mixed, soft = mixed_by(mix, images, targets, rng())
+        assert mixed is images and soft is targets

@@ -1,0 +1,487 @@
+"""datasets.py: list files, timm's evaluation pixels, the order of samples, and loaders that never hang."""
+import collections
+import faulthandler
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+import datasets
+import utils
+from config import get_config
+from data import augment, list_file
+
+FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
+HASHES = {key: value for key, value in json.loads((FIXTURES / 'sha256.json').read_text()).items() if key != 'about'}
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """A test that waits for a minute ends the whole run, with a traceback: a waiting loader does not react to signals."""
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+# list files
+
+def write(folder, content, name='list.txt'):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_list_with_all_that_is_tolerated(tmp_path):
+    content = '\ufeffa/x 1.JPEG 3\r\n\r\n# a comment 7\r\n  b/ü..y.png\t0  \r\nc/../d.png 9'
+    samples = datasets.read_list(write(tmp_path, content), '/data', 10)
+    assert [samples.name(i) for i in range(3)] == ['a/x 1.JPEG', 'b/ü..y.png', 'c/../d.png'] and len(samples) == 3
+    assert samples.labels.tolist() == [3, 0, 9] and samples.labels.dtype == np.int64
+    assert [samples.where(i)[-2:] for i in range(3)] == [':1', ':4', ':5']
+    assert samples.path(0) == '/data/a/x 1.JPEG'
+
+
+@pytest.mark.parametrize('line, reason', [
+    ('a.png', 'no label'), ('17', 'no label'), ('a b.png', "label 'b.png' is not a whole number"), ('a.png 1.0', "label '1.0'"),
+    ('a.png 1_0', "label '1_0'"), ('a.png ١', r"label '\\u0661'"), ('a.png 10', r'label 10 is not in 0\.\.9'),
+    ('a.png -1', r'label -1 is not in 0\.\.9'), ('/a.png 1', 'absolute'), ('../a.png 1', 'leaves DATA.DATA_PATH'),
+    ('a/../../b.png 1', 'leaves DATA.DATA_PATH')])
+def test_bad_lines_are_named(tmp_path, line, reason):
+    path = write(tmp_path, f'good.png 1\n\n{line}\n')
+    with pytest.raises(ValueError, match=re.escape(f'{path}:3: ') + f'.*{reason}'):
+        datasets.read_list(path, '/data', 10)
+
+
+def test_bad_lines_are_reported_together(tmp_path):
+    for count, words in ((1, '1 bad line'), (9, '9 bad lines'), (10, 'at least 10 bad lines'), (23, 'at least 10 bad lines')):
+        with pytest.raises(ValueError, match=f': {words}\n') as error:
+            datasets.read_list(write(tmp_path, 'good.png 1\n' + 'bad.png x\n' * count), '/data', 10)
+        assert str(error.value).count('is not a whole number') == min(count, 10) and 'list.txt:2:' in str(error.value)
+
+
+@pytest.mark.parametrize('line', ['bad.png x', 'bad.png 99', '/bad.png 1', 'ü'])
+def test_reading_stops_at_the_tenth_bad_line(tmp_path, monkeypatch, line):
+    calls = []
+    parse = list_file._parse_line
+    monkeypatch.setattr(list_file, '_parse_line', lambda *args: calls.append(1) or parse(*args))
+    monkeypatch.setattr(list_file, 'CHUNK', 1000)
+    with pytest.raises(ValueError, match='at least 10 bad lines'):
+        datasets.read_list(write(tmp_path, f'{line}\n' * 2000), '/data', 10)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize('content, reason', [
+    ('', 'empty'), ('# nothing\n\n', 'empty'), (b'\xff\xd8\xff\xe0 1\n', 'UTF-8'), ('a.png 1\n'.encode('utf-16'), 'UTF-8'),
+    (bytes(1000), 'no label')])
+def test_files_that_are_no_lists(tmp_path, content, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        datasets.read_list(write(tmp_path, content), '/data', 10)
+    assert 'list.txt' in str(error.value) and not isinstance(error.value, UnicodeError)
+    assert len(str(error.value)) < 1000 and '\0' not in str(error.value)
+
+
+def test_missing_list(tmp_path):
+    for path in (tmp_path / 'none.txt', tmp_path):
+        with pytest.raises(FileNotFoundError, match='relative/path label'):
+            datasets.read_list(str(path), '/data', 10)
+
+
+# pixels
+
+@pytest.mark.parametrize('key', HASHES)
+def test_evaluation_pixels_are_timms(key):
+    name, size, crop = re.fullmatch(r'(.*\.(?:jpg|png))\.(\d+)\.(.*)', key).groups()
+    pixels = datasets.eval_pixels(Image.open(FIXTURES / name), int(size), float(crop))
+    assert pixels.shape == (int(size), int(size), 3) and pixels.dtype == np.uint8
+    assert hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest() == HASHES[key]
+
+
+@pytest.mark.parametrize('mode, color, expected', [
+    ('L', 7, (7, 7, 7)), ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('P', 0, (1, 2, 3)),
+    ('I;16', 9 * 257, (9, 9, 9)), ('LA', (5, 0), (255, 255, 255)), ('1', 1, (255, 255, 255))])
+def test_every_mode_becomes_rgb(mode, color, expected):
+    image = Image.new(mode, (12, 9), color)
+    if mode == 'P':
+        image.putpalette([1, 2, 3])
+    assert (datasets.eval_pixels(image, 8, 1.0) == expected).all()
+    assert image.mode == mode and image.size == (12, 9)
+
+
+def test_orientation_in_the_metadata_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # a viewer turns it by 90 degrees
+    picture(20, 20).save(tmp_path / 'turned.png', exif=exif)
+    with Image.open(tmp_path / 'turned.png') as image:
+        assert image.getexif()[0x0112] == 6
+        assert np.array_equal(datasets.eval_pixels(image, 20, 1.0), np.asarray(picture(20, 20)))
+
+
+@pytest.mark.parametrize('length, size, start', [
+    (269, 256, 6), (271, 256, 8), (256, 256, 0), (257, 256, 0), (5, 8, -1), (5, 10, -2)])
+def test_centre_rounds_as_torchvision(length, size, start):
+    assert datasets._centre(length, size) == start            # halves go to the even pixel; padding is rounded down
+
+
+def test_the_shorter_side_is_rounded_down():
+    image = picture(40, 30)                                   # 15 / 0.9 = 16.67
+    expected = image.resize((21, 16), Image.Resampling.BICUBIC).crop((3, 0, 18, 15))
+    assert np.array_equal(datasets.eval_pixels(image, 15, 0.9), np.asarray(expected))
+
+
+def test_crop_larger_than_the_image_is_padded_with_zeros():
+    image = picture(5, 5)
+    expected = np.pad(np.asarray(image), ((1, 2), (1, 2), (0, 0)))
+    assert np.array_equal(datasets.eval_pixels(image, 8, 1.6), expected)
+
+
+def test_training_pixels_without_randomness_are_a_resize():
+    image = picture(40, 30)
+    options = {'image_size': 16, 'scale': (1.0, 1.0), 'ratio': (4 / 3, 4 / 3), 'policy': None, 'jitter': 0, 'fill': (0, 0, 0)}
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
+    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=1, **options), expected[:, ::-1])
+    options['policy'] = augment.RandAugment(ops=('Invert',), probability=1, layers=1)
+    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), 255 - expected)
+    options.update(policy=None, jitter=0.4)
+    assert not np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
+
+
+def test_normalise():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    tensor = paddle.to_tensor(images)
+    out = datasets.normalise(tensor, mean, std)
+    expected = (images / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    assert out.dtype == paddle.float32
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert np.array_equal(tensor.numpy(), images)
+
+
+# order
+
+def train_batches(num_samples, batch_size, world, epoch=0, seed=0, start=0):
+    """[rank][k] -> [index, ...]"""
+    samplers = [datasets.TrainSampler(num_samples, batch_size, seed, rank, world) for rank in range(world)]
+    batches = [list(sampler.batches(epoch, start)) for sampler in samplers]
+    assert all(name[0] == epoch for rank in batches for batch in rank for name in batch)
+    assert all(len(rank) == len(sampler) - start for rank, sampler in zip(batches, samplers))
+    return [[[index for _, index in batch] for batch in rank] for rank in batches]
+
+
+@pytest.mark.parametrize('world', [1, 2, 4])
+def test_training_order_does_not_depend_on_the_processes(world):
+    ranks = train_batches(103, 8 // world, world)
+    order = [index for step in zip(*ranks) for batch in step for index in batch]
+    assert len(order) == 96 and len(set(order)) == 96 and set(order) <= set(range(103))
+    assert order == [index for batch in train_batches(103, 8, 1)[0] for index in batch]
+    assert order != sorted(order)
+
+
+def test_training_order_is_a_function_of_seed_and_epoch():
+    orders = {(seed, epoch): str(train_batches(50, 5, 1, epoch, seed)) for seed in (0, 1) for epoch in (0, 1)}
+    np.random.seed(1)
+    assert len(set(orders.values())) == 4
+    assert orders[1, 1] == str(train_batches(50, 5, 1, 1, 1))
+
+
+def test_every_sample_comes_over_the_epochs():
+    seen = {index for epoch in range(6) for rank in train_batches(11, 4, 2, epoch) for batch in rank for index in batch}
+    assert len(seen) == 11                                    # the tail that is left out is another one in each epoch
+
+
+@pytest.mark.parametrize('repeats, num_samples, step_size', [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
+def test_repeated_order(repeats, num_samples, step_size):
+    order = datasets.repeated_order(num_samples, repeats, step_size, np.random.default_rng(0))
+    images, copies = order % num_samples, order // num_samples
+    assert len(order) == num_samples and len(set(order)) == num_samples and copies.max() == repeats - 1
+    counts = collections.Counter(images)
+    assert len(counts) == -(-num_samples // repeats)                                  # others have their turn in other epochs
+    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)               # the end may cut one short
+    steps = [images[first:first + step_size] for first in range(0, num_samples, step_size)]
+    parted = sum(len({*step} & {*following}) for step, following in zip(steps, steps[1:]))
+    assert parted <= len(steps) - 1                                                   # at most one image at each step's end
+    for first in range(0, num_samples, step_size):
+        assert (np.diff(copies[first:first + step_size]) >= 0).all()                  # all first copies, then all second, ...
+        distinct = images[first:first + step_size][copies[first:first + step_size] == 0]
+        assert len({*distinct}) == len(distinct)
+
+
+def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
+    def steps(batch, world, accum):
+        opts = ['DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accum, 'TRAIN.AUG_REPEATS', 3]
+        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1)) for rank in range(world)]
+        batches = [batch for batches in zip(*ranks) for batch in batches]             # in the order of the images
+        size = world * accum
+        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])] for i in range(0, len(batches), size)]
+
+    whole = steps(8, 1, 1)
+    assert equal(steps(4, 2, 1), whole) and equal(steps(2, 2, 2), whole) and equal(steps(4, 1, 2), whole)
+    order = np.concatenate([indices for _, _, indices in whole])
+    assert sorted(collections.Counter(order % 24).values()) == [3] * 8 and len({*order}) == 24
+    for images, labels, indices in whole:
+        assert (labels == indices % 24 % 10).all()
+        for i in {*(indices % 24)}:                                                   # each copy is another crop
+            copies = images[indices % 24 == i]
+            assert len({copy.tobytes() for copy in copies}) == len(copies)
+    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3, 'DATA.NUM_WORKERS', 2))
+    assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
+
+
+def test_training_starts_at_any_batch():
+    assert train_batches(40, 3, 2, start=4)[1] == train_batches(40, 3, 2)[1][4:]
+
+
+def test_a_list_too_short_for_one_batch_is_an_error():
+    with pytest.raises(ValueError, match='15 training images do not fill one batch of 8 on each of 2 .*DATA.BATCH_SIZE to 7'):
+        datasets.TrainSampler(15, 8, seed=0, rank=0, world=2)
+    assert len(datasets.TrainSampler(16, 8, seed=0, rank=0, world=2)) == 1
+
+
+@pytest.mark.parametrize('num_samples, world', [(23, 1), (23, 2), (23, 4), (3, 5)])
+def test_evaluation_takes_each_sample_once(num_samples, world):
+    samplers = [datasets.EvalSampler(num_samples, 4, rank, world) for rank in range(world)]
+    batches = [[[index for _, index in batch] for batch in sampler.batches(0)] for sampler in samplers]
+    assert sorted(sum((batch for rank in batches for batch in rank), [])) == list(range(num_samples))
+    for rank, (sampler, own) in enumerate(zip(samplers, batches)):
+        assert len(sampler) == len(own) and all(len(batch) == 4 for batch in own[:-1])
+        assert sum(own, []) == list(range(rank, num_samples, world))
+        assert [[index for _, index in batch] for batch in sampler.batches(0, start=1)] == own[1:]
+
+
+# loaders
+
+BAD = {'gone.png': 'No such file', 'empty.png': 'the file is empty', 'text.png': 'not an image', 'cut.png': 'truncated',
+       'folder.png': 'directory'}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """24 good images in train_list.txt and val_list.txt, and bad_list.txt, which has BAD as well."""
+    folder = tmp_path_factory.mktemp('data')
+    for i in range(24):
+        picture(20 + i, 40 - i, i).save(folder / f'{i}.png')
+    (folder / 'empty.png').touch()
+    (folder / 'text.png').write_text('no image')
+    (folder / 'cut.png').write_bytes((folder / '0.png').read_bytes()[:-600])
+    (folder / 'folder.png').mkdir()
+    good = [f'{i}.png {i % 10}' for i in range(24)]
+    for name in ('train_list.txt', 'val_list.txt'):
+        (folder / name).write_text('\n'.join(good))
+    (folder / 'bad_list.txt').write_text('\n'.join(good[:10] + [f'{name} 1' for name in BAD] + good[10:]))
+    return folder
+
+
+def config(data, *opts):
+    return get_config(None, ['DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.BATCH_SIZE_EVAL', 5,
+                             'MODEL.NUM_CLASSES', 10, 'DATA.NUM_WORKERS', 0, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
+
+
+def arrays(batches):
+    return [[tensor.numpy() for tensor in batch] for batch in batches]
+
+
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(np.array_equal(a, b) for one, other in zip(ours, theirs) for a, b in zip(one, other))
+
+
+def test_training_batches_do_not_depend_on_workers_ranks_or_start(data):
+    loader = datasets.build_train(config(data))
+    whole = arrays(loader.epoch(1))
+    assert len(whole) == len(loader) == 6
+    for images, labels, indices in whole:
+        assert images.shape == (4, 3, 16, 16) and images.dtype == np.uint8
+        assert labels.dtype == indices.dtype == np.int64 and (labels == indices % 10).all()
+    for workers in (1, 2):
+        assert equal(arrays(datasets.build_train(config(data, 'DATA.NUM_WORKERS', workers)).epoch(1)), whole)
+    assert equal(arrays(datasets.build_train(config(data, 'DATA.NUM_WORKERS', 2)).epoch(1, start=4)), whole[4:])
+    halves = [arrays(datasets.build_train(config(data, 'DATA.BATCH_SIZE', 2), rank, 2).epoch(1)) for rank in (0, 1)]
+    assert equal([[np.concatenate(pair) for pair in zip(*step)] for step in zip(*halves)], whole)
+    assert not equal(arrays(loader.epoch(2)), whole)
+    assert not equal(arrays(datasets.build_train(config(data, 'SEED', 1)).epoch(1)), whole)
+
+
+def test_a_sample_is_another_crop_in_each_epoch(data):
+    dataset = datasets.build_train(config(data)).dataset
+    (first, label, index), (second, _, _) = dataset[0, 3], dataset[1, 3]
+    assert (label, index) == (3, 3) and not np.array_equal(first, second) and np.array_equal(first, dataset[0, 3][0])
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_evaluation_batches(data, workers):
+    batches = [arrays(datasets.build_eval(config(data, 'DATA.NUM_WORKERS', workers), rank, 2).epoch(0)) for rank in (0, 1)]
+    assert [len(indices) for _, _, indices in batches[0]] == [5, 5, 2]
+    for rank in (0, 1):
+        for images, _, indices in batches[rank]:
+            for pixels, index in zip(images, indices):
+                expected = datasets.eval_pixels(Image.open(data / f'{index}.png'), 16, 0.95)
+                assert index % 2 == rank and np.array_equal(pixels, expected.transpose(2, 0, 1))
+
+
+def loader_of_bad(data, make=datasets.build_train, batch_size=4, **options):
+    """A loader of bad_list.txt: bad samples are number 10 to 14, on lines 11 to 15."""
+    loader = make(config(data, *sum(([f'DATA.{key}', value] for key, value in options.items()), [])))
+    loader.dataset.samples = datasets.read_list(str(data / 'bad_list.txt'), str(data), 10)
+    if make is datasets.build_eval:
+        loader.sampler = datasets.EvalSampler(29, 5)
+    else:
+        loader.sampler = datasets.TrainSampler(29, batch_size, seed=0)
+    return loader
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_unreadable_image_raises(data, workers):
+    loader = loader_of_bad(data, NUM_WORKERS=workers)
+    with pytest.raises(datasets.DataError, match=r'bad_list.txt:1[1-5] .*/(gone|empty|text|cut|folder).png: .*ON_ERROR'):
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('number, name', list(enumerate(BAD, 10)))
+def test_the_reason_is_told(data, number, name):
+    text = loader_of_bad(data).dataset[0, number]
+    assert text.startswith(f'{data}/bad_list.txt:{number + 1} {data}/{name}: ') and BAD[name] in text
+
+
+def test_too_many_pixels_are_unreadable(data):
+    text = datasets.build_train(config(data, 'DATA.MAX_PIXELS', 799)).dataset[0, 0]
+    assert text.endswith('0.png: 20 x 40 = 800 pixels are more than DATA.MAX_PIXELS 799, which can be raised')
+    assert not isinstance(datasets.build_train(config(data, 'DATA.MAX_PIXELS', 800)).dataset[0, 0], str)
+
+
+class Hanging:
+    """A reader that never returns from one file, in a data process."""
+
+    def __init__(self, read, name):
+        self.read, self.name, self.trainer = read, name, os.getpid()
+
+    def __call__(self, path, **options):
+        if os.path.basename(path) == self.name and os.getpid() != self.trainer:
+            signal.pause()
+        return self.read(path, **options)
+
+
+def test_a_hanging_read_is_ended_and_named(data):
+    loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2, 'DATA.TIMEOUT', 2))
+    loader.dataset.read = Hanging(loader.dataset.read, '7.png')
+    with pytest.raises(utils.Failure, match=r'val_list.txt:8 .*/7.png: .* within DATA.TIMEOUT 2 s'):
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+
+
+def test_slow_consumers_do_not_end_data_processes(data):
+    batches = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 1, 'DATA.TIMEOUT', 1)).epoch(0)
+    next(batches)
+    time.sleep(2.5)                                           # the data process waits with full hands
+    assert len(list(batches)) == 5
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_images_are_left_out_of_training(data, workers, caplog):
+    caplog.set_level(logging.WARNING, 'halonet')
+    loader = loader_of_bad(data, NUM_WORKERS=workers, ON_ERROR='skip', batch_size=29)
+    for epoch in (0, 1):
+        (images, labels, indices), = arrays(loader.epoch(epoch))
+        assert loader.skipped == 5 and images.shape == (24, 3, 16, 16)
+        assert sorted(indices) == [*range(10), *range(15, 29)]
+        assert all(label == (index - 5 * (index > 9)) % 10 for index, label in zip(indices, labels))
+        expected = [loader.dataset[epoch, int(index)][0] for index in indices]
+        assert np.array_equal(images, expected)
+    assert sorted(message.split(': ')[1].split('/')[-1] for message in caplog.messages) == sorted(BAD)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_whole_bad_batch(data, workers):
+    loader = loader_of_bad(data, datasets.build_eval, NUM_WORKERS=workers, ON_ERROR='skip')
+    assert [indices.tolist() for _, _, indices in arrays(loader.epoch(0))] == [
+        [*range(5)], [*range(5, 10)], [*range(15, 20)], [*range(20, 25)], [*range(25, 29)]]
+    assert loader.skipped == 5
+    training = loader_of_bad(data, NUM_WORKERS=workers, ON_ERROR='skip', batch_size=1)
+    with pytest.raises(datasets.DataError, match='whole training batch'):
+        list(training.epoch(0))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')  # Paddle's thread prints and ends
+def test_an_error_of_ours_is_no_unreadable_image(data):
+    for workers, error in ((0, ZeroDivisionError), (2, RuntimeError)):
+        loader = datasets.build_train(config(data, 'DATA.NUM_WORKERS', workers, 'DATA.ON_ERROR', 'skip'))
+        loader.dataset.transform = lambda image, rng: 1 / 0
+        with pytest.raises(error):
+            list(loader.epoch(0))
+
+
+class Deadly:
+    """Ends its process, as the system does when memory is short, at one sample."""
+
+    def __init__(self, transform):
+        self.transform, self.trainer = transform, os.getpid()
+
+    def __call__(self, image, rng):
+        if image.size == (30, 30) and os.getpid() != self.trainer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.transform(image, rng)
+
+
+def test_a_dead_worker_raises(data):
+    loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2))
+    loader.dataset.transform = Deadly(loader.dataset.transform)
+    received = []
+    with pytest.raises(RuntimeError, match='a data worker died.*/dev/shm'):
+        for _, _, indices in loader.epoch(0):
+            received.append(indices.tolist())
+    assert received in ([[*range(5)], [*range(5, 10)]], [[*range(5)]], [])   # sample 10 kills
+    assert not multiprocessing.active_children()
+
+
+def test_workers_have_a_process_group_of_their_own_and_end_with_the_epoch(data, monkeypatch):
+    monkeypatch.setattr(paddle.io.multiprocess_utils, '_SIGCHLD_handler_set', False)  # Paddle sets its handler only once
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 2)).epoch(0)
+    next(batches)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert len(workers) == 2 and all(os.getpgid(pid) == pid != os.getpgrp() for pid in workers)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+# the config
+
+def test_build_train_reads_the_config(data):
+    loader = datasets.build_train(config(data, 'DATA.ON_ERROR', 'skip', 'TRAIN.HFLIP', 0.25, 'TRAIN.CROP_SCALE', [0.3, 0.9],
+                                         'DATA.NUM_WORKERS', 3, 'SEED', 5, 'DATA.MEAN', [0.5, 0.25, 1.0]), rank=1, world=2)
+    assert loader.on_error == 'skip' and loader.num_workers == 3 and loader.dataset.seed == loader.sampler.seed == 5
+    assert (loader.sampler.rank, loader.sampler.world, loader.sampler.batch_size) == (1, 2, 4)
+    options = loader.dataset.transform.keywords
+    assert options == {'image_size': 16, 'scale': [0.3, 0.9], 'ratio': [0.75, 4 / 3], 'flip': 0.25, 'jitter': 0.0,
+                       'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1'), 'fill': (128, 64, 255)}
+    assert datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', '')).dataset.transform.keywords['policy'] is None
+
+
+def test_build_eval_uses_the_training_batch_by_default(data):
+    assert len(datasets.build_eval(config(data, 'DATA.BATCH_SIZE_EVAL', 0))) == 6
+    assert len(datasets.build_eval(config(data))) == 5
+
+
+def test_build_errors(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match='train_list.txt'):
+        datasets.build_train(config(tmp_path))
+    with pytest.raises(FileNotFoundError, match='val_list.txt'):
+        datasets.build_eval(config(tmp_path))
+    with pytest.raises(ValueError, match='MODEL.NUM_CLASSES is 5'):
+        datasets.build_eval(config(data, 'MODEL.NUM_CLASSES', 5))
+    with pytest.raises(ValueError, match='AUTO_AUGMENT'):
+        datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', 'augmix'))

@@ -1,0 +1,385 @@
+"""data/list_file.py against reading line by line; data/opencv.py against Pillow: the same draws, pixels within stated bounds."""
+import io
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import datasets
+from config import get_config
+from data import augment, list_file
+
+try:
+    from data import opencv
+except ImportError as error:
+    missing = f'OpenCV cannot be imported ({error}); python -m pip install -r requirements-dev.txt brings it'
+else:
+    missing = ''
+needs_cv2 = pytest.mark.skipif(bool(missing), reason=missing)
+
+PHOTO = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels' / 'portrait_333x500.jpg'
+FILL = (124, 116, 104)
+
+
+# list files
+
+def read_by_lines(path, num_classes):
+    """The rules of a list file, one line at a time: [(name, label, line number)], or the error's text."""
+    rows, bad = [], 0
+    with open(path, encoding='utf-8-sig') as file:
+        for number, line in enumerate(file, 1):
+            words = re.fullmatch(r'(?:(.*\S)\s+)?([^\s]+)', line.strip(), re.DOTALL)
+            if not line.strip() or line.strip()[0] == '#':
+                continue
+            name, label = words.groups() if words else (None, '')
+            good = (name is not None and re.fullmatch('[+-]?[0-9]{1,18}', label) and 0 <= int(label) < num_classes
+                    and name[0] != '/' and os.path.normpath(name).split('/')[0] != '..')
+            bad += not good
+            rows.append((name, int(label) if good else None, number))
+    return f'{bad} bad lines' if bad else rows if rows else 'the list is empty'
+
+
+NAMES = ['a.png', 'a b.png', 'ü.png', '\u3000x', 'x\u00a0', 'x\x1c', 'a\tb', '.', '..a', 'a..', 'a/../b', '#a', 'a#', '7',
+         'a 7', 'é', 'a\x0bb']
+BAD_NAMES = ['/a', '../a', '', '..']
+LABELS = ['0', '7', '007', '+3', '000000000000001', '5 ', '5\u00a0', '5\x0c']
+BAD_LABELS = ['10', '-1', 'x', '1.0', '', '1234567890', '99999999999999999999', '\u0661']
+BETWEEN = [' ', '\t', '  ', ' \t', '\u00a0', '\u3000']
+OTHER = ['', '  ', '# no sample 7', ' #', '\x0c', '\t', '\u3000']
+ENDS = ['\n', '\r\n', '\r', '\n\n']
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_a_list_reads_as_line_by_line(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    usual, bad = rng.choice([0.0, 0.5, 0.9]), rng.choice([0.0, 0.0, 0.3])
+    content = '\ufeff' if seed % 3 == 0 else ''
+    for _ in range(rng.integers(1, 40)):
+        name = rng.choice(BAD_NAMES if rng.random() < bad else NAMES)
+        label = rng.choice(BAD_LABELS if rng.random() < bad else LABELS)
+        line = f'n/{rng.integers(99)}.png {rng.integers(10)}' if rng.random() < usual else f'{name}{rng.choice(BETWEEN)}{label}'
+        content += (rng.choice(OTHER) if rng.random() < 0.2 else line) + (rng.choice(ENDS) if seed % 2 else '\n')
+    content = content.rstrip('\n') if seed % 5 == 0 else content
+    path = tmp_path / 'list.txt'
+    path.write_bytes(content.encode())
+    expected = read_by_lines(path, 10)
+    for chunk in (1, 50, 1 << 24):
+        monkeypatch.setattr(list_file, 'CHUNK', chunk)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                list_file.read_list(str(path), '/data', 10)
+            continue
+        samples = list_file.read_list(str(path), '/data', 10)
+        lines = [int(samples.where(i).rpartition(':')[2]) for i in range(len(samples))]
+        assert list(zip(map(samples.name, range(len(samples))), samples.labels.tolist(), lines)) == expected
+
+
+def test_bad_lines_keep_their_numbers_over_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_file, 'CHUNK', 8)
+    (tmp_path / 'list.txt').write_text('a.png 1\n\n# x\nb.png 2\nbad\nc.png 3\n\nd.png 10\n')
+    with pytest.raises(ValueError, match=r'2 bad lines\n.*list.txt:5: no label.*\n.*list.txt:8: label 10 is not in 0..9'):
+        list_file.read_list(str(tmp_path / 'list.txt'), '/data', 10)
+
+
+def private_bytes():
+    text = Path('/proc/self/smaps_rollup').read_text()
+    return 1024 * sum(int(number) for number in re.findall(r'^Private_\w+: +(\d+) kB', text, re.M))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='needs /proc/self/smaps_rollup (Linux)')
+def test_data_processes_share_the_list(tmp_path):
+    """A forked process that reads every name in random order gets hardly any memory of its own."""
+    count = 200_000
+    path = tmp_path / 'list.txt'
+    path.write_text(''.join(f'train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG {i % 1000}\n' for i in range(count)))
+    samples = list_file.read_list(str(path), '/data', 1000)
+    size = len(samples.text) + sum(array.nbytes for array in (samples.starts, samples.lengths, samples.labels, samples.gaps))
+    assert size <= path.stat().st_size + 20 * count
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = private_bytes()
+        for i in range(count):
+            i = i * 7919 % count                    # a prime: every sample, all over the list
+            samples.path(i), samples.labels[i]
+        os.write(writer, str(private_bytes() - before).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert int(os.read(reader, 100)) < size / 4
+
+
+# reading with OpenCV
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, 'JPEG', **options)
+    return file.getvalue()
+
+
+def smooth_picture(width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+
+
+def exif_rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+FILES = {
+    'baseline.jpg': lambda: jpeg(smooth_picture(48, 48)),
+    'progressive.jpg': lambda: jpeg(smooth_picture(48, 48), progressive=True),
+    'subsampled.jpg': lambda: jpeg(smooth_picture(48, 48), subsampling='4:2:0', restart_marker_blocks=2),
+    'full_chroma.jpg': lambda: jpeg(smooth_picture(48, 48), subsampling='4:4:4', comment=b'\xff\xd9'),
+    'grey.jpg': lambda: jpeg(smooth_picture(48, 48).convert('L')),
+    'cmyk.jpg': lambda: jpeg(smooth_picture(48, 48).convert('CMYK')),
+    'rgb.jpg': lambda: jpeg(smooth_picture(48, 48), keep_rgb=True),
+    'turned.jpg': lambda: jpeg(smooth_picture(48, 48), exif=exif_rotated()),
+    'more_behind.jpg': lambda: jpeg(smooth_picture(48, 48)) + b'more',
+    'a.png': lambda: png(smooth_picture(48, 48)),
+    'palette.png': lambda: png(smooth_picture(48, 48).quantize(16)),
+    'alpha.png': lambda: png(smooth_picture(48, 48).convert('RGBA')),
+}
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, 'PNG')
+    return file.getvalue()
+
+
+@needs_cv2
+@pytest.mark.parametrize('name', FILES)
+def test_files_decode_to_pillows_pixels(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name]())
+    photo = opencv.read(tmp_path / name)
+    assert photo.size == (48, 48)
+    assert (photo.reductions == (1,)) == (name in ('cmyk.jpg', 'a.png', 'palette.png', 'alpha.png'))
+    pixels = augment.resized_crop(photo, (0, 0, 48, 48), 48)
+    assert np.array_equal(pixels, np.asarray(datasets.read_pillow(tmp_path / name)))
+
+
+whole = jpeg(smooth_picture(64, 48), quality=92)
+DAMAGED = {
+    'cut.jpg': whole[:-200], 'no_end.jpg': whole[:-2], 'half_end.jpg': whole[:-1], 'header.jpg': whole[:300],
+    'start.jpg': whole[:2], 'zeros.jpg': whole[:-600] + bytes(600), 'empty.jpg': b'', 'text.jpg': b'no image',
+    'cut_progressive.jpg': jpeg(smooth_picture(64, 48), progressive=True)[:-300],
+    'thumbnail.jpg': whole[:2] + b'\xff\xe1\x00\x08ab\xff\xd9cd' + whole[2:-300],
+    'zero_sized.jpg': re.sub(b'(\xff\xc0...)....', b'\\1\0\0\0\0', whole, flags=re.DOTALL),
+    'cut.png': png(smooth_picture(64, 48))[:-600],
+}
+
+
+@needs_cv2
+@pytest.mark.parametrize('name', [*DAMAGED, 'gone.jpg', 'folder.jpg'])
+def test_what_pillow_cannot_read_is_unreadable_for_both(tmp_path, name):
+    if name in DAMAGED:
+        (tmp_path / name).write_bytes(DAMAGED[name])
+    (tmp_path / 'folder.jpg').mkdir()
+    (tmp_path / 'train_list.txt').write_text(f'{name} 1\n' * 8)
+    pillow, cv2 = (datasets.build_train(config(tmp_path, 'DATA.BACKEND', backend)).dataset[0, 3] for backend in ('pillow', 'cv2'))
+    assert pillow.startswith(f'{tmp_path}/train_list.txt:4 {tmp_path}/{name}: ')
+    assert re.sub('0x[0-9a-f]+', '', cv2) == re.sub('0x[0-9a-f]+', '', pillow)
+
+
+@needs_cv2
+def test_too_many_pixels_are_unreadable_for_both(data):
+    opts = ['DATA.MAX_PIXELS', 100, 'DATA.BACKEND']
+    texts = {datasets.build_train(config(data, *opts, backend)).dataset[0, 0] for backend in ('pillow', 'cv2')}
+    assert len(texts) == 1 and 'pixels are more than DATA.MAX_PIXELS 100' in texts.pop()
+
+
+@needs_cv2
+def test_what_only_pillow_can_decode_is_decoded_by_pillow(monkeypatch):
+    monkeypatch.setattr(opencv.cv2, 'imdecode', lambda data, flags: None)
+    photo = opencv.read(PHOTO)
+    assert np.array_equal(photo.decode(1)[:, :, ::-1], np.asarray(datasets.read_pillow(PHOTO)))
+    assert photo.decode(2).shape == (250, 167, 3)
+    monkeypatch.setattr(Image.Image, 'load', lambda image: 1 / 0)
+    with pytest.raises(OSError, match='ZeroDivisionError'):
+        photo.decode(1)
+
+
+def differences(ours, theirs):
+    return np.abs(np.asarray(ours).astype(int) - np.asarray(theirs))
+
+
+@needs_cv2
+@pytest.mark.parametrize('box, size, mean', [
+    ((20, 30, 224, 224), 224, 0), ((0, 0, 333, 500), 224, 1.2), ((7, 11, 301, 333), 224, 1.2), ((40, 60, 90, 120), 224, 1.2),
+    ((0, 0, 333, 500), 160, 2), ((13, 21, 319, 477), 150, 2), ((1, 3, 331, 495), 80, 3), ((5, 5, 321, 323), 40, 7)])
+def test_crops_come_close_to_pillows(box, size, mean):
+    """At full, half, quarter and eighth size; a shift by one pixel of the result would be seen."""
+    pillow = augment.resized_crop(datasets.read_pillow(PHOTO), box, size)
+    ours = augment.resized_crop(opencv.read(PHOTO), box, size)
+    assert ours.shape == (size, size, 3) and ours.dtype == np.uint8
+    difference = differences(ours, pillow).mean()
+    assert difference <= mean
+    assert differences(ours[1:], np.asarray(pillow)[:-1]).mean() > 2 * difference
+    assert differences(ours[:, 1:], np.asarray(pillow)[:, :-1]).mean() > 2 * difference
+
+
+@needs_cv2
+def test_no_more_is_decoded_than_the_crop_needs():
+    asked = []
+    photo = opencv.Photo((800, 600), lambda reduction: asked.append(reduction) or np.zeros(
+        (-(-600 // reduction), -(-800 // reduction), 3), np.uint8), opencv.REDUCTIONS)
+    for box in ((0, 0, 800, 600), (1, 1, 799, 400), (1, 1, 399, 599), (201, 101, 400, 449), (799, 599, 1, 1)):
+        assert augment.resized_crop(photo, box, 100).shape == (100, 100, 3)
+    assert asked == [4, 4, 2, 4, 1]
+
+
+# operations
+
+EXACT = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'SolarizeAdd', 'Contrast', 'Brightness')
+GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
+CLOSE = {                                           # name: bound of the mean and of the largest difference, border apart
+    'Color': (0.01, 1), 'Desaturate': (0.01, 1), 'Sharpness': (0.01, 1), 'GaussianBlur': (1.0, 30),
+    **dict.fromkeys(GEOMETRIC, (1.0, 60)),
+}
+
+
+def drawn(name, count=12, seed=0):
+    """(value, how) as apply_op draws them."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        value = augment.OPS[name][1 + i % 2 * (len(augment.OPS[name]) - 2)]
+        resample = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)[i // 2 % 2]
+        yield value(i / (count - 1), rng) if value else None, {'resample': resample, 'fillcolor': FILL}
+
+
+def pictures():
+    photo = Image.open(PHOTO).convert('RGB').crop((40, 100, 264, 324))
+    dull = Image.fromarray(np.asarray(photo) // 3 + 40)
+    flat = Image.new('RGB', (224, 224), (9, 100, 200))
+    uneven = Image.fromarray(np.repeat(np.where(np.arange(224) < 200, 7, np.arange(224)).astype(np.uint8)[None, :, None], 3, 2)
+                             .repeat(224, 0))
+    return photo, dull, flat, uneven
+
+
+@needs_cv2
+@pytest.mark.parametrize('name', EXACT)
+def test_operations_by_table_are_pillows(name):
+    for image in pictures():
+        for value, how in drawn(name):
+            ours = augment.perform(np.asarray(image), name, value, how)
+            assert np.array_equal(ours, np.asarray(augment.perform(image, name, value, how))), (value, how)
+
+
+@needs_cv2
+@pytest.mark.parametrize('name', CLOSE)
+def test_operations_come_close_to_pillows(name):
+    mean, largest = CLOSE[name]
+    for image in pictures():
+        for value, how in drawn(name):
+            pillow = augment.perform(image, name, value, how)
+            before = np.asarray(image).copy()
+            ours = augment.perform(before, name, value, how)
+            assert ours.shape == (224, 224, 3) and ours.dtype == np.uint8 and np.array_equal(before, np.asarray(image))
+            difference = differences(ours, pillow)
+            assert difference.mean() <= mean
+            # where the picture ends Pillow has a hard edge, OpenCV one pixel of both colours
+            inside = Image.new('L', image.size, 255)
+            if name in GEOMETRIC:
+                inside = augment.perform(inside, name, value, {**how, 'fillcolor': 0}).filter(ImageFilter.MinFilter(7))
+            assert difference[np.asarray(inside) == 255].max(initial=0) <= largest
+
+
+@needs_cv2
+def test_every_operation_is_there():
+    assert {*EXACT, *CLOSE} == opencv.OPS.keys() >= {*augment.RAND_OPS}
+    assert opencv.OPS.keys() <= augment.OPS.keys()
+
+
+@needs_cv2
+def test_an_operation_that_is_not_there_is_pillows(monkeypatch):
+    monkeypatch.setitem(augment.OPS, 'Blur', (lambda image, value, how: image.filter(ImageFilter.BoxBlur(value)), None))
+    image, *_ = pictures()
+    assert np.array_equal(augment.perform(np.asarray(image), 'Blur', 2, {}), np.asarray(image.filter(ImageFilter.BoxBlur(2))))
+
+
+@needs_cv2
+@pytest.mark.parametrize('options', [{}, {'jitter': 0.4}, {'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1')}])
+def test_both_backends_draw_the_same(options):
+    """After the transforms the generators stand at the same place, and the pictures differ little."""
+    options = {'image_size': 96, 'scale': (0.08, 1.0), 'ratio': (0.75, 4 / 3), 'flip': 0.5, 'policy': None, 'jitter': 0.0,
+               'fill': FILL, **options}
+    means = []
+    for seed in range(20):
+        draws = [np.random.default_rng(seed) for _ in range(2)]
+        pillow = datasets.train_pixels(datasets.read_pillow(PHOTO), draws[0], **options)
+        ours = datasets.train_pixels(opencv.read(PHOTO), draws[1], **options)
+        assert draws[0].bit_generator.state == draws[1].bit_generator.state
+        means.append(differences(ours, pillow).mean())
+    assert np.median(means) < 2 and max(means) < 10
+
+
+# loaders
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """24 JPEG and PNG images in train_list.txt and val_list.txt; number 7 is cut off."""
+    folder = tmp_path_factory.mktemp('data')
+    names = [f'{i}.{"png" if i % 5 == 4 else "jpg"}' for i in range(24)]
+    for i, name in enumerate(names):
+        smooth_picture(40 + 5 * i, 90 - i, i).save(folder / name)
+    (folder / '7.jpg').write_bytes((folder / '7.jpg').read_bytes()[:-100])
+    for name in ('train_list.txt', 'val_list.txt'):
+        (folder / name).write_text(''.join(f'{image} {i % 10}\n' for i, image in enumerate(names)))
+    return folder
+
+
+def config(data, *opts):
+    return get_config(None, ['DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.ON_ERROR', 'skip',
+                             'DATA.NUM_WORKERS', 0, 'MODEL.NUM_CLASSES', 10, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
+
+
+def batches(loader):
+    """{index: (pixels, label)} of an epoch, and the indices in order."""
+    order, samples = [], {}
+    for images, labels, indices in loader.epoch(1):
+        order += indices.tolist()
+        samples.update({i: (pixels.tobytes(), label) for pixels, label, i in
+                        zip(images.numpy(), labels.tolist(), indices.tolist())})
+    return order, samples
+
+
+@needs_cv2
+def test_batches_by_opencv_do_not_depend_on_workers_or_ranks(data, caplog):
+    caplog.set_level(logging.WARNING, 'halonet')
+    alone = batches(datasets.build_train(config(data, 'DATA.BACKEND', 'cv2')))
+    assert len(alone[0]) == len(alone[1]) == 23 and 7 not in alone[1] and 'truncated' in caplog.text
+    assert batches(datasets.build_train(config(data, 'DATA.BACKEND', 'cv2', 'DATA.NUM_WORKERS', 2))) == alone
+    two = config(data, 'DATA.BACKEND', 'cv2', 'DATA.BATCH_SIZE', 2)
+    halves = [batches(datasets.build_train(two, rank, 2)) for rank in (0, 1)]
+    assert {**halves[0][1], **halves[1][1]} == alone[1]
+    assert batches(datasets.build_train(config(data)))[0] == alone[0]
+
+
+def test_a_batch_is_its_samples(data):
+    dataset = datasets.build_train(config(data)).dataset
+    images, labels, indices, texts = dataset.batch([(3, 5), (3, 7), (3, 2)])
+    assert images.shape == (3, 3, 16, 16) and images.dtype == np.uint8 and images.flags['C_CONTIGUOUS']
+    assert labels.tolist() == indices.tolist() == [5, 0, 2] and [bool(text) for text in texts] == [False, True, False]
+    assert all(np.array_equal(images[k], dataset[3, i][0]) for k, i in ((0, 5), (2, 2))) and not images[1].any()
+
+
+@needs_cv2
+def test_evaluation_keeps_to_pillow(data):
+    pillow, cv2 = (batches(datasets.build_eval(config(data, 'DATA.BACKEND', backend))) for backend in ('pillow', 'cv2'))
+    assert pillow == cv2 and datasets.build_eval(config(data, 'DATA.BACKEND', 'cv2')).dataset.read is datasets.read_pillow
+
+
+def test_without_opencv_the_error_says_how_to_install_it(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'cv2', None)
+    monkeypatch.delitem(sys.modules, 'data.opencv', raising=False)
+    monkeypatch.delattr('data.opencv', raising=False)
+    with pytest.raises(ValueError, match="DATA.BACKEND is cv2.*pip install 'opencv-python-headless.*BACKEND pillow"):
+        datasets.build_train(config(data, 'DATA.BACKEND', 'cv2'))
+    assert len(datasets.build_train(config(data))) == 6

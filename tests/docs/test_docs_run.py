@@ -1,0 +1,157 @@
+"""The commands and programs of the README and the docs are run, as they stand, in a copy of the repository.
+
+The user's files are small stand-ins in their places: pictures of a few pixels, weights as they are drawn. Trainings get SHORTER.
+"""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+from runs import ROOT
+from test_tools_docs import PAGES, commands
+
+from config import get_config
+from halonet import build_halonet
+from tools import port_weights
+
+pytestmark = pytest.mark.slow
+ELSEWHERE = {                               # pages whose commands others run
+    'docs/performance.md': 'measurements of an hour', 'docs/deployment.md': 'tests/tools/test_export.py',
+    'docs/reliability.md': 'several machines: tests/system/test_reliability.py'}
+RUN = {'README.md': 8, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2, 'docs/finetune.md': 5,
+       'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3, 'docs/training.md': 1,
+       'docs/weights.md': 2}
+INSTALLS = r'python3 -m venv|\S*python -m pip'
+SHORTER = ['-opts', 'DATA.IMAGE_SIZE', '32', 'DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0.0']
+PLACES = {'/data/imagenet': 'imagenet', '...': 'imagenet', 'RUN': 'demo/run'}      # the page's words -> what is there
+GIVEN = {'docs/predict.md': 'import paddle; from config import get_config; from halonet import build_halonet\n'
+                            'model = build_halonet(get_config("demo/run/config.yaml")); model.eval()\n'
+                            'images = paddle.zeros([1, 3, 32, 32])\n'}       # what a program in the text starts from
+CLASSES = ['n01440764', 'n01443537', 'n01484850']
+TRUTH = [3, 1, 2, 2]                        # of the flat val/, by ids that are not the labels
+IDS = {1: CLASSES[2], 2: CLASSES[0], 3: CLASSES[1]}
+
+
+def text_of(page):
+    with open(os.path.join(ROOT, page), encoding='utf-8') as file:
+        return file.read()
+
+
+def picture(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype='uint8')
+    Image.fromarray(pixels).save(path, 'JPEG')
+
+
+def flowers(folder):
+    for i, name in enumerate(('daisy', 'dandelion', 'rose', 'sunflower', 'tulip')):
+        for j in range(9):
+            picture(folder / name / f'{j}.jpg', 9 * i + j)
+
+
+def imagenet(folder):
+    """train/ and val/ with a folder per class; a flat val/ in the same place, and all that says what it shows."""
+    from scipy.io import savemat
+    for i, name in enumerate(CLASSES):
+        for j in range(22):
+            picture(folder / 'imagenet' / 'train' / name / f'{name}_{j}.JPEG', 22 * i + j)
+        picture(folder / 'imagenet' / 'val' / name / f'{i}.JPEG', i)
+    flat = [f'ILSVRC2012_val_{i:08}' for i in range(1, 5)]
+    for i, name in enumerate(flat):
+        picture(folder / 'imagenet' / 'val' / f'{name}.JPEG', 100 + i)
+    lines = [f'{name},{IDS[number]} 1 2 3 4\n' for name, number in zip(flat, TRUTH)]
+    (folder / 'LOC_val_solution.csv').write_text('ImageId,PredictionString\n' + ''.join(lines))
+    (folder / 'ILSVRC2012_validation_ground_truth.txt').write_text(''.join(f'{number}\n' for number in TRUTH))
+    rows = np.array([(number, name, 0) for number, name in IDS.items()],
+                    [('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('num_children', 'O')])
+    savemat(folder / 'meta.mat', {'synsets': rows.reshape(-1, 1)})
+    for part in ('train', 'val'):
+        lists = [f'{part}/{name}/{path} {i}\n' for i, name in enumerate(CLASSES)
+                 for path in sorted(os.listdir(folder / 'imagenet' / part / name))]
+        (folder / 'imagenet' / f'{part}_list.txt').write_text(''.join(lists))
+
+
+def fresh_weights(folder):
+    for name in ('halonet_26t_256', 'halonet_50ts_256'):
+        model = build_halonet(get_config(f'{ROOT}/configs/{name}.yaml'))
+        paddle.save(model.state_dict(), str(folder / f'{name}.pdparams'))
+    (folder / 'timm').mkdir()
+    port_weights.port(str(folder / 'halonet_26t_256.pdparams'), str(folder / 'timm' / 'x.safetensors'))
+    os.rename(folder / 'timm' / 'x.safetensors', folder / 'timm' / 'halonet26t.a1h_in1k')    # comes before the hub's
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A clone called HaloNet, with an environment that is there already, the demo's run, and what the pages take for given."""
+    folder = tmp_path_factory.mktemp('user') / 'HaloNet'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'demo', 'output', 'runs', '__pycache__'))
+    (folder / '.venv' / 'bin').mkdir(parents=True)
+    for name, text in (('.venv/bin/python', f'exec {shlex.quote(sys.executable)} "$@"'), ('tools/setup_env.sh', 'exit 0')):
+        (folder / name).write_text(f'#!/bin/sh\n{text}\n')
+        (folder / name).chmod(0o755)
+    flowers(folder / 'flowers')
+    imagenet(folder)
+    fresh_weights(folder)
+    picture(folder / 'dog.jpg', 1)
+    picture(folder / 'holidays' / 'beach.jpg', 2)
+    (folder / 'names.txt').write_text(''.join(f'digit {i}\n' for i in range(10)))
+    (folder / 'models.yaml').write_text(re.search(r'```yaml\n(.*?)```', text_of('docs/evaluation.md'), re.S)[1])
+    (folder.parent / 'my_run.yaml').write_text(re.search(r'```yaml\n(.*?)```', text_of('docs/training.md'), re.S)[1])
+    shell(folder, ['./run_demo.sh', *SHORTER])
+    return folder
+
+
+def shell(folder, words, **environment):
+    """Run the words in the folder, as a shell in its environment would; they must succeed."""
+    environment = {**os.environ, 'PATH': f'{folder}/.venv/bin:{os.environ["PATH"]}', **environment}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and 'Traceback' not in done.stdout + done.stderr, (words, done.stdout, done.stderr)
+    return done
+
+
+def prepared(folder, words):
+    """The words of a page with what is there in the place of the user's, after what has to come before."""
+    for theirs, ours in PLACES.items():
+        words = [re.sub(rf'(^|=){re.escape(theirs)}$', rf'\1{ours}', word) for word in words if word != '...']
+    trains = any(name in word for word in words for name in ('main_', 'run_train')) and '-eval' not in words
+    if trains:
+        batch = [] if any(word.startswith('-batch_size') for word in words) else ['DATA.BATCH_SIZE', '16']
+        words = [*words, *SHORTER, *batch]
+    if 'tools/make_lists.py' in words:              # lists that are there and differ are kept
+        for part in ('train', 'val'):
+            (folder / words[words.index('tools/make_lists.py') + 1] / f'{part}_list.txt').unlink(missing_ok=True)
+    wanted = [word for word in words if word.startswith('runs/') and 'checkpoints' in word]
+    for path in wanted:                             # a step that the shorter training does not reach
+        newest = sorted(os.listdir((folder / path).parent))[-1]
+        os.replace((folder / path).parent / newest, folder / path)
+    return words
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page not in ELSEWHERE])
+def test_the_commands_of_a_page_run(place, page):
+    ran = 0
+    for words in commands(page):
+        if page == 'docs/finetune.md' and 'tools/make_digits.py' in words:
+            break                                   # the rest is run by tests/docs/test_tools_docs.py, to the letter
+        if words[0] in ('./run_demo.sh', './run_tests.sh', 'NNODES=2') or re.match(INSTALLS, ' '.join(words)):
+            continue                                # what the place is made by, what runs this, several machines
+        words = prepared(place, words)
+        variables = [word for word in words if re.fullmatch(r'[A-Z_]+=.*', word)]
+        shell(place, words[len(variables):], **{'DATA': 'imagenet', **dict(word.split('=', 1) for word in variables)})
+        ran += 1
+        for option in ('-html', '-json', '-csv', '-output', '-results'):
+            for word in words[words.index(option) + 1:][:1] if option in words else []:
+                assert (place / word).exists(), word
+    assert ran == RUN.get(page, 0)
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if '```python' in text_of(page)])
+def test_the_programs_of_a_page_run(place, page):
+    for program in re.findall(r'```python\n(.*?)```', text_of(page), re.S):
+        shell(place, ['python', '-c', GIVEN.get(page, '') + program.replace("'RUN/", "'demo/run/")])

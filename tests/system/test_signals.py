@@ -1,0 +1,189 @@
+"""Programs end at SIGTERM at any moment, and with the program that started them."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, TINY, make_images, options, processes, program, start, wait_for_step, wait_until
+
+import utils
+
+guarded = pytest.mark.skipif(subprocess.run(['setpriv', '--pdeathsig', 'KILL', 'true'], check=False).returncode != 0
+                             if shutil.which('setpriv') else True, reason='no setpriv of util-linux 2.33')
+
+
+@pytest.fixture
+def log(tmp_path):
+    """The file for the output of started programs; none of their processes may be left at the end."""
+    path = tmp_path / 'output.txt'
+    yield path
+    left = processes(path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def ends_with(process, log, seconds=10):
+    """Kill `process`, and wait until all that it has started is gone."""
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes(log), seconds, f'no process left: {processes(log)}')
+
+
+# ---- SIGTERM
+
+@pytest.mark.parametrize('imports, handler, caught', [
+    ('ops', 'signal.SIG_DFL', 0), ('paddle, utils', 'signal.SIG_DFL', 0), ('utils', "lambda *_: print('called')", 1)])
+def test_paddles_handler_of_sigterm_is_removed(imports, handler, caught):
+    """It may wait for ever, in a fork above all. A handler of the caller stays."""
+    code = f'''
+import signal
+signal.signal(signal.SIGTERM, {handler})
+import {imports}
+status = dict(line.split(':', 1) for line in open('/proc/self/status'))
+print([int(status[name], 16) >> signal.SIGTERM - 1 & 1 for name in ('SigBlk', 'SigIgn', 'SigCgt')])
+signal.raise_signal(signal.SIGTERM)
+'''
+    done = program('-c', code, check=False)
+    assert done.returncode == (0 if caught else -signal.SIGTERM) and 'FatalError' not in done.stderr
+    assert done.stdout.splitlines() == [f'[0, 0, {caught}]', *['called'] * caught]
+
+
+def test_the_tests_themselves_end_at_sigterm():
+    with open('/proc/self/status', encoding='ascii') as file:
+        status = dict(line.split(':', 1) for line in file)
+    assert not int(status['SigCgt'], 16) >> signal.SIGTERM - 1 & 1
+
+
+def test_sigterm_during_the_import_of_paddle_ends_the_program(tmp_path):
+    """At moments from the start of Python to well after the import; nothing of Paddle's handler is printed."""
+    code = 'import utils, time; time.sleep(100)'
+    for moment in (0.1, 0.8, 1.6):
+        process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        time.sleep(moment)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGTERM and 'FatalError' not in err, moment
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with data/, and run/ of a tiny training."""
+    folder = tmp_path_factory.mktemp('trained')
+    make_images(folder / 'data')
+    for name in 'ab':
+        shutil.copytree(folder / 'data' / 'val', folder / 'classes' / name)
+    program('main_single_gpu.py', '-data_path', folder / 'data', '-output', folder / 'run', *options(TINY))
+    (folder / 'list.csv').write_text(f'cfg,pretrained\n{folder}/run/config.yaml,{folder}/run/final.pdparams\n')
+    return folder
+
+
+PROGRAMS = {                                        # FOLDER is that of `trained`, OUT an empty one; and the exit codes
+    'main_single_gpu.py -data_path FOLDER/data -output OUT/run -opts TINY DATA.NUM_WORKERS 2': {75},
+    'main_multi_gpu.py -nprocs 2 -data_path FOLDER/data -output OUT/run -opts TINY DATA.NUM_WORKERS 1 DATA.BATCH_SIZE 4': {75},
+    'main_single_gpu.py -eval -pretrained FOLDER/run/final -data_path FOLDER/data -output OUT/run -opts TINY': {75},
+    'tools/eval_all.py FOLDER/list.csv -data_path FOLDER/data -results OUT/results.csv': {},
+    'tools/predict.py -pretrained FOLDER/run/final FOLDER/data/val -html OUT/a.html': {},
+    'tools/visualize.py -pretrained FOLDER/run/final FOLDER/data/val/0.png -output OUT/a.png': {},
+    'tools/report.py FOLDER/run -output OUT/report.html': {},
+    'tools/check_data.py FOLDER/data -workers 2': {},
+    'tools/make_lists.py FOLDER/classes -force': {},
+    'tools/make_digits.py OUT/digits': {},
+    'tools/export.py -pretrained FOLDER/run/final -output OUT/export': {},
+    'dev/benchmark.py eval -cfg FOLDER/run/config.yaml -csv OUT/a.csv': {},
+    'tools/port_weights.py FOLDER/run/final.pdparams OUT/a.safetensors -cfg FOLDER/run/config.yaml': {},
+    'dev/model_table.py -check': {},
+    '-m ops': {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', PROGRAMS)
+def test_every_program_ends_at_sigterm_at_any_moment(trained, tmp_path, log, line):
+    """Before, during and after the import of Paddle, and at work: within a time, by a documented code, leaving no process."""
+    for moment in (0.05, 0.4, 1.0, 2.0, 4.0):
+        shutil.rmtree(tmp_path / 'out', ignore_errors=True)
+        (tmp_path / 'out').mkdir()
+        words = line.replace('FOLDER', str(trained)).replace('OUT', str(tmp_path / 'out')).split()
+        words = [str(value) for word in words for value in (TINY if word == 'TINY' else [word])]
+        process = start(*words, log=log, HALONET_OPS_CACHE=os.path.expanduser('~/.cache/halonet/ops'))
+        time.sleep(moment)
+        process.terminate()
+        code = process.wait(60)
+        assert code in {0, -signal.SIGTERM, *PROGRAMS[line]}, (moment, log.read_text())
+        wait_until(lambda: not processes(log), 20, f'no process left: {processes(log)}')
+
+
+def test_every_tool_is_among_the_programs():
+    tools = {f'tools/{path.name}' for path in Path(ROOT, 'tools').glob('*.py') if "__name__ == '__main__'" in path.read_text()}
+    assert tools - {line.split()[0] for line in PROGRAMS} <= {'dev/bench_pipeline.py'}
+
+
+# ---- the end of a parent
+
+def sleeping_python(tmp_path, *names):
+    """A Python that sleeps where its arguments hold one of `names`, and else succeeds."""
+    path = tmp_path / 'python'
+    condition = ' || '.join(f'[[ "$*" == *{name}* ]]' for name in names)
+    path.write_text(f'#!/bin/bash\n{condition} && exec sleep 100\nexit 0\n')
+    path.chmod(0o755)
+    return path
+
+
+@guarded
+@pytest.mark.parametrize('script, nodes', [('run_train_multi.sh', 1), ('run_train_multi.sh', 2), ('run_eval_multi.sh', 1)])
+def test_a_program_ends_with_its_script(tmp_path, log, script, nodes):
+    python = sleeping_python(tmp_path, 'main_multi_gpu.py')
+    process = start(script, log=log, PYTHON=str(python), PRETRAINED='w', NNODES=str(nodes), NODE_RANK='0', MASTER='host:1')
+    wait_until(lambda: any(command.startswith('sleep') for command in processes(log).values()), 10, 'it has started')
+    ends_with(process, log)
+
+
+@guarded
+def test_the_demo_ends_with_its_script(tmp_path, log):
+    for name in ('run_demo.sh', 'tools/usage.sh'):
+        os.makedirs((tmp_path / name).parent, exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), tmp_path / name)
+    (tmp_path / 'tools' / 'setup_env.sh').write_text('#!/bin/sh\n')
+    (tmp_path / 'tools' / 'setup_env.sh').chmod(0o755)
+    python = sleeping_python(tmp_path, 'main_single_gpu.py')
+    (tmp_path / '.venv' / 'bin').mkdir(parents=True)
+    python.rename(tmp_path / '.venv' / 'bin' / 'python')
+    process = subprocess.Popen([tmp_path / 'run_demo.sh'], stdout=log.open('w'), stderr=subprocess.STDOUT, cwd=tmp_path,
+                               env={**os.environ, 'RUN_OF_TEST': str(log)})
+    wait_until(lambda: any(command.startswith('sleep') for command in processes(log).values()), 10, 'it has started')
+    second = subprocess.run([tmp_path / 'run_demo.sh'], capture_output=True, text=True, timeout=30, check=False)
+    assert second.returncode == 2 and 'another demo is running' in second.stderr
+    ends_with(process, log)
+
+
+@pytest.mark.parametrize('code', [
+    "from tools import cli; cli.run_program(['sleep', '100'])",
+    "import time; from tools import check_data\ndef slow(*_, **__): time.sleep(100)\n"
+    "check_data.read = slow; check_data.main(check_data.parser().parse_args(['DATA', '-workers', '2']))"])
+def test_what_a_tool_starts_ends_with_it(tmp_path, log, code):
+    process = start('-c', code.replace('DATA', make_images(tmp_path / 'data')), log=log)
+    wait_until(lambda: len(processes(log)) > 1, 20, f'it has started another: {log.read_text()}')
+    time.sleep(0.3)
+    assert process.poll() is None, log.read_text()
+    ends_with(process, log)
+
+
+@guarded
+@pytest.mark.slow
+def test_a_training_ends_with_its_script(tmp_path, log):
+    """With two processes and their data workers; and another start goes on from its checkpoint."""
+    data = make_images(tmp_path / 'data')
+    words = ['-resume', 'auto', *options([*TINY, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 4, 'TRAIN.NUM_EPOCHS', 200])]
+    variables = {'DATA': data, 'OUTPUT': str(tmp_path / 'run'), 'NPROCS': '2', 'MAX_RESTARTS': '1'}
+    process = start('run_train_multi.sh', *words, log=log, **variables)
+    wait_for_step(tmp_path / 'run', 3, process)
+    assert len(processes(log)) > 4
+    ends_with(process, log)
+    process = start('run_train_multi.sh', *words, log=log, **variables)
+    wait_for_step(tmp_path / 'run', 10, process)
+    process.terminate()
+    assert process.wait(60) == utils.STOPPED and 'resumed from' in log.read_text()

@@ -1,0 +1,1 @@
+"""Programs for users: predict, visualize, export, reports, list files, weights."""

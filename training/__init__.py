@@ -1,0 +1,1 @@
+"""Training and evaluation: the engine, what it is built from, checkpoints and records."""

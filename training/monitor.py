@@ -1,0 +1,446 @@
+"""What a person watches: the records of a run, the progress line, TensorBoard's logs, the share of time spent waiting for data.
+
+And what the page of a run (tools/report.py) needs beside its records: the machine, the predictions of the last evaluation.
+"""
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import utils  # isort: skip  (first: it prepares for Paddle's import)
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle.nn import functional as F
+from tqdm import tqdm
+
+from data import class_names
+from system import files
+from utils import log
+
+SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')
+WAIT_TO_WARN = 0.2                                  # share of time waiting for data that deserves a warning; and, above the
+#                                                     last one, another
+SECONDS_TO_JUDGE = 10                               # shorter stretches say little: data processes start, the first step is slow
+
+
+# ---- records
+
+class Metrics:
+    """metrics.jsonl of a run folder: one JSON record per logging step and per evaluation, written by rank 0.
+
+    And the same figures for TensorBoard below tensorboard/, where each split is a run of its own.
+    """
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, 'metrics.jsonl')
+        self.folder, self.purge_step, self.writers = os.path.join(folder, 'tensorboard'), 1, {}
+
+    def write(self, **record):
+        if utils.rank():
+            return
+        line = json.dumps({key: float(f'{value:.8g}') if isinstance(value, float) else value for key, value in record.items()})
+        with files.appending(self.path, is_whole=is_json) as file:
+            files.write_all(file, f'{line}\n'.encode())
+        if record['step']:                          # an evaluation on its own, step 0, is no curve
+            self._draw(record)
+
+    def rewind(self, step, epochs):
+        """Forget what comes after `step`, and the evaluations after `epochs` whole epochs: a resumed run writes them again.
+
+        Raises ValueError for a line that is no record; the last one may be torn.
+        """
+        self.purge_step = step + 1
+        if utils.rank() or not os.path.exists(self.path):
+            return
+        kept = []
+        with open(self.path, encoding='utf-8', errors='replace') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line) if line.endswith('\n') else {'step': step + 1}
+                    if record['step'] <= step and (record['split'] == 'train' or record['epoch'] <= epochs):
+                        kept.append(line)
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
+        utils.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
+
+    def _draw(self, record):
+        """Add a record to TensorBoard's curves; where that fails once, as on a full disk, the run goes on without them."""
+        split = record['split']
+        try:
+            if split not in self.writers:
+                self.writers[split] = EventFile(os.path.join(self.folder, split), self.purge_step)
+            if self.writers[split]:
+                self.writers[split].add(record['step'], {k: v for k, v in record.items() if k in SCALARS and v is not None})
+        except OSError as error:
+            log.warning('%s: cannot write: %s; the run goes on without these curves', os.path.join(self.folder, split),
+                        error.strerror)
+            self.writers[split] = None
+
+
+def is_json(line: bytes) -> bool:
+    """True for a whole record."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:                              # UnicodeDecodeError is one
+        return False
+
+
+class EventFile:
+    """A TensorBoard event file in `folder` that takes the place of what older files there say from `purge_step` on.
+
+    Written as tensorboardX's SummaryWriter writes, but at once: its thread and its queue between processes do not go well
+    with data processes that are forked and with runs that are killed.
+    """
+
+    def __init__(self, folder, purge_step):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+        self.Event, self.Summary = event_pb2.Event, summary_pb2.Summary
+        os.makedirs(folder, exist_ok=True)
+        taken = len(os.listdir(folder))             # two files of the same second would have the same name
+        self.file = EventsWriter(os.path.join(folder, 'events'), f'.{taken:04d}')
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(self.Event(step=purge_step, session_log=start))
+
+    def add(self, step, scalars):
+        values = [self.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(self.Event(step=step, summary=self.Summary(value=values)))
+
+    def _write(self, event):
+        event.wall_time = time.time()
+        self.file.write_event(event)
+        self.file.flush()
+
+
+# ---- while it trains
+
+class Bar(tqdm):
+    """tqdm's line with `status()` at its end; `disable=True` is the bar that is not there."""
+
+    monitor_interval = 0                            # no thread of its own: data processes are forked
+
+    def __init__(self, status, **options):
+        self.status = status
+        super().__init__(bar_format='{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}  ETA {remaining}  {status}',
+                         smoothing=0, dynamic_ncols=True, **options)         # 0: the mean speed, evaluations included
+
+    @property
+    def format_dict(self):
+        return {**super().format_dict, 'status': self.status()}
+
+
+class EvaluationBar(tqdm):
+    """tqdm's line for the batches of an evaluation; it leaves nothing behind."""
+
+    monitor_interval = 0                            # as in Bar
+
+    def __init__(self, **options):
+        super().__init__(bar_format='{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} batches  ETA {remaining}',
+                         leave=False, dynamic_ncols=True, **options)
+
+
+def evaluation_batches(loader, split, terminal=None):
+    """Yield the batches of an evaluation; rank 0 shows in a terminal, and only there, how far it is."""
+    terminal = terminal or sys.stderr
+    shown = utils.rank() == 0 and terminal.isatty()
+    with lines_beside_bars(shown), EvaluationBar(desc=split, total=len(loader), file=terminal, disable=not shown) as bar:
+        for batch in loader.epoch(0):
+            yield batch
+            bar.update()
+
+
+@contextmanager
+def lines_beside_bars(shown):
+    """Within, log lines for the console go above the progress lines, if these are `shown`."""
+    handlers = [handler for handler in log.handlers if shown and isinstance(handler, utils.Console)]
+    streams = [handler.setStream(BesideBar(handler.stream)) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, streams):
+            handler.setStream(stream)
+
+
+class BesideBar:
+    """A stream for a log handler: lines go above the bar, and neither garbles the other."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with Bar.external_write_mode(file=self.stream):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def flush(self):
+        self.stream.flush()
+
+
+class Monitor:
+    """Watches a training run: the progress line of rank 0 in a terminal, and the waiting for data of every rank.
+
+    A stretch goes from the start of an epoch or the last report to the next report, as in metrics.jsonl.
+    """
+
+    def __init__(self, *, epochs, steps_per_epoch, num_workers, terminal=None, clock=time.perf_counter):
+        self.epochs, self.total, self.num_workers, self.clock = epochs, epochs * steps_per_epoch, num_workers, clock
+        self.terminal = terminal or sys.stderr
+        self.shown = utils.rank() == 0 and self.terminal.isatty()
+        self.bar = Bar(self.status, disable=True)
+        self.loss, self.lr, self.speed, self.share = float('nan'), 0.0, 0.0, 0.0
+        self.start, self.wait, self.images = clock(), 0.0, 0
+        self.judged_wait, self.judged_seconds, self.warned = 0.0, 0.0, 0.0
+
+    @contextmanager
+    def watch(self, folder):
+        """Around the training: ends the progress line and writes the run's page, however the training ends."""
+        try:
+            with lines_beside_bars(self.shown):
+                try:
+                    yield
+                finally:
+                    self.bar.close()
+        finally:
+            write_report(folder)
+
+    def batches(self, batches, progress):
+        """The batches of an epoch; the time until each one comes is waiting for data."""
+        if self.shown and self.bar.disable:
+            self.bar = Bar(self.status, total=self.total, initial=progress.step, file=self.terminal)
+        self.bar.set_description_str(f'epoch {progress.epoch + 1}/{self.epochs}', refresh=False)
+        self._new_stretch()
+        batches = iter(batches)
+        while True:
+            before = self.clock()
+            batch = next(batches, None)
+            self.wait += self.clock() - before
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, lr, images):
+        """An optimizer step is done, on so many images of this process."""
+        self.lr, self.images = lr, self.images + images * utils.world_size()
+        self.bar.update()
+
+    def report(self, loss, images_per_s, seconds):
+        """End a stretch. Returns the share of its `seconds` that was spent waiting for data, on the rank that waited most."""
+        wait = utils.all_reduce(paddle.to_tensor([self.wait], 'float32'), dist.ReduceOp.MAX).item()
+        self.loss, self.speed, self.share = loss, images_per_s, min(wait / seconds, 1.0)
+        self._judge(wait, seconds)
+        self._new_stretch()
+        return self.share
+
+    def _new_stretch(self):
+        self.start, self.wait, self.images = self.clock(), 0.0, 0
+
+    def _judge(self, wait, seconds):
+        """Warn where the data and not the model sets the pace, and again where it has become much worse."""
+        self.judged_wait, self.judged_seconds = self.judged_wait + wait, self.judged_seconds + seconds
+        if self.judged_seconds < SECONDS_TO_JUDGE:
+            return
+        share = self.judged_wait / self.judged_seconds
+        self.judged_wait = self.judged_seconds = 0.0
+        if share >= self.warned + WAIT_TO_WARN:
+            self.warned = share
+            log.warning('%.0f %% of the time is spent waiting for data: %s', 100 * share,
+                        advice(self.num_workers, utils.world_size(), cores()))
+
+    def status(self):
+        """The end of the progress line; speed and waiting are of the running stretch once that says something."""
+        seconds = self.clock() - self.start
+        live = self.images and seconds > 2          # no images: an evaluation, say
+        speed, share = (self.images / seconds, self.wait / seconds) if live else (self.speed, self.share)
+        loss = f'loss {self.loss:.4f}  ' if self.loss == self.loss else ''   # it leaves the device at reports only
+        if not speed:                               # the first seconds of a run
+            return f'{loss}lr {self.lr:.2e}  {memory()}'
+        return f'{speed:.0f} images/s  {loss}lr {self.lr:.2e}  data wait {share:.0%}  {memory()}'
+
+
+def advice(num_workers, processes, cores):
+    """What to do where reading is the bottleneck."""
+    cheaper = 'make reading cheaper (a local disk, images stored at about the size that is used)'
+    if (num_workers + 1) * processes >= cores:
+        return f'all {cores} cores are in use, so {cheaper}'
+    return f'raise DATA.NUM_WORKERS ({num_workers} for each of {processes} process(es) now, {cores} cores), or {cheaper}'
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def memory():
+    """The most that was allocated on the GPU, or on CPU what this process holds now (its data processes not counted)."""
+    if paddle.get_device() != 'cpu':
+        return f'{paddle.device.cuda.max_memory_allocated() / 2 ** 30:.1f} GB'
+    with open('/proc/self/statm', encoding='ascii') as file:
+        return f'{int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30:.1f} GB'
+
+
+# ---- what is kept for the page
+
+class NoPredictions:
+    """Of the evaluations before the last: nothing is kept."""
+
+    def add(self, indices, labels, logits):
+        pass
+
+    def save(self, split):
+        pass
+
+
+class Predictions:
+    """What the model said about each image of an evaluation: predictions_SPLIT.npz in the run folder.
+
+    Its arrays are in the order of the list: index, label, top1 (n,) int64; probability of top1 and of label (n,) float32.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.rows = folder, []
+
+    @paddle.no_grad()
+    def add(self, indices, labels, logits):
+        """indices (B,), labels (B,), logits (B, K)"""
+        probabilities = F.softmax(logits.astype('float32'), axis=1)          # (B, K)
+        top, top1 = probabilities.topk(1, axis=1)
+        own = probabilities.take_along_axis(labels.unsqueeze(1), axis=1)
+        columns = [indices, labels, top1.squeeze(1), top.squeeze(1), own.squeeze(1)]
+        self.rows.append(paddle.stack([column.astype('float64') for column in columns], axis=1))   # (B, 5)
+
+    def save(self, split):
+        """Bring the rows of all processes together and write them on rank 0; start anew."""
+        rows = np.concatenate([np.zeros((0, 5)), *(row.numpy() for row in self.rows)])
+        self.rows, parts = [], [rows]
+        if utils.world_size() > 1:
+            parts = []
+            dist.all_gather_object(parts, rows)
+        if utils.rank() == 0:
+            with harmless('predictions'):
+                write_predictions(os.path.join(self.folder, f'predictions_{split}.npz'), np.concatenate(parts))
+
+
+def write_predictions(path, rows):
+    rows = rows[np.argsort(rows[:, 0], kind='stable')]
+    index, label, top1 = rows[:, :3].astype('int64').T
+    probability, label_probability = rows[:, 3:].astype('float32').T
+    utils.atomic_write(path, lambda file: np.savez_compressed(
+        file, index=index, label=label, top1=top1, probability=probability, label_probability=label_probability))
+
+
+def write_machine(path, device):
+    """machine.json of a run folder: where and with what the run was started last."""
+    if utils.rank() == 0:
+        with harmless(os.path.basename(path)):
+            text = json.dumps(machine(device), indent=1)
+            utils.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def keep_class_names(folder, data_path, count, resumed=False):
+    """Put the class names of the data folder, of `count` classes, into a training's run folder; rank 0 writes.
+
+    A resumed run keeps its own: they are those of the labels that it has learned. The log names a difference.
+    """
+    if utils.rank() == 0:
+        with harmless(class_names.FILE):
+            names, path = class_names.for_a_run(data_path, count), os.path.join(folder, class_names.FILE)
+            if resumed and os.path.exists(path):
+                _warn_of_other_names(path, names, data_path)
+            else:
+                _write_class_names(path, names)
+
+
+def keep_names_of_weights(folder, weights, data_path, count):
+    """Put the class names of a weight file, or else those of the data, into the folder of an evaluation; rank 0 writes."""
+    if utils.rank() == 0:
+        with harmless(class_names.FILE):
+            names_of_data, path = class_names.for_a_run(data_path, count), os.path.join(folder, class_names.FILE)
+            own = os.path.join(class_names.run_folder_of(weights), class_names.FILE)
+            if os.path.exists(own):
+                _warn_of_other_names(own, names_of_data, data_path)
+            if not os.path.exists(os.path.join(folder, 'config.yaml')):      # else it belongs to a training
+                _write_class_names(path, class_names.read_names(own) if os.path.exists(own) else names_of_data)
+
+
+def _warn_of_other_names(path, names, data_path):
+    difference = names and class_names.first_difference(class_names.read_names(path), names)
+    if difference:
+        log.warning('class names differ between %s and %s: %s; the labels may not mean the same', path,
+                    os.path.join(data_path, class_names.FILE), difference)
+
+
+def _write_class_names(path, names):
+    """Write class names, one per line, unless the file has them already."""
+    if names and not (os.path.exists(path) and class_names.read_names(path) == names):
+        text = ''.join(f'{name}\n' for name in names)
+        utils.atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def machine(device):
+    """{what: text} about the hardware and the versions that a run depends on."""
+    facts = {'device': f'{device} x {utils.world_size()}', 'processor': processor(), 'cores': cores()}
+    if device == 'gpu':
+        facts['gpu'] = paddle.device.cuda.get_device_name()
+        facts['gpu memory'] = f'{paddle.device.cuda.get_device_properties().total_memory / 2 ** 30:.0f} GB'
+        facts['cuda'], facts['cudnn'] = paddle.version.cuda(), paddle.version.cudnn()
+    facts.update({'memory': f'{os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30:.0f} GB',
+                  'system': platform.platform(), 'python': platform.python_version(), 'paddle': paddle.__version__,
+                  'numpy': np.__version__, 'code': commit(), 'command': command(),
+                  'folder': os.getcwd()})
+    return facts
+
+
+def command():
+    """The program's name and arguments, as a shell takes them."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def command_to_go_on(folder: str) -> str:
+    """Return the command that resumes this run, as a shell takes it; for paddle's launcher, which has own options, in words."""
+    resume = ['-opts', 'MODEL.RESUME', 'auto'] if 'MODEL.RESUME' in sys.argv else ['-resume', 'auto']
+    more = [*resume, '-output', folder]
+    if 'PADDLE_TRAINER_ID' in os.environ and multiprocessing.parent_process() is None:
+        return f'the same command with {shlex.join(more)}'
+    known = sys.argv[-len(more):] == more
+    return shlex.join([sys.executable, *sys.argv, *([] if known else more)])
+
+
+def processor():
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+        names = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
+    return names[0] if names else platform.machine()
+
+
+def commit():
+    """The commit of this code, with a + where files differ from it; '' outside a clone, or without git."""
+    command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False,
+                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    except (OSError, subprocess.TimeoutExpired):    # no git, or one that hangs
+        return ''
+    return done.stdout.strip()
+
+
+def write_report(folder):
+    """report.html of the run folder, by rank 0."""
+    if utils.rank() == 0:
+        with harmless('report.html'):
+            from reporting import report  # late: a page, which nothing in a training depends on
+            log.info('page: %s', report.write([folder], os.path.join(folder, 'report.html')))
+
+
+@contextmanager
+def harmless(what):
+    """Say in the log what could not be written for people to look at, and go on: a training does not fail of it."""
+    try:
+        yield
+    except Exception as error:                      # whatever it is
+        log.debug('traceback', exc_info=True)
+        log.warning('%s could not be written: %s: %s', what, type(error).__name__, error)
