@@ -41,7 +41,9 @@ def read_by_lines(path, num_classes):
                     and name[0] != '/' and os.path.normpath(name).split('/')[0] != '..')
             bad += not good
             rows.append((name, int(label) if good else None, number))
-    return f'{bad} bad lines' if bad else rows if rows else 'the list is empty'
+    if bad:
+        return f'{bad} bad lines?' if bad < 10 else 'at least 10 bad lines'
+    return rows or 'the list is empty'
 
 
 NAMES = ['a.png', 'a b.png', 'ü.png', '\u3000x', 'x\u00a0', 'x\x1c', 'a\tb', '.', '..a', 'a..', 'a/../b', '#a', 'a#', '7',

@@ -222,7 +222,10 @@ def test_main_programs_take_the_predecessors_flags(images, full_run, tmp_path):
 
 SAYS_THREADS = '''
 import atexit, sys
-atexit.register(lambda: 'utils' in sys.modules and print('threads', sys.modules['utils'].paddle_import.USER_THREADS, file=sys.stderr))
+def say():
+    if 'system.paddle_import' in sys.modules:
+        print('threads', sys.modules['system.paddle_import'].USER_THREADS, file=sys.stderr)
+atexit.register(say)
 '''
 
 
