@@ -15,7 +15,8 @@ import datasets
 from config import OF_ONE_START, changed, flatten, get_config
 from data import augment, class_names
 from model import weights
-from training import checkpoint, monitor, optim
+from training import checkpoint, optim, records
+from training.progress import Monitor
 from utils import log
 
 CHANGES_NO_SHAPE = {*OF_ONE_START, 'MODEL.ATTENTION', 'MODEL.DROPOUT', 'MODEL.DROPPATH', 'MODEL.FREEZE', 'MODEL.FREEZE_NORM'}
@@ -45,7 +46,7 @@ class Training:
     mix: Callable                                   # input, targets, rng, indices -> input, targets
     loss: Callable                                  # logits, targets -> losses
     autocast: Callable
-    monitor: monitor.Monitor
+    monitor: Monitor
     lr_at: Callable                                 # optimizer step -> learning rate
     seed: int
     epochs: int
@@ -149,7 +150,7 @@ def build_evaluation(config, device, folder, stop):
     return Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
                       to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
                       autocast=build_autocast(config, device), stop=stop,
-                      predictions=monitor.Predictions(folder) if config.EVAL else monitor.NoPredictions())
+                      predictions=records.Predictions(folder) if config.EVAL else records.NoPredictions())
 
 
 def build_training(config, model, device):
@@ -180,7 +181,7 @@ def build_training(config, model, device):
         optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
         scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
         loader=loader, to_input=to_input, autocast=build_autocast(config, device),
-        monitor=monitor.Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
+        monitor=Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
         mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
                              train.MIXUP_MODE),
         to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),

@@ -16,9 +16,10 @@ from data import augment
 from halonet import build_halonet, count_parameters
 from model.layers import running_statistics
 from model.safe_pickle import shown
-from training import checkpoint, monitor, optim
+from training import checkpoint, optim, records
 from training.builders import build_evaluation, build_saver, build_training, check_labels, load_weights, settle_classes
 from training.checkpoint import Progress
+from training.progress import evaluation_batches
 from training.results import check_table, save_result
 from utils import log
 
@@ -56,16 +57,16 @@ def run_evaluation(config, folder, device, stop):
     config = settle_classes(config)
     evaluation = build_evaluation(config, device, folder, stop)
     check_labels(config, evaluation.loader)
-    model, metrics = build_model(config), monitor.Metrics(folder)
+    model, metrics = build_model(config), records.Metrics(folder)
     table = config.RESULTS or os.path.join(folder, 'results.csv')
     check_table(table)                              # before the evaluation, not after it
     path = load_for_evaluation(model, config, folder)
     write_config(config, folder, 'config_eval.yaml')
-    monitor.write_machine(os.path.join(folder, 'machine_eval.json'), device)
-    monitor.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
+    records.write_machine(os.path.join(folder, 'machine_eval.json'), device)
+    records.keep_names_of_weights(folder, path, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES)
     result = evaluate(model, evaluation)
     evaluation.predictions.save('eval')
-    monitor.write_report(folder)
+    records.write_report(folder)
     report(result, metrics, 'val', epoch=0, step=0)                          # the last line on the console
     save_result(table, config, model, path, result, device)
     return {'val': result}
@@ -75,14 +76,14 @@ def prepare_training(config, folder, device, stop):
     """Build and restore all that `train` takes; the run folder gets its config.yaml last, when nothing can be wrong."""
     config = settle_classes(config)
     evaluation = build_evaluation(config, device, folder, stop)
-    model, metrics = build_model(config), monitor.Metrics(folder)
+    model, metrics = build_model(config), records.Metrics(folder)
     training = build_training(config, model, device)
     check_labels(config, training.loader, evaluation.loader)
     saver = build_saver(config, training, folder, stop)
     progress = restore(training, saver, config, metrics)
     write_config(config, folder, 'config.yaml')
-    monitor.write_machine(os.path.join(folder, 'machine.json'), device)
-    monitor.keep_class_names(folder, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES, resumed=progress.step > 0)
+    records.write_machine(os.path.join(folder, 'machine.json'), device)
+    records.keep_class_names(folder, config.DATA.DATA_PATH, config.MODEL.NUM_CLASSES, resumed=progress.step > 0)
     return training, evaluation, progress, saver, metrics
 
 
@@ -196,7 +197,7 @@ def train(training, evaluation, progress, saver, metrics):
         epoch = progress.epoch + 1
         last = epoch == training.epochs
         if last:
-            evaluation.predictions = monitor.Predictions(saver.folder)
+            evaluation.predictions = records.Predictions(saver.folder)
         due, evaluated = last or epoch % saver.freq == 0, last or epoch % training.validate_freq == 0
         if due and evaluated:
             save_checkpoint(training, progress, saver)                       # an evaluation may fail
@@ -254,7 +255,7 @@ def train_one_epoch(training, progress, saver, metrics):
         if stop or save:
             save_checkpoint(training, progress, saver)
         if stop:
-            raise utils.Stopped(f'stopped after step {progress.step}; to go on: {monitor.command_to_go_on(saver.folder)}')
+            raise utils.Stopped(f'stopped after step {progress.step}; to go on: {records.command_to_go_on(saver.folder)}')
 
 
 def mix_rng(training, progress):
@@ -321,7 +322,7 @@ def evaluate(model, evaluation, split='val'):
     """
     model.eval()
     totals = utils.Totals()
-    with closing(monitor.evaluation_batches(evaluation.loader, split)) as batches:
+    with closing(evaluation_batches(evaluation.loader, split)) as batches:
         for images, labels, indices in batches:
             if evaluation.stop.requested:
                 break
@@ -385,7 +386,7 @@ def write_config(config, folder, name):
 
 def describe(config, device, folder):
     """Log what runs where, and how it was started."""
-    log.debug('started by: %s', monitor.command())
+    log.debug('started by: %s', records.command())
     if device == 'cpu' and config.DEVICE == 'auto':
         log.info('no GPU: running on the CPU')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__, device,

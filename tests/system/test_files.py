@@ -16,7 +16,8 @@ import utils
 from config import get_config
 from halonet import build_halonet
 from system import files
-from training import engine, monitor, results
+from training import engine, results
+from training.records import Metrics
 
 NO_DISK = OSError(errno.ENOSPC, 'No space left on device')
 fork = multiprocessing.get_context('fork')
@@ -174,7 +175,7 @@ def test_a_table_of_results_cannot_be_a_pipe(tmp_path):
 
 
 def test_the_records_survive_a_full_disk(tmp_path):
-    metrics = monitor.Metrics(tmp_path)
+    metrics = Metrics(tmp_path)
     metrics.write(epoch=1, step=0, split='val', loss=1.0)
     whole = (tmp_path / 'metrics.jsonl').read_text()
     with full_at(len(whole) + 9), pytest.raises(OSError, match='File too large.*metrics.jsonl'):
@@ -185,7 +186,7 @@ def test_the_records_survive_a_full_disk(tmp_path):
 
 
 def test_curves_that_cannot_be_written_end_no_run(tmp_path, caplog):
-    metrics = monitor.Metrics(tmp_path)
+    metrics = Metrics(tmp_path)
     (tmp_path / 'tensorboard').write_text('a file in its place')
     for step in (1, 2):
         metrics.write(epoch=1, step=step, split='train', loss=1.0)

@@ -289,18 +289,18 @@ def test_other_errors_keep_their_traceback(tmp_path):
     ['-opts', 'MODEL.RESUME', 'auto', 'OUTPUT', 'a run'], ['-resume', 'auto', '-output', 'a run']])
 def test_the_command_to_go_on_is_whole(words, monkeypatch, tmp_path):
     import config
-    from training import monitor
+    from training import records
     monkeypatch.chdir(tmp_path)
     for name in ('a b.yaml', 'c.yaml'):
         (tmp_path / name).write_text('SEED: 5')
     monkeypatch.setattr(sys, 'argv', ['my clone/main_single_gpu.py', *words])
-    python, program, *rest = shlex.split(monitor.command_to_go_on('a run'))
+    python, program, *rest = shlex.split(records.command_to_go_on('a run'))
     assert (python, program) == (sys.executable, 'my clone/main_single_gpu.py')
     again = config.parse_args(rest)
     assert (again.MODEL.RESUME, again.OUTPUT) == ('auto', 'a run')
     assert again.SEED == config.parse_args(words).SEED and again.AMP == ('-amp' in words)
     monkeypatch.setenv('PADDLE_TRAINER_ID', '0')
-    assert monitor.command_to_go_on('a run') in ("the same command with -resume auto -output 'a run'",
+    assert records.command_to_go_on('a run') in ("the same command with -resume auto -output 'a run'",
                                                  "the same command with -opts MODEL.RESUME auto -output 'a run'")
 
 

@@ -19,7 +19,8 @@ from reporting import charts, page
 from reporting.report import write
 from reporting.runs import Run, read_run
 from tools import report
-from training import engine, monitor
+from training import engine
+from training import records as run_records
 
 CHARTS = {                                          # title -> key, splits
     'Top-1 accuracy': ('acc1', ('train', 'val', 'val_ema')), 'Top-5 accuracy': ('acc5', ('train', 'val', 'val_ema')),
@@ -321,7 +322,7 @@ def many(folder, classes, count, names):
     options = ['DATA.DATA_PATH', str(folder / 'data'), 'MODEL.NUM_CLASSES', classes]
     (folder / 'config.yaml').write_text(get_config('configs/halonet_50ts_256.yaml', options).dump())
     rows = np.stack([np.arange(count), labels, top1, rng.random(count), rng.random(count)], 1)
-    monitor.write_predictions(folder / 'predictions_val.npz', rows)
+    run_records.write_predictions(folder / 'predictions_val.npz', rows)
     with open(folder / 'metrics.jsonl', 'w', encoding='utf-8') as file:
         for step in range(1, 1501):
             record = {'epoch': (step - 1) // 5 + 1, 'step': step, 'split': 'train', 'loss': 7 / step ** 0.5 + rng.random(),

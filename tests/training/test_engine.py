@@ -16,7 +16,7 @@ import datasets
 import utils
 from config import get_config
 from halonet import build_halonet
-from training import checkpoint, engine, optim
+from training import builders, checkpoint, engine, optim
 
 EVERYTHING = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
               'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', 'TRAIN.ACCUM_ITER', 2, 'DATA.BATCH_SIZE', 3, 'MODEL.DROPOUT', 0.2,
@@ -106,7 +106,7 @@ def test_what_is_between_epochs_does_not_slow_the_next_one(images, tmp_path, mon
 @pytest.mark.parametrize('mode, images_per_step', [('batch', 8), ('half', 4)])
 def test_the_progress_line_counts_the_images_that_are_trained_on(images, tmp_path, monkeypatch, mode, images_per_step):
     counts = []
-    monkeypatch.setattr(engine.monitor.Monitor, 'step', lambda self, lr, images: counts.append(images))
+    monkeypatch.setattr(builders.Monitor, 'step', lambda self, lr, images: counts.append(images))
     run(images, tmp_path, 'TRAIN.MIXUP_ALPHA', 1.0, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
     assert counts == [images_per_step, images_per_step, images_per_step // 2] * 2      # 5 batches an epoch, in pairs
 
