@@ -1,6 +1,7 @@
 """What every part needs and no part owns: processor set-up, rank facts and reductions, logging, run folders, sums."""
 import ctypes
 import io
+import itertools
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, 
             PermissionError)
 LOST = re.compile('/third_party/gloo/|/core/distributed/store/')      # in errors about a partner that is gone
 PATIENCE = 1800                             # seconds that one process may work while the others wait for it
+_meetings = itertools.count(1)              # numbers of the calls of `meet`, the same on all ranks
 
 
 class Failure(RuntimeError):
@@ -215,8 +217,8 @@ def meet(failed=0):
     if world_size() == 1:
         return
     store = paddle.base.core.create_or_get_global_tcp_store()                # no public way to wait without a time limit
-    meet.calls += 1
-    here, broken = f'halonet/meet/{meet.calls}', f'halonet/meet/{meet.calls}/failed'
+    meeting = next(_meetings)
+    here, broken = f'halonet/meet/{meeting}', f'halonet/meet/{meeting}/failed'
     if failed:
         store.add(broken, failed)
     store.add(here, 1)
@@ -232,9 +234,6 @@ def meet(failed=0):
     dist.barrier()                                  # rank 0 holds the store: it stays until everybody has read
     if code:
         raise (ValueError if code == MISTAKE else Failure)('another process failed; its message says why')
-
-
-meet.calls = 0
 
 
 # ---- logging

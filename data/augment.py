@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Optional
 
 import numpy as np
 import paddle
@@ -194,7 +195,7 @@ class RandAugment:
     `probability` at a magnitude that is normal about `magnitude`, uniform below it for an infinite `deviation`."""
 
     ops: tuple = RAND_OPS
-    weights: tuple = None
+    weights: Optional[tuple] = None
     increasing: bool = False
     magnitude: float = 10
     deviation: float = 0.0

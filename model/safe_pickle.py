@@ -10,7 +10,7 @@ hashing tuples that contain each other twice takes time without end.
 import io
 import pickle
 import struct
-from typing import Any, BinaryIO, Optional
+from typing import Any, ClassVar, Optional
 
 import numpy as np
 
@@ -47,7 +47,8 @@ class Call:
     __slots__ = ('function', 'args', 'state')
 
     def __init__(self, function, args: tuple):
-        self.function, self.args, self.state = function, args, None
+        self.function, self.args = function, args
+        self.state: Any = None
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class Blob:
 
     __slots__ = ('file', 'start', 'length', 'text')
 
-    def __init__(self, file: BinaryIO, start: int, length: int, text: bool = False):
+    def __init__(self, file: io.BufferedIOBase, start: int, length: int, text: bool = False):
         self.file, self.start, self.length, self.text = file, start, length, text
 
     def array(self, dtype: np.dtype) -> np.ndarray:
@@ -90,7 +91,7 @@ class Blob:
 STAND_INS = (Global, Call, Reference, Opaque, Blob)
 
 
-def load(file: BinaryIO, references: Optional[list] = None) -> Any:
+def load(file: io.BufferedIOBase, references: Optional[list] = None) -> Any:
     """Read one pickle from an open file, up to its end.
 
     references: gets every Reference in the order of the file. Raises ValueError for a pickle that is damaged, too
@@ -279,7 +280,7 @@ class _Unpickler(pickle._Unpickler):
         elif type(target) is not dict:              # attributes of an OrderedDict: PyTorch's _metadata
             self.refuse()
 
-    dispatch = dict.fromkeys(range(256), refuse)
+    dispatch: ClassVar[dict[int, Any]] = dict.fromkeys(range(256), refuse)
     dispatch.update({code[0]: pickle._Unpickler.dispatch[code[0]] for code in AS_THEY_ARE})
     dispatch.update({
         pickle.FRAME[0]: load_frame, pickle.LONG_BINPUT[0]: load_long_binput,

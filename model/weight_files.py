@@ -85,7 +85,7 @@ def _choose(content: dict, ema: bool, path: str) -> dict:
     if averaged and not ema:
         log.info('%s holds weights and their moving average (EMA): taking the weights; MODEL.PRETRAINED_EMA True is for the EMA',
                  path)
-    if ema:                                         # our checkpoints average the parameters only, not the statistics
+    if averaged and ema:                            # our checkpoints average the parameters only, not the statistics
         return {**_bare(whole or {}, path), **_bare(averaged, path)}
     return _bare(whole or content, path)
 
@@ -142,7 +142,9 @@ class _Arrays:
         size = os.fstat(file.fileno()).st_size
         self.budget = min(limit, 4 * size + SLACK)  # bytes: bfloat16 doubles, and a few keys may share an array
         self.left, self.left_to_decode = self.budget, 2 * size + SLACK
-        self.find, self.made, self.storages = find, {}, {}
+        self.find = find
+        self.made: dict = {}
+        self.storages: dict = {}
 
     def take(self, value) -> Optional[np.ndarray]:
         """The array that a stand-in means, or None where it means none. Raises ValueError for a damaged one."""
@@ -226,15 +228,15 @@ class _Arrays:
         storage, count = weight_formats.storage(reference.id), _size(shape)
         _size(strides)
         reach = _size((offset,)) + 1 + sum((n - 1) * step for n, step in zip(shape, strides))
-        if len(shape) != len(strides) or count > storage.count or count and reach > storage.count:
+        if len(shape) != len(strides) or count > storage.size or count and reach > storage.size:
             raise ValueError(f'a tensor of shape {list(shape)}, strides {list(strides)} and offset {offset} lies outside its '
-                             f'storage of {storage.count} numbers')
+                             f'storage of {storage.size} numbers')
         if storage not in self.storages:
-            self.spend(storage.count, storage.kind)
-            self.storages[storage] = _numbers(self.find(storage), storage.kind, (storage.count,))
+            self.spend(storage.size, storage.kind)
+            self.storages[storage] = _numbers(self.find(storage), storage.kind, (storage.size,))
         numbers = self.storages[storage]
         steps = [step * numbers.itemsize for step in strides] if count else None
-        return np.ndarray(shape, numbers.dtype, numbers, min(offset, storage.count) * numbers.itemsize if count else 0, steps)
+        return np.ndarray(shape, numbers.dtype, numbers, min(offset, storage.size) * numbers.itemsize if count else 0, steps)
 
 
 MAKERS = {'torch._utils._rebuild_tensor': _Arrays.tensor, 'torch._utils._rebuild_tensor_v2': _Arrays.tensor}

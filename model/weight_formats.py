@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -39,15 +39,15 @@ class Raw(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The memory that tensors of PyTorch lie in: `count` numbers of a type as in TORCH_STORAGES."""
+    """The memory that tensors of PyTorch lie in: `size` numbers of a type as in TORCH_STORAGES."""
 
     key: str
     kind: str
-    count: int
+    size: int
 
     @property
     def nbytes(self) -> int:
-        return self.count * itemsize(self.kind)
+        return self.size * itemsize(self.kind)
 
 
 def itemsize(kind: str) -> int:
@@ -55,7 +55,7 @@ def itemsize(kind: str) -> int:
     return 2 if kind == 'bfloat16' else np.dtype(kind).itemsize
 
 
-def open_file(file: BinaryIO) -> tuple[Any, Optional[Callable]]:
+def open_file(file: io.BufferedIOBase) -> tuple[Any, Optional[Callable]]:
     """What an open file of any known format holds, with stand-ins for arrays.
 
     Returns the content, and for PyTorch's files the function from a Storage to its bytes or Blob. Raises ValueError for
@@ -179,7 +179,7 @@ def _open_torch_legacy(file):
     blobs, size = {}, os.fstat(file.fileno()).st_size
     for key in keys:
         count, start = int.from_bytes(file.read(8), 'little'), file.tell()
-        if count != named[key].count or named[key].nbytes > size - start:
+        if count != named[key].size or named[key].nbytes > size - start:
             raise ValueError(f'it is incomplete: the storage {shown(key)!r} is not there as a whole')
         blobs[named[key]] = Blob(file, start, named[key].nbytes)
         file.seek(start + named[key].nbytes)

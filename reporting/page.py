@@ -14,7 +14,7 @@ FEW_CLASSES = 30                                    # up to so many: the whole c
 NUMBERED = 16                                       # up to so many classes: counts written in the matrix's cells
 PAIRS, WORST, MISTAKES = 20, 20, 24                 # what is shown of many: confused pairs, classes, surest mistakes
 PERCENT = {'unit': '\u202f%', 'top': 100, 'linear': True}
-CURVES = (                                          # title, key of metrics.jsonl, splits, factor, how it is drawn
+CURVES: tuple[tuple, ...] = (                       # title, key of metrics.jsonl, splits, factor, how it is drawn
     ('Top-1 accuracy', 'acc1', tuple(SPLITS), 1, PERCENT),
     ('Loss', 'loss', tuple(SPLITS), 1, {}),
     ('Top-5 accuracy', 'acc5', tuple(SPLITS), 1, PERCENT),
@@ -321,7 +321,7 @@ def footer(runs):
 
 # ---- several runs
 
-COMPARED = (                                        # title, split, key, how it is drawn
+COMPARED: tuple[tuple, ...] = (                     # title, split, key, how it is drawn
     ('Top-1, val', 'val', 'acc1', PERCENT), ('Top-1, EMA', 'val_ema', 'acc1', PERCENT), ('Loss, val', 'val', 'loss', {}),
     ('Loss, train', 'train', 'loss', {}), ('Learning rate', 'train', 'lr', {'digits': 3, 'linear': True}),
     ('Training speed, images/s', 'train', 'images_per_s', {'linear': True}),

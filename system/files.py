@@ -20,7 +20,7 @@ TEMPORARY = '.tmp'                                  # with a number: the ending 
 LOCK = 'run.lock'                                   # in a run folder
 LOCK_PATIENCE = 10                                  # seconds: after a restart the old process may still be ending
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # by some network file systems, FUSE, CIFS
-_held = set()                                       # open lock files of run folders
+_held: set[BinaryIO] = set()                        # open lock files of run folders
 
 
 def sync(descriptor: int) -> None:

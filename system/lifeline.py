@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Callable, Optional
+from typing import Callable, Optional, cast
 
 _libc = ctypes.CDLL(None)
 
 TOKEN, RANK = 16, 4                                 # bytes of a caller's message
 BACKLOG = 1024                                      # connections that wait to be accepted
 
-lines = {}                                          # on rank 0 {rank: connection}, elsewhere {0: connection}
+lines: dict[int, socket.socket] = {}                # on rank 0 {rank: connection}, elsewhere {0: connection}
 
 
 def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable, patience: float = 10) -> list[int]:
@@ -84,12 +84,14 @@ def accept(listener: socket.socket, token: bytes, callers: set[int], patience: f
                         line, _ = listener.accept()
                         line.setblocking(False)
                         selector.register(line, selectors.EVENT_READ, bytearray())
-                elif received(key.fileobj, key.data):
-                    selector.unregister(key.fileobj)
-                    keep(key.fileobj, caller_of(key.data, token), callers)
+                    continue
+                line = cast(socket.socket, key.fileobj)
+                if received(line, key.data):
+                    selector.unregister(line)
+                    keep(line, caller_of(key.data, token), callers)
         for key in selector.get_map().values():
             if key.fileobj is not listener:
-                key.fileobj.close()
+                cast(socket.socket, key.fileobj).close()
 
 
 def received(line: socket.socket, message: bytearray) -> bool:

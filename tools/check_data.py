@@ -56,7 +56,8 @@ def read(path: str, max_pixels: int) -> Result:
             image = image_files.open_image(file, max_pixels)
             mode, traits = image.mode, tuple(image_files.traits(image))
             image_files.to_rgb(image)
-            return Result('', *image.size, image.format, mode, traits, digest.hexdigest())
+            width, height = image.size
+            return Result('', width, height, image.format, mode, traits, digest.hexdigest())
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         return Result(image_files.reason(error))
 

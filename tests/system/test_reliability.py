@@ -1,4 +1,5 @@
 """Nothing lost when things break: exact resume, stopping on request, failing together, full disks, broken input."""
+import itertools
 import multiprocessing
 import os
 import random
@@ -251,7 +252,7 @@ def store(monkeypatch):
     monkeypatch.setattr(utils, 'world_size', lambda: 2)
     monkeypatch.setattr(utils.dist, 'barrier', lambda: None)
     monkeypatch.setattr(paddle.base.core, 'create_or_get_global_tcp_store', lambda: store)
-    monkeypatch.setattr(utils.meet, 'calls', 0)
+    monkeypatch.setattr(utils, '_meetings', itertools.count(1))
     return store
 
 
