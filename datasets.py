@@ -19,7 +19,7 @@ import paddle
 from PIL import Image
 
 import utils
-from data import augment, class_names, image_files
+from data import augment, class_names, generators, image_files
 from data.list_file import ImageList, read_list
 from system import lifeline
 
@@ -113,7 +113,7 @@ class ListDataset:
         except Exception as error:                  # Pillow may raise nearly anything for a damaged file
             return self._problem(image_index, path, error)
         try:
-            pixels = self.transform(image, augment.rng_for(self.seed, augment.TRANSFORM, epoch, index))
+            pixels = self.transform(image, generators.rng_for(self.seed, generators.TRANSFORM, epoch, index))
         except (OSError, MemoryError) as error:     # a reader that decodes what the crop needs may find damage only now
             return self._problem(image_index, path, error)
         return pixels.transpose(2, 0, 1), self.samples.labels[image_index], index
@@ -222,7 +222,7 @@ class TrainSampler:
         return self.num_samples // (self.batch_size * self.world)
 
     def batches(self, epoch, start=0):
-        rng = augment.rng_for(self.seed, augment.ORDER, epoch)
+        rng = generators.rng_for(self.seed, generators.ORDER, epoch)
         order = rng.permutation(self.num_samples) if self.repeats == 1 else \
             repeated_order(self.num_samples, self.repeats, self.step_size, rng)
         for k in range(start, len(self)):

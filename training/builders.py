@@ -13,7 +13,7 @@ from paddle import nn
 
 import datasets
 from config import OF_ONE_START, changed, flatten, get_config
-from data import augment, class_names
+from data import class_names, mixing
 from model import weights
 from training import checkpoint, optim, records
 from training.progress import Monitor
@@ -169,7 +169,7 @@ def build_training(config, model, device):
 
     def to_input(images, indices, epoch):
         images = datasets.normalise(images, data.MEAN, data.STD)
-        return augment.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
+        return mixing.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
                                    mode=train.RANDOM_ERASE_MODE)
 
     if train.SYNC_BN:
@@ -182,9 +182,9 @@ def build_training(config, model, device):
         scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
         loader=loader, to_input=to_input, autocast=build_autocast(config, device),
         monitor=Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
-        mix=augment.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
+        mix=mixing.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
                              train.MIXUP_MODE),
-        to_targets=partial(augment.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
+        to_targets=partial(mixing.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
         lr_at=optim.build_schedule(config, base_lr, steps_per_epoch), loss=optim.build_loss(config),
         clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
         seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,

@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 
 from config import dump_run
-from data import augment
+from data import generators
 from halonet import build_halonet, count_parameters
 from model.layers import running_statistics
 from model.safe_pickle import shown
@@ -230,7 +230,7 @@ def train_one_epoch(training, progress, saver, metrics):
     for batches in grouped(batches_of_epoch, training.accum):
         lr = training.lr(progress)
         training.optimizer.set_lr(lr)
-        paddle.seed(int(augment.rng_for(training.seed, augment.DROPOUT, progress.step, rank).integers(2 ** 31)))
+        paddle.seed(int(generators.rng_for(training.seed, generators.DROPOUT, progress.step, rank).integers(2 ** 31)))
         for i, (images, labels, indices) in enumerate(batches):
             images = training.to_input(images, indices, progress.epoch)
             images, targets = training.mix(images, training.to_targets(labels), mix_rng(training, progress), indices)
@@ -260,7 +260,7 @@ def train_one_epoch(training, progress, saver, metrics):
 
 def mix_rng(training, progress):
     """The same for all passes and processes of a step, so that the mixing does not depend on how the step is split."""
-    return augment.rng_for(training.seed, augment.MIX, progress.step)
+    return generators.rng_for(training.seed, generators.MIX, progress.step)
 
 
 def grouped(items, size):

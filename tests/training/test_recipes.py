@@ -9,7 +9,7 @@ import pytest
 from runs import ROOT, TINY, make_images, options, program, records
 
 from config import flatten, get_config
-from data import augment
+from data import mixing
 from halonet import build_halonet
 from training import builders, engine, optim
 
@@ -140,7 +140,7 @@ def test_training_is_built_from_the_options(images):
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
                                'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
     training = builders.build_training(config, build_halonet(config), 'cpu')
-    assert training.mix == augment.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
+    assert training.mix == mixing.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
     assert (training.loader.sampler.repeats, training.loader.sampler.step_size) == (3, 24)
     logits, targets = paddle.randn([2, 4]), paddle.to_tensor([[0.1, 0.9, 0, 0], [0.3, 0.3, 0.4, 0]])
     assert training.loss(logits, targets).tolist() == optim.binary_cross_entropy(logits, targets, 0.2).tolist()
