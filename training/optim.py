@@ -1,42 +1,56 @@
-"""The mathematics of an update: losses, learning rate, decay groups, optimizers, gradient clipping, averaged weights."""
+"""The mathematics of an update: losses, learning rates, optimizers, gradient clipping, averaged weights."""
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Optional, Union
 
 import paddle
 import paddle.nn.functional as F
+from paddle import nn
+from paddle.optimizer import Optimizer
+from yacs.config import CfgNode
+
+from system import paddle_internals
+
+Loss = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]              # logits, targets (B, K) -> losses (B,)
 
 # ---- losses
 
-def cross_entropy(logits, targets):
-    """Soft-target cross-entropy of each sample in float32: logits (B, K), targets (B, K) -> (B,)."""
+
+def cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
+    """Compute the soft-target cross-entropy of each sample in float32: logits (B, K), targets (B, K) -> (B,)."""
     return -(targets * F.log_softmax(logits.astype('float32'), axis=-1)).sum(-1)
 
 
-def binary_cross_entropy(logits, targets, threshold=-1.0):
-    """Binary cross-entropy of each sample, the mean of its classes, in float32: logits (B, K), targets (B, K) -> (B,).
+def binary_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor, threshold: float = -1.0) -> paddle.Tensor:
+    """Compute each sample's mean binary cross-entropy over classes: logits (B, K), targets (B, K) -> (B,), float32.
 
     Targets above `threshold` count as 1 and others as 0; a negative threshold leaves them soft. As in timm.
     """
     if threshold >= 0:
         targets = (targets > threshold).astype('float32')
-    return F.binary_cross_entropy_with_logits(logits.astype('float32'), targets, reduction='none').mean(-1)
+    losses = F.binary_cross_entropy_with_logits(logits.astype('float32'), targets, reduction='none')     # (B, K)
+    return losses.mean(-1)
 
 
-def build_loss(config):
-    """The loss that TRAIN.LOSS names: logits (B, K), targets (B, K) -> (B,)."""
-    train = config.TRAIN
-    return {'ce': cross_entropy, 'bce': partial(binary_cross_entropy, threshold=train.BCE_THRESHOLD)}[train.LOSS]
+def build_loss(config: CfgNode) -> Loss:
+    """Return the loss that TRAIN.LOSS names: logits (B, K), targets (B, K) -> (B,)."""
+    if config.TRAIN.LOSS == 'bce':
+        return partial(binary_cross_entropy, threshold=config.TRAIN.BCE_THRESHOLD)
+    return cross_entropy
 
 
 # ---- learning rate
 
-def lr_at(step, *, total_steps, warmup_steps, base_lr, warmup_lr, end_lr, schedule='cosine', cooldown_steps=0, decay_steps=1,
-          decay_rate=1.0):
-    """Learning rate of optimizer step `step` (counted from 0): linear from warmup_lr to base_lr, the schedule, the cool-down.
+def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, warmup_lr: float, end_lr: float,
+          schedule: str = 'cosine', cooldown_steps: int = 0, decay_steps: float = 1,
+          decay_rate: float = 1.0) -> float:
+    """Compute the learning rate of optimizer step `step`, counted from 0.
 
-    cosine: half a cosine that its last step ends at end_lr. step: base_lr * decay_rate ** (decay_steps passed since step 0,
-    as TensorFlow and timm count), but not below end_lr. The last cooldown_steps have end_lr.
+    It rises linearly from warmup_lr to base_lr, then follows the schedule. The last cooldown_steps have end_lr.
+    cosine: half a cosine; its last step has end_lr.
+    step: base_lr * decay_rate ** (decay_steps passed since step 0, as TensorFlow and timm count), at least end_lr.
     """
     if step < warmup_steps:
         return warmup_lr + (base_lr - warmup_lr) * step / warmup_steps
@@ -49,173 +63,214 @@ def lr_at(step, *, total_steps, warmup_steps, base_lr, warmup_lr, end_lr, schedu
     return end_lr + (base_lr - end_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_schedule(config, base_lr, steps_per_epoch):
-    """A function of the optimizer step: the learning rate as TRAIN says, after warm-up `base_lr`."""
+def build_schedule(config: CfgNode, base_lr: float, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return the schedule that TRAIN describes: optimizer step -> learning rate, `base_lr` after warm-up."""
     train = config.TRAIN
-    return partial(lr_at, schedule=train.LR_SCHEDULE, base_lr=base_lr, warmup_lr=train.WARMUP_LR, end_lr=train.END_LR,
-                   total_steps=train.NUM_EPOCHS * steps_per_epoch, warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
-                   cooldown_steps=round(train.COOLDOWN_EPOCHS * steps_per_epoch),
-                   decay_steps=train.DECAY_EPOCHS * steps_per_epoch, decay_rate=train.DECAY_RATE)
+    return partial(
+        lr_at, schedule=train.LR_SCHEDULE, base_lr=base_lr, warmup_lr=train.WARMUP_LR, end_lr=train.END_LR,
+        total_steps=train.NUM_EPOCHS * steps_per_epoch, warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
+        cooldown_steps=round(train.COOLDOWN_EPOCHS * steps_per_epoch),
+        decay_steps=train.DECAY_EPOCHS * steps_per_epoch, decay_rate=train.DECAY_RATE)
 
 
-def scaled_lr(base_lr, global_batch, reference_batch):
-    """Linear scaling of the learning rate with the batch (Goyal et al. 2017); reference_batch 0: none."""
-    return base_lr * global_batch / reference_batch if reference_batch else base_lr
+def scaled_lr(base_lr: float, global_batch: int, reference_batch: int) -> float:
+    """Scale a learning rate linearly with the batch (Goyal et al. 2017); reference_batch 0: leave it."""
+    if not reference_batch:
+        return base_lr
+    return base_lr * global_batch / reference_batch
 
 
-def trainable(model):
-    """{name: parameter}; Paddle counts batch-norm statistics as parameters too, and they are left out here."""
+# ---- parameters
+
+def trainable(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Return {name: parameter} of what is trained. Paddle's parameters() has batch-norm statistics as well."""
     return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
 
 
-def set_values(tensors, values):
-    """Copy `values` into the tensors of the same names."""
+def set_values(tensors: Mapping[str, paddle.Tensor], values: Mapping[str, Any]) -> None:
+    """Copy each of `values` into the tensor of the same name."""
     for name, value in values.items():
         tensors[name].set_value(value)
 
 
-# ---- optimizers
+def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Return {parameter name: factor of its learning rate}, as in timm.
 
-def layer_scales(names, decay):
-    """{name: factor of its learning rate}: 1 for the head, times `decay` for each layer further down: blocks, stem. As in timm.
-
-    `names` of parameters are in the order of the network; the final convolution counts to the last block.
+    The head has the factor 1. Each layer below it has `decay` times that of the layer above: the blocks, last the
+    stem. `names` are in the order of the network. The final convolution belongs to the last block.
     """
-    layer = {name: '.'.join(name.split('.')[:3]) if name.startswith('stages.') else name.split('.')[0] for name in names}
-    last_block = next((key for key in reversed(layer.values()) if key.startswith('stages.')), None)
-    layer = {name: last_block if key == 'final_conv' else key for name, key in layer.items()}
-    below_head = {key: i for i, key in enumerate(reversed(dict.fromkeys(layer.values())))}
-    return {name: decay ** below_head[layer[name]] for name in names}
+    layer_of = {name: _layer_of(name) for name in names}
+    blocks = [layer for layer in layer_of.values() if layer.startswith('stages.')]
+    for name, layer in layer_of.items():
+        if layer == 'final_conv':
+            layer_of[name] = blocks[-1]
+    layers = list(dict.fromkeys(layer_of.values()))                          # each once, the stem first
+    depth = {layer: len(layers) - 1 - i for i, layer in enumerate(layers)}   # 0: the head
+    return {name: decay ** depth[layer] for name, layer in layer_of.items()}
 
 
-def decay_groups(model, weight_decay, layer_decay=1.0):
-    """Parameter groups: decay on matrices and kernels, none on norms, biases and tables of relative positions.
+def _layer_of(name: str) -> str:
+    """Return the layer that a parameter belongs to: 'stem', a block such as 'stages.0.1', 'final_conv' or 'head'."""
+    parts = name.split('.')
+    if parts[0] == 'stages':
+        return '.'.join(parts[:3])
+    return parts[0]
 
-    Paddle's 'learning_rate' of a group is a factor of the optimizer's.
+
+def decay_groups(model: nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Return Paddle's parameter groups: with weight decay matrices and kernels, without it all others.
+
+    Those are norms, biases and tables of relative positions. Paddle's 'learning_rate' of a group is a factor of the
+    optimizer's.
     """
-    parameters, groups = trainable(model), {}
+    parameters = trainable(model)
+    groups: dict[tuple, dict] = {}
     for name, scale in layer_scales(parameters, layer_decay).items():
-        free = parameters[name].ndim < 2 or name.endswith('_rel')
-        group = {'params': [], 'weight_decay': 0.0 if free else weight_decay, 'learning_rate': scale}
-        groups.setdefault((scale, free), group)['params'].append(parameters[name])
+        decays = parameters[name].ndim >= 2 and not name.endswith('_rel')
+        group = {'params': [], 'weight_decay': weight_decay if decays else 0.0, 'learning_rate': scale}
+        groups.setdefault((scale, decays), group)['params'].append(parameters[name])
     return list(groups.values())
 
 
-class RMSProp(paddle.optimizer.RMSProp):
-    """TensorFlow's: epsilon inside the root, learning rate inside the momentum, and the mean square starts at 1."""
+# ---- optimizers
 
-    def _add_accumulator(self, name, param, *args, **kwargs):
-        if name == self._mean_square_acc_str:
-            kwargs['fill_value'] = 1.0              # Paddle starts at 0, which makes the first steps huge
-        return super()._add_accumulator(name, param, *args, **kwargs)
+def lamb(groups: list[dict], weight_decay: float, betas: list[float], eps: float) -> Optimizer:
+    """Return Paddle's Lamb for parameter groups that have this weight decay or none.
 
-
-def _lamb(groups, train):
-    # Paddle's Lamb takes no decay from groups: it asks for each parameter. Like timm's it adapts those with decay only; timm's
-    # clips the gradients to a norm of 1 by itself, which here is GRAD_CLIP 1.0
-    free = {parameter.name for group in groups if not group['weight_decay'] for parameter in group['params']}
+    Like timm's it adapts the parameters with weight decay only. timm's also clips the gradients to a norm of 1,
+    which here is TRAIN.GRAD_CLIP 1.0.
+    """
+    without_decay = set()                           # Paddle's Lamb asks for each parameter, not for groups
+    for group in groups:
+        if not group['weight_decay']:
+            without_decay.update(parameter.name for parameter in group['params'])
     groups = [{'params': group['params'], 'learning_rate': group['learning_rate']} for group in groups]
-    return paddle.optimizer.Lamb(0.0, train.WEIGHT_DECAY, *train.BETAS, epsilon=train.EPS, parameters=groups,
-                                 exclude_from_weight_decay_fn=lambda parameter: parameter.name in free)
+    return paddle.optimizer.Lamb(
+        0.0, weight_decay, *betas, epsilon=eps, parameters=groups,
+        exclude_from_weight_decay_fn=lambda parameter: parameter.name in without_decay)
 
 
-OPTIMIZERS = {
-    'adamw': lambda groups, train: paddle.optimizer.AdamW(0.0, *train.BETAS, epsilon=train.EPS, parameters=groups),
-    'sgd': lambda groups, train: paddle.optimizer.Momentum(0.0, train.MOMENTUM, parameters=groups, use_nesterov=True),
-    'lamb': _lamb,
-    'rmsprop': lambda groups, train: RMSProp(0.0, train.RMSPROP_ALPHA, train.EPS, train.MOMENTUM, parameters=groups),
-}
-
-
-def build_optimizer(config, model):
-    """The optimizer that TRAIN.OPTIMIZER names; its learning rate is set before each step."""
+def build_optimizer(config: CfgNode, model: nn.Layer) -> Optimizer:
+    """Return the optimizer that TRAIN.OPTIMIZER names; its learning rate is set before each step."""
     train = config.TRAIN
-    return OPTIMIZERS[train.OPTIMIZER](decay_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY), train)
+    groups = decay_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY)
+    if train.OPTIMIZER == 'adamw':
+        return paddle.optimizer.AdamW(0.0, *train.BETAS, epsilon=train.EPS, parameters=groups)
+    if train.OPTIMIZER == 'sgd':
+        return paddle.optimizer.Momentum(0.0, train.MOMENTUM, parameters=groups, use_nesterov=True)
+    if train.OPTIMIZER == 'lamb':
+        return lamb(groups, train.WEIGHT_DECAY, train.BETAS, train.EPS)
+    return paddle_internals.RMSProp(0.0, train.RMSPROP_ALPHA, train.EPS, train.MOMENTUM, parameters=groups)
 
 
 # ---- gradients
 
-def clip_norm(parameters, limit):
+def clip_norm(parameters: dict[str, paddle.Tensor], limit: float) -> None:
     """Scale all gradients together so that their joint norm is at most `limit`.
 
-    Paddle's own ClipGradByGlobalNorm would take the norm of each parameter group for itself.
+    Paddle's own ClipGradByGlobalNorm would take a separate norm for each parameter group.
     """
-    paddle.nn.utils.clip_grad_norm_(parameters.values(), limit)
+    nn.utils.clip_grad_norm_(parameters.values(), limit)
 
 
-def clip_value(parameters, limit):
-    """Cut each number of the gradients to -limit .. limit."""
-    paddle.nn.utils.clip_grad_value_(parameters.values(), limit)
+def clip_value(parameters: dict[str, paddle.Tensor], limit: float) -> None:
+    """Clip each number of the gradients to -limit .. limit."""
+    nn.utils.clip_grad_value_(parameters.values(), limit)
 
 
 @paddle.no_grad()
-def clip_agc(parameters, factor, least=1e-3):
-    """Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171): no unit's gradient exceeds `factor` times its weights.
+def clip_agc(parameters: dict[str, paddle.Tensor], factor: float, least: float = 1e-3) -> None:
+    """Clip by adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171).
 
-    Norms are of one output channel, one row of a position table, or a whole vector. The classifier is left alone, as in timm.
+    The norm of no unit's gradient exceeds `factor` times the norm of its weights. A unit is one output channel, one
+    row of a position table, or a whole vector. The classifier is left out, as in timm.
     """
     for name, parameter in parameters.items():
-        if not name.startswith('head.'):
-            axes = list(range(1, parameter.ndim)) or None
-            norm, grad_norm = (x.square().sum(axes, keepdim=True).sqrt() for x in (parameter, parameter.grad))
-            limit = norm.clip(min=least) * factor
-            parameter.grad.multiply_(paddle.where(grad_norm < limit, paddle.ones_like(limit), limit / grad_norm.clip(min=1e-6)))
+        if name.startswith('head.'):
+            continue
+        axes = list(range(1, parameter.ndim)) or None
+        norm = _unit_norms(parameter, axes)
+        grad_norm = _unit_norms(parameter.grad, axes)
+        limit = norm.clip(min=least) * factor
+        scale = limit / grad_norm.clip(min=1e-6)
+        parameter.grad.multiply_(paddle.where(grad_norm < limit, paddle.ones_like(limit), scale))
+
+
+def _unit_norms(x: paddle.Tensor, axes: Optional[list[int]]) -> paddle.Tensor:
+    return x.square().sum(axes, keepdim=True).sqrt()
 
 
 CLIPS = {'norm': clip_norm, 'value': clip_value, 'agc': clip_agc}
 
 
-def clip_gradients(model, limit, mode='norm'):
-    """Limit the gradients of `model` in place, by one of CLIPS; limit 0 leaves them."""
+def clip_gradients(model: nn.Layer, limit: float, mode: str = 'norm') -> None:
+    """Clip the gradients of `model` in place, by one of CLIPS; limit 0 leaves them."""
     if limit:
-        CLIPS[mode]({name: p for name, p in trainable(model).items() if p.grad is not None}, limit)
+        with_gradient = {name: p for name, p in trainable(model).items() if p.grad is not None}
+        CLIPS[mode](with_gradient, limit)
 
 
 # ---- state
 
-def optimizer_state(optimizer, model):
-    """The optimizer's state by structured parameter names: Paddle's own names count the layers of the whole process."""
+def optimizer_state(optimizer: Optimizer, model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Return the optimizer's state as {'parameter|slot': tensor}, by the names that parameters have in the model.
+
+    Paddle's own names count the layers that the whole process has made.
+    """
     structured = {parameter.name: name for name, parameter in model.named_parameters()}
     state = {}
     for key, value in optimizer.state_dict().items():
-        name = next((n for n in structured if key.startswith(n + '_')), None)
-        if name:
-            state[f'{structured[name]}|{key[len(name) + 1:]}'] = value
+        own_name = next((name for name in structured if key.startswith(f'{name}_')), None)
+        if own_name:
+            slot = key[len(own_name) + 1:]
+            state[f'{structured[own_name]}|{slot}'] = value
     return state
 
 
-def load_optimizer_state(optimizer, model, state):
-    """Inverse of optimizer_state, for the same model built in any process."""
+def load_optimizer_state(optimizer: Optimizer, model: nn.Layer, state: Mapping[str, Any]) -> None:
+    """Load what optimizer_state returned, for the same model built in any process."""
     parameters = dict(model.named_parameters())
-    optimizer.set_state_dict({f'{parameters[name].name}_{slot}': paddle.to_tensor(value)
-                              for name, slot, value in ((*key.split('|'), value) for key, value in state.items())})
+    by_own_names = {}
+    for key, value in state.items():
+        name, slot = key.split('|')
+        by_own_names[f'{parameters[name].name}_{slot}'] = paddle.to_tensor(value)
+    optimizer.set_state_dict(by_own_names)
 
+
+# ---- averaged weights
 
 class Ema:
-    """Exponential moving average of the parameters; batch-norm statistics are averages already and stay the model's.
+    """Exponential moving average of the parameters. Batch-norm statistics are averages already and are not in it.
 
-    `warmup` is the power of its warm-up, in which the decay of step t (from 0) is 1 - (1 + t) ** -warmup; 0: none.
+    With `warmup` > 0 the decay of step t (from 0) is at most 1 - (1 + t) ** -warmup.
     """
 
     splits = ('val', 'val_ema')
 
-    def __init__(self, model, decay, warmup=0.0):
+    def __init__(self, model: nn.Layer, decay: float, warmup: float = 0.0):
         self.decay, self.warmup = decay, warmup
+        self.restart(model)
+
+    def restart(self, model: nn.Layer) -> None:
+        """Set the average to the model's parameters."""
         self.average = {name: value.detach().clone() for name, value in trainable(model).items()}
 
     @paddle.no_grad()
-    def update(self, model, step):
+    def update(self, model: nn.Layer, step: int) -> None:
         """After optimizer step `step` (counted from 0): average = decay * average + (1 - decay) * weights."""
         decay = self.decay_at(step)
         for name, value in trainable(model).items():
             self.average[name].lerp_(value.detach(), 1 - decay)
 
-    def decay_at(self, step):
-        return min(self.decay, 1 - (1 + step) ** -self.warmup) if self.warmup else self.decay
+    def decay_at(self, step: int) -> float:
+        """Return the decay of an optimizer step, counted from 0."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, 1 - (1 + step) ** -self.warmup)
 
     @contextmanager
-    def applied(self, model, split):
-        """Within, `model` has the averaged parameters if `split` is 'val_ema', and its own if it is 'val'."""
+    def applied(self, model: nn.Layer, split: str) -> Iterator[None]:
+        """Give `model` the averaged parameters within the block if `split` is 'val_ema'; with 'val' do nothing."""
         own = {}
         if split == 'val_ema':
             own = {name: value.detach().clone() for name, value in trainable(model).items()}
@@ -225,32 +280,38 @@ class Ema:
         finally:
             set_values(trainable(model), own)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, paddle.Tensor]:
         return self.average
 
-    def load(self, state):
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Copy a saved average, {name: value}."""
         set_values(self.average, state)
 
 
 class NoEma:
-    """In Ema's place where TRAIN.EMA_DECAY is 0."""
+    """Stands for Ema where TRAIN.EMA_DECAY is 0: averages nothing."""
 
     splits = ('val',)
 
-    def update(self, model, step):
+    def restart(self, model: nn.Layer) -> None:
+        pass
+
+    def update(self, model: nn.Layer, step: int) -> None:
         pass
 
     @contextmanager
-    def applied(self, model, split):
+    def applied(self, model: nn.Layer, split: str) -> Iterator[None]:
         yield
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, paddle.Tensor]:
         return {}
 
-    def load(self, state):
+    def load(self, state: Mapping[str, Any]) -> None:
         pass
 
 
-def build_ema(config, model):
-    train = config.TRAIN
-    return Ema(model, train.EMA_DECAY, train.EMA_WARMUP) if train.EMA_DECAY else NoEma()
+def build_ema(config: CfgNode, model: nn.Layer) -> Union[Ema, NoEma]:
+    """Return the moving average that TRAIN.EMA_DECAY and EMA_WARMUP describe."""
+    if not config.TRAIN.EMA_DECAY:
+        return NoEma()
+    return Ema(model, config.TRAIN.EMA_DECAY, config.TRAIN.EMA_WARMUP)
