@@ -264,7 +264,7 @@ def training_step(args, kind, batch, threads):
     model.train()
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
     if config.TRAIN.TO_STATIC:
-        from training.builders import Traced
+        from model.layers import Traced
         model = Traced(model)
     x = paddle.randn([batch, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE])
     labels = paddle.randint(0, config.MODEL.NUM_CLASSES, [batch])

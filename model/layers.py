@@ -15,6 +15,7 @@ from paddle import nn
 from paddle.nn.initializer import Initializer, Normal
 
 import ops
+from system import paddle_internals
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
 COMPILED_ACTIVATIONS = {nn.Identity: 'identity', nn.ReLU: 'relu', nn.Silu: 'silu'}
@@ -201,3 +202,28 @@ def running_statistics(network: nn.Layer) -> dict:
             statistics[f'{name}._mean'] = norm._mean
             statistics[f'{name}._variance'] = norm._variance
     return statistics
+
+
+def synchronise_norms(network: nn.Layer) -> None:
+    """Make every batch norm compute the statistics of all processes. Paddle has no such kernel for CPU.
+
+    Norms with frozen statistics stay as they are: Paddle's convert_sync_batchnorm would unfreeze them.
+    """
+    for norm in batch_norms(network).values():
+        if not paddle_internals.has_frozen_statistics(norm):
+            paddle_internals.synchronise(norm)
+
+
+class Traced(nn.Layer):
+    """A network that runs as a static program, which paddle.jit.to_static traces for each new input shape.
+
+    It has the parameters of the network. The network itself is not changed: evaluation runs it in eager mode.
+    """
+
+    def __init__(self, network: nn.Layer) -> None:
+        super().__init__()
+        self.network = network
+        self.program = paddle.jit.to_static(network.forward, full_graph=True)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.program(x)

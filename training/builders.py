@@ -15,6 +15,7 @@ import datasets
 from config import OF_ONE_START, changed, flatten, get_config
 from data import class_names, mixing
 from model import weights
+from model.layers import Traced, synchronise_norms
 from training import checkpoint, optim, records
 from training.progress import Monitor
 from utils import log
@@ -172,8 +173,10 @@ def build_training(config, model, device):
         return mixing.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
                                    mode=train.RANDOM_ERASE_MODE)
 
-    if train.SYNC_BN:
-        synchronise_norms(model, device)
+    if train.SYNC_BN and device == 'cpu':
+        log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
+    elif train.SYNC_BN:
+        synchronise_norms(model)
     trained = Traced(model) if train.TO_STATIC else model
     utils.meet()                                    # some processes may take long to read the list
     return Training(
@@ -199,30 +202,3 @@ def build_saver(config, training, folder, stop):
                    'train_list.txt': samples.digest()})
     return Saver(folder, facts, {'train_list.txt': samples.file_digest()}, stop, freq=config.SAVE_FREQ,
                  steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP, written=time.monotonic())
-
-
-class Traced(nn.Layer):
-    """A network whose passes run as programs, which paddle.jit.to_static traces for each shape that comes.
-
-    It shares its parameters with the network, which stays as it was: evaluation goes on in eager mode.
-    """
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-        self.program = paddle.jit.to_static(network.forward, full_graph=True)
-
-    def forward(self, x):
-        return self.program(x)
-
-
-def synchronise_norms(model, device):
-    """Give every batch norm of `model` the statistics of all processes, on a GPU; Paddle has no such kernel for CPU.
-
-    Paddle's convert_sync_batchnorm would convert frozen ones too, and so let them use the statistics of the batch.
-    """
-    if device == 'cpu':
-        return log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
-    for layer in model.sublayers():
-        if isinstance(layer, nn.BatchNorm2D) and not layer._use_global_stats:
-            layer.__class__ = nn.SyncBatchNorm      # the same attributes, parameters and names

@@ -140,7 +140,7 @@ def lamb(groups: list[dict], weight_decay: float, betas: list[float], eps: float
     Like timm's it adapts the parameters with weight decay only. timm's also clips the gradients to a norm of 1,
     which here is TRAIN.GRAD_CLIP 1.0.
     """
-    without_decay = set()                           # Paddle's Lamb asks for each parameter, not for groups
+    without_decay: set[str] = set()                           # Paddle's Lamb asks for each parameter, not for groups
     for group in groups:
         if not group['weight_decay']:
             without_decay.update(parameter.name for parameter in group['params'])

@@ -12,8 +12,8 @@ import reference as ref
 
 from config import get_config
 from halonet import build_halonet, parse_stage
+from model.layers import Traced
 from tools import export
-from training.builders import Traced
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {'haloregnetz_b_224'}                       # with blocks that have no shortcut, groups and channel attention

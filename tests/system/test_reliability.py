@@ -418,7 +418,7 @@ def test_synchronised_norms_keep_the_network(monkeypatch):
     config = get_config(None, TINY)
     plain, model = build_halonet(config), build_halonet(config)
     model.set_state_dict(plain.state_dict())
-    builders.synchronise_norms(model, 'gpu')
+    layers.synchronise_norms(model)
     assert sum(isinstance(layer, paddle.nn.SyncBatchNorm) for layer in model.sublayers()) == 9
     x = paddle.randn([2, 3, 16, 16])
     for mode in ('train', 'eval'):
@@ -431,7 +431,7 @@ def test_synchronised_norms_keep_the_network(monkeypatch):
 
 def test_every_norm_is_synchronised_and_known_to_recomputation():
     model = build_halonet(get_config(None, [*TINY, 'MODEL.STAGES', ['conv lambda', 'halo bot'], 'MODEL.HEADS', [2, 2]]))
-    builders.synchronise_norms(model, 'gpu')
+    layers.synchronise_norms(model)
     norms = [layer for layer in model.sublayers() if 'BatchNorm' in type(layer).__name__]
     assert len(norms) > 10 and all(isinstance(norm, paddle.nn.SyncBatchNorm) for norm in norms)
     with halonet.statistics_kept(model):
