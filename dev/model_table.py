@@ -25,13 +25,13 @@ from training.macs import total_multiply_adds  # noqa: E402
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models
 
-Made by `python dev/model_table.py` from `configs/` and `dev/published.yaml`; a test compares.
+`python dev/model_table.py` makes this page from `configs/` and `dev/published.yaml`; a test compares them.
 
-Parameters are the trainable ones; Paddle's own count and PaddleViT's tables include the running statistics of batch norms.
-Multiply-adds (GMACs) are those of one image of the given side: convolutions, the classifier and the products of attention,
-relative positions included. They agree with the figures that timm gives for its models to 2 %. Accuracy is that on
-ImageNet-1k in percent, as the source gives it, and not measured here. The weights are the names of timm's files, and of
-PaddleViT's where there is one. A dash: nothing is published.
+The parameters are the trainable ones. The counts of Paddle and PaddleViT include the running statistics of batch norms.
+Multiply-adds (GMACs) are counted for one image of the given side. They include convolutions, the classifier and the
+products of attention, with relative positions. They agree with timm's numbers for its models to 2 %. The accuracy is in percent
+on ImageNet-1k, as the source reports it; it was not measured here. The weights are the names of timm's files, and of
+PaddleViT's where there is one. A dash means that nothing is published.
 
 """
 
@@ -72,7 +72,7 @@ def page():
     lines = ['| ' + ' | '.join(titles) + ' |\n', '|---' * len(titles) + '|\n']
     lines += [row(path, config, facts[config.MODEL.NAME]) for path, config in model_configs().items()]
     notes = [f'- {name}: {text}\n' for name, text in sources.items()]
-    return INTRODUCTION + ''.join(lines) + '\nSources of the accuracies:\n\n' + ''.join(notes)
+    return INTRODUCTION + ''.join(lines) + '\nSources of the accuracy:\n\n' + ''.join(notes)
 
 
 def parser():
