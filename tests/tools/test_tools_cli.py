@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
+from pages import TOOLS
 from runs import ROOT
-from test_tools_docs import TOOLS
 
 from dev import bench_pipeline, model_table
 from tools import cli

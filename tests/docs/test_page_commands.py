@@ -1,6 +1,7 @@
-"""The commands and programs of the README and the docs are run, as they stand, in a copy of the repository.
+"""Run the commands and programs of the README and the docs, as they are, in a copy of the repository.
 
-The user's files are small stand-ins in their places: pictures of a few pixels, weights as they are drawn. Trainings get SHORTER.
+Small stand-ins replace the user's files: pictures of a few pixels, initial weights. Trainings get the
+options SHORTER.
 """
 import os
 import re
@@ -12,35 +13,36 @@ import sys
 import numpy as np
 import paddle
 import pytest
+from pages import PAGES, commands, text_of
 from PIL import Image
 from runs import ROOT
-from test_tools_docs import PAGES, commands
 
 from config import get_config
 from halonet import build_halonet
 from tools import port_weights
 
 pytestmark = pytest.mark.slow
-ELSEWHERE = {                               # pages whose commands others run
-    'docs/performance.md': 'measurements of an hour', 'docs/deployment.md': 'tests/tools/test_export.py',
+ELSEWHERE = {                               # pages whose commands other tests run
+    'docs/performance.md': 'measurements of an hour',
+    'docs/performance_history.md': 'measurements of an hour',
+    'docs/deployment.md': 'tests/tools/test_export.py',
     'docs/reliability.md': 'several machines: tests/system/test_reliability.py'}
-RUN = {'README.md': 8, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2, 'docs/finetune.md': 5,
-       'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3, 'docs/training.md': 1,
-       'docs/weights.md': 2}
+RUN = {                                             # commands of each page that run here
+    'README.md': 8, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2, 'docs/finetune.md': 5,
+    'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3,
+    'docs/training.md': 1, 'docs/weights.md': 2}
 INSTALLS = r'python3 -m venv|\S*python -m pip'
-SHORTER = ['-opts', 'DATA.IMAGE_SIZE', '32', 'DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0.0']
-PLACES = {'/data/imagenet': 'imagenet', '...': 'imagenet', 'RUN': 'demo/run'}      # the page's words -> what is there
-GIVEN = {'docs/predict.md': 'import paddle; from config import get_config; from halonet import build_halonet\n'
-                            'model = build_halonet(get_config("demo/run/config.yaml")); model.eval()\n'
-                            'images = paddle.zeros([1, 3, 32, 32])\n'}       # what a program in the text starts from
+SHORTER = [
+    '-opts', 'DATA.IMAGE_SIZE', '32', 'DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1',
+    'TRAIN.WARMUP_EPOCHS', '0.0']
+STAND_INS = {'/data/imagenet': 'imagenet', '...': 'imagenet', 'RUN': 'demo/run'}
+GIVEN = {                                           # variables that a program of a page takes for given
+    'docs/predict.md': 'import paddle; from config import get_config; from halonet import build_halonet\n'
+                       'model = build_halonet(get_config("demo/run/config.yaml")); model.eval()\n'
+                       'images = paddle.zeros([1, 3, 32, 32])\n'}
 CLASSES = ['n01440764', 'n01443537', 'n01484850']
-TRUTH = [3, 1, 2, 2]                        # of the flat val/, by ids that are not the labels
+TRUTH = [3, 1, 2, 2]                        # ids of the flat val/; they are not the labels
 IDS = {1: CLASSES[2], 2: CLASSES[0], 3: CLASSES[1]}
-
-
-def text_of(page):
-    with open(os.path.join(ROOT, page), encoding='utf-8') as file:
-        return file.read()
 
 
 def picture(path, seed):
@@ -56,7 +58,7 @@ def flowers(folder):
 
 
 def imagenet(folder):
-    """train/ and val/ with a folder per class; a flat val/ in the same place, and all that says what it shows."""
+    """Write train/ and val/ with a folder per class, images of a flat val/, and their labels."""
     from scipy.io import savemat
     for i, name in enumerate(CLASSES):
         for j in range(22):
@@ -83,16 +85,19 @@ def fresh_weights(folder):
         paddle.save(model.state_dict(), str(folder / f'{name}.pdparams'))
     (folder / 'timm').mkdir()
     port_weights.port(str(folder / 'halonet_26t_256.pdparams'), str(folder / 'timm' / 'x.safetensors'))
-    os.rename(folder / 'timm' / 'x.safetensors', folder / 'timm' / 'halonet26t.a1h_in1k')    # comes before the hub's
+    # loading prefers a file to the hub
+    os.rename(folder / 'timm' / 'x.safetensors', folder / 'timm' / 'halonet26t.a1h_in1k')
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    """A clone called HaloNet, with an environment that is there already, the demo's run, and what the pages take for given."""
+def clone(tmp_path_factory):
+    """Make a clone called HaloNet, with an environment, the demo's run and the files that pages assume."""
     folder = tmp_path_factory.mktemp('user') / 'HaloNet'
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.*', 'demo', 'output', 'runs', '__pycache__'))
+    left_out = shutil.ignore_patterns('.*', 'demo', 'output', 'runs', '__pycache__')
+    shutil.copytree(ROOT, folder, ignore=left_out)
     (folder / '.venv' / 'bin').mkdir(parents=True)
-    for name, text in (('.venv/bin/python', f'exec {shlex.quote(sys.executable)} "$@"'), ('tools/setup_env.sh', 'exit 0')):
+    scripts = {'.venv/bin/python': f'exec {shlex.quote(sys.executable)} "$@"', 'tools/setup_env.sh': 'exit 0'}
+    for name, text in scripts.items():
         (folder / name).write_text(f'#!/bin/sh\n{text}\n')
         (folder / name).chmod(0o755)
     flowers(folder / 'flowers')
@@ -101,57 +106,66 @@ def place(tmp_path_factory):
     picture(folder / 'dog.jpg', 1)
     picture(folder / 'holidays' / 'beach.jpg', 2)
     (folder / 'names.txt').write_text(''.join(f'digit {i}\n' for i in range(10)))
-    (folder / 'models.yaml').write_text(re.search(r'```yaml\n(.*?)```', text_of('docs/evaluation.md'), re.S)[1])
-    (folder.parent / 'my_run.yaml').write_text(re.search(r'```yaml\n(.*?)```', text_of('docs/training.md'), re.S)[1])
+    (folder / 'models.yaml').write_text(yaml_of('docs/evaluation.md'))
+    (folder.parent / 'my_run.yaml').write_text(yaml_of('docs/training.md'))
     shell(folder, ['./run_demo.sh', *SHORTER])
     return folder
 
 
+def yaml_of(page):
+    return re.search(r'```yaml\n(.*?)```', text_of(page), re.S)[1]
+
+
 def shell(folder, words, **environment):
-    """Run the words in the folder, as a shell in its environment would; they must succeed."""
+    """Run a command in the folder, as a shell in its environment would; it must succeed."""
     environment = {**os.environ, 'PATH': f'{folder}/.venv/bin:{os.environ["PATH"]}', **environment}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0 and 'Traceback' not in done.stdout + done.stderr, (words, done.stdout, done.stderr)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and 'Traceback' not in output, (words, output)
     return done
 
 
 def prepared(folder, words):
-    """The words of a page with what is there in the place of the user's, after what has to come before."""
-    for theirs, ours in PLACES.items():
-        words = [re.sub(rf'(^|=){re.escape(theirs)}$', rf'\1{ours}', word) for word in words if word != '...']
-    trains = any(name in word for word in words for name in ('main_', 'run_train')) and '-eval' not in words
-    if trains:
-        batch = [] if any(word.startswith('-batch_size') for word in words) else ['DATA.BATCH_SIZE', '16']
-        words = [*words, *SHORTER, *batch]
-    if 'tools/make_lists.py' in words:              # lists that are there and differ are kept
+    """Return a command of a page with the stand-ins for the user's files; prepare the files that it needs."""
+    words = [word for word in words if word != '...']
+    for theirs, ours in STAND_INS.items():
+        words = [re.sub(rf'(^|=){re.escape(theirs)}$', rf'\1{ours}', word) for word in words]
+    line = ' '.join(words)
+    if ('main_' in line or 'run_train' in line) and '-eval' not in words:
+        words += SHORTER
+        if '-batch_size' not in line:
+            words += ['DATA.BATCH_SIZE', '16']
+    if 'tools/make_lists.py' in words:              # existing lists that differ would be kept
+        data = folder / words[words.index('tools/make_lists.py') + 1]
         for part in ('train', 'val'):
-            (folder / words[words.index('tools/make_lists.py') + 1] / f'{part}_list.txt').unlink(missing_ok=True)
+            (data / f'{part}_list.txt').unlink(missing_ok=True)
     wanted = [word for word in words if word.startswith('runs/') and 'checkpoints' in word]
-    for path in wanted:                             # a step that the shorter training does not reach
+    for path in wanted:                             # the shorter training has fewer steps
         newest = sorted(os.listdir((folder / path).parent))[-1]
         os.replace((folder / path).parent / newest, folder / path)
     return words
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page not in ELSEWHERE])
-def test_the_commands_of_a_page_run(place, page):
+def test_commands_of_a_page_run(clone, page):
     ran = 0
     for words in commands(page):
         if page == 'docs/finetune.md' and 'tools/make_digits.py' in words:
-            break                                   # the rest is run by tests/docs/test_tools_docs.py, to the letter
+            break                                   # test_fine_tuning_page runs the rest, without stand-ins
         if words[0] in ('./run_demo.sh', './run_tests.sh', 'NNODES=2') or re.match(INSTALLS, ' '.join(words)):
-            continue                                # what the place is made by, what runs this, several machines
-        words = prepared(place, words)
+            continue                                # they make the clone, run this test, or need two machines
+        words = prepared(clone, words)
         variables = [word for word in words if re.fullmatch(r'[A-Z_]+=.*', word)]
-        shell(place, words[len(variables):], **{'DATA': 'imagenet', **dict(word.split('=', 1) for word in variables)})
+        given = dict(word.split('=', 1) for word in variables)
+        shell(clone, words[len(variables):], **{'DATA': 'imagenet', **given})
         ran += 1
         for option in ('-html', '-json', '-csv', '-output', '-results'):
             for word in words[words.index(option) + 1:][:1] if option in words else []:
-                assert (place / word).exists(), word
+                assert (clone / word).exists(), word
     assert ran == RUN.get(page, 0)
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if '```python' in text_of(page)])
-def test_the_programs_of_a_page_run(place, page):
+def test_programs_of_a_page_run(clone, page):
     for program in re.findall(r'```python\n(.*?)```', text_of(page), re.S):
-        shell(place, ['python', '-c', GIVEN.get(page, '') + program.replace("'RUN/", "'demo/run/")])
+        shell(clone, ['python', '-c', GIVEN.get(page, '') + program.replace("'RUN/", "'demo/run/")])
