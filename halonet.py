@@ -308,7 +308,7 @@ class HaloNet(nn.Layer):
         Raises ValueError, with the keys, for a parameter left unset, a key that has no place here or another shape; and
         then loads nothing. With `partial`, loads what fits and returns (missing keys, unexpected keys).
         """
-        return weights.load_state_dict(self, state_dict, super().set_state_dict, partial=partial)
+        return weights.load_strictly(self, weights.to_ours(state_dict), partial)
 
     set_dict = load_dict = set_state_dict
 

@@ -74,8 +74,8 @@ def main(args):
         return measure(cases[args.case], args)
     cli.check_outputs(args.csv)
     if args.pretrained:
-        from model import weights
-        weights.find(args.pretrained)               # raises where there is none
+        from model import hub
+        hub.find(args.pretrained)               # raises where there is none
     machine, rows, tasks = describe(), [], []
     print(machine, flush=True)
     for case in cases:

@@ -22,7 +22,7 @@ from safetensors.numpy import save  # noqa: E402
 import utils  # noqa: E402
 from config import get_config  # noqa: E402
 from halonet import build_halonet  # noqa: E402
-from model import weights  # noqa: E402
+from model import hub, weights  # noqa: E402
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
@@ -66,7 +66,7 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
         raise ValueError(f'{target}: -to {to} writes {endings}, not {ending}')
     if os.path.exists(target) and not force:
         raise ValueError(f'{target} exists; -force overwrites it')
-    state = weights.to_ours(weights.read(weights.find(source), ema))
+    state = weights.to_ours(weights.read(hub.find(source), ema))
 
     def write(file):
         file.write(encode(state, ending, to))

@@ -1,17 +1,13 @@
-"""-pretrained from end to end: formats that evaluate alike, either weights of a checkpoint, fine-tuning, hub names."""
+"""-pretrained from end to end: every format, both weights of a checkpoint, fine-tuning, the hub."""
 import json
-import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import paddle
 import pytest
-from hub import COMMIT, Hub
-from runs import ROOT, TINY, make_images, options, program, records
+from hub_server import Hub, environment
+from runs import TINY, make_images, options, program, records
 from safetensors.numpy import save, save_file
-from test_weight_files import Named, Ref, write_legacy, write_zip
+from torch_files import Named, Ref, write_legacy, write_zip
 
 from config import get_config
 from halonet import build_halonet
@@ -88,14 +84,14 @@ def write_nested(path, state):
 
 
 @pytest.mark.parametrize('kind', WRITERS)
-def test_timm_s_formats_evaluate_as_ours(images, trained, timm_state, tmp_path, kind):
+def test_every_format_gives_the_same_evaluation(images, trained, timm_state, tmp_path, kind):
     path = tmp_path / 'weights'
     WRITERS[kind](path, timm_state)
     last = records(trained, 'val')[-1]
     assert evaluate(images, tmp_path / 'run', path) == (pytest.approx(last['acc1']), pytest.approx(last['loss'], rel=1e-6))
 
 
-def test_a_checkpoint_gives_raw_or_averaged_weights_by_choice(images, trained, tmp_path):
+def test_raw_or_averaged_weights_of_a_checkpoint_are_evaluated(images, trained, tmp_path):
     path = checkpoint.steps(trained)[0]
     raw, averaged = records(trained, 'val')[-1], records(trained, 'val_ema')[-1]
     assert abs(raw['loss'] - averaged['loss']) > 1e-3
@@ -106,7 +102,7 @@ def test_a_checkpoint_gives_raw_or_averaged_weights_by_choice(images, trained, t
         evaluate(images, tmp_path / 'no', trained / 'final.pdparams', 'MODEL.PRETRAINED_EMA', True)
 
 
-def test_a_file_with_more_numbers_than_the_model_takes_is_not_read(tmp_path):
+def test_file_with_more_numbers_than_the_model_is_refused(tmp_path):
     """A sparse file of 16 GB, and a real one with a classifier of more classes, which is."""
     model = build_halonet(get_config(None, [*TINY, 'MODEL.NUM_CLASSES', 0]))
     header = json.dumps({'stem.a': {'dtype': 'F32', 'shape': [2 ** 32], 'data_offsets': [0, 2 ** 34]}}).encode()
@@ -122,7 +118,7 @@ def test_a_file_with_more_numbers_than_the_model_takes_is_not_read(tmp_path):
 
 # ---- fine-tuning
 
-def test_fine_tuning_on_other_classes_and_another_window(images, trained, timm_state, tmp_path):
+def test_fine_tuning_with_other_classes_and_another_window(images, trained, timm_state, tmp_path):
     """From a file of 4 classes to 7 with a wider halo: the log names what changed, training learns, evaluation is strict."""
     save_file(timm_state, tmp_path / 'a.safetensors')
     changes = ['MODEL.NUM_CLASSES', 7, 'MODEL.HALO_SIZE', 2]
@@ -138,7 +134,7 @@ def test_fine_tuning_on_other_classes_and_another_window(images, trained, timm_s
         evaluate(images, tmp_path / 'strict', tmp_path / 'a.safetensors', *changes)
 
 
-def test_fine_tuning_starts_at_the_pretrained_weights(images, trained, timm_state, tmp_path):
+def test_fine_tuning_starts_from_the_pretrained_weights(images, trained, timm_state, tmp_path):
     """With a learning rate of almost nothing all but the fresh head stays, and the average starts there too."""
     write_pth(tmp_path / 'a.pth', timm_state)
     run(images, tmp_path / 'run', 'MODEL.PRETRAINED', str(tmp_path / 'a.pth'), 'MODEL.NUM_CLASSES', 5, 'TRAIN.EMA_DECAY', 0.9,
@@ -154,108 +150,11 @@ def test_fine_tuning_starts_at_the_pretrained_weights(images, trained, timm_stat
             np.testing.assert_allclose(array, expected, atol=1e-9, err_msg=f'{name} {key}')
 
 
-# ---- the hub
-
-FETCH = '''
-import json, sys
-from model import weights
-for name in json.loads(sys.argv[1]):
-    try:
-        print(json.dumps([name, weights.fetch(name)]))
-    except ValueError as error:
-        print(json.dumps([name, f'error: {error}']))
-'''
-
-
-def fetch(names, home, url, **environment):
-    """{name: path or message}, as a process of its own gets them: huggingface_hub reads its environment once."""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', FETCH, json.dumps(names)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=100, env={**os.environ, **hub_environment(home, url), **environment})
-    assert done.returncode == 0, done.stderr
-    return dict(map(json.loads, done.stdout.splitlines()))
-
-
-def hub_environment(home, url):
-    return {'HF_HOME': str(home), 'HF_HUB_CACHE': str(home / 'hub'), 'HF_ENDPOINT': url, 'HF_HUB_OFFLINE': '0', 'HF_TOKEN': '',
-            'TRANSFORMERS_OFFLINE': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
-
-
-MODELS = {'timm/both': {'model.safetensors': b'safe', 'pytorch_model.bin': b'pickle'},
-          'timm/old': {'pytorch_model.bin': b'pickle'}, 'timm/none': {'README.md': b'words'}, 'timm/gated': None}
-
-
-def test_hub_names_are_fetched_cached_and_explained(tmp_path):
-    names = ['timm/both', 'hf-hub:timm/both', 'timm/both@main', f'hf_hub:timm/both@{COMMIT}', 'timm/old', 'timm/none',
-             'timm/gated', 'timm/unknown', 'timm/both@v9', 'hf-hub:a/b/c']
-    with Hub(MODELS) as hub:
-        found = fetch(names, tmp_path, hub.url)
-        for name in names[:4]:
-            assert found[name].endswith(f'/{COMMIT}/model.safetensors') and open(found[name], 'rb').read() == b'safe'
-        assert found['timm/old'].endswith('pytorch_model.bin') and open(found['timm/old'], 'rb').read() == b'pickle'
-        assert all(path.startswith(str(tmp_path)) for path in (found['timm/both'], found['timm/old']))
-        for name, reason in (('timm/none', 'has neither model.safetensors nor pytorch_model.bin'),
-                             ('timm/gated', 'wants the terms'), ('timm/unknown', 'no such public model'),
-                             ('timm/both@v9', 'no such revision'), ('hf-hub:a/b/c', 'OWNER/MODEL')):
-            assert found[name].startswith(f'error: {name}: no such file, and the hub ({hub.url}) ') and reason in found[name]
-        downloads = {path: count for (method, path), count in hub.asked.items() if method == 'GET' and '/resolve/' in path}
-        assert downloads == {'/timm/both/resolve/main/model.safetensors': 1, '/timm/old/resolve/main/pytorch_model.bin': 1}
-        hub.asked.clear()
-        offline = fetch(['timm/both', 'timm/old', 'timm/unknown'], tmp_path, hub.url, HF_HUB_OFFLINE='1')
-        assert not hub.asked
-    assert [offline[name] for name in ('timm/both', 'timm/old')] == [found['timm/both'], found['timm/old']]
-    assert 'may not be asked (HF_HUB_OFFLINE), and the cache has no weights of it' in offline['timm/unknown']
-    gone = fetch(['timm/both', 'timm/old', 'timm/unknown'], tmp_path, hub.url)               # nothing listens there now
-    assert [gone[name] for name in ('timm/both', 'timm/old')] == [found['timm/both'], found['timm/old']]
-    assert 'cannot be reached' in gone['timm/unknown'] and 'the cache has no weights' in gone['timm/unknown']
-
-
-def test_a_silent_hub_is_given_up_on():
-    """huggingface_hub alone would try for minutes."""
-    with Hub({}, silent=True) as hub:
-        start = time.monotonic()
-        assert 'cannot be reached (timed out' in weights._unreachable(hub.url, seconds=0.2)
-        assert time.monotonic() - start < 30
-    assert 'unknown url type' in weights._unreachable('huggingface.co')
-    with Hub({}) as hub:
-        assert weights._unreachable(hub.url) == ''                                           # it answers, if only by 401
-
-
-def test_two_processes_evaluate_a_model_of_the_hub(images, trained, timm_state, tmp_path):
-    """And one of them downloads."""
-    with Hub({'timm/tiny.a1h_in1k': {'model.safetensors': save(timm_state)}}) as hub:
+def test_two_processes_download_a_hub_model_once(images, trained, timm_state, tmp_path):
+    with Hub({'timm/tiny.a1h_in1k': {'model.safetensors': save(timm_state)}}) as server:
         done = program('main_multi_gpu.py', '-data_path', images, '-output', tmp_path / 'run', '-nprocs', 2, '-eval',
-                       '-pretrained', 'timm/tiny.a1h_in1k', *options(TINY), **hub_environment(tmp_path / 'home', hub.url))
-        assert hub.asked['GET', '/timm/tiny.a1h_in1k/resolve/main/model.safetensors'] == 1
+                       '-pretrained', 'timm/tiny.a1h_in1k', *options(TINY), **environment(tmp_path / 'home', server.url))
+        assert server.asked['GET', '/timm/tiny.a1h_in1k/resolve/main/model.safetensors'] == 1
     last = records(trained, 'val')[-1]
     assert done.stdout.splitlines()[-1] == (f'val  acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
                                             '  (11 images)')
-
-
-@pytest.mark.parametrize('path, is_hub', [
-    ('timm/halonet26t.a1h_in1k', True), ('hf-hub:timm/halonet26t', True), ('hf_hub:x', True), ('someone/model@v1.0', True),
-    ('final', False), ('runs/final.pdparams', False), ('runs/model.pth', False), ('runs/a/final', False), ('./final', False),
-    ('/final', False), ('../final', False), ('tests/final', False), ('~/final', False), ('runs/', False),
-    ('timm/a.pth.tar', False),
-])
-def test_what_a_name_means_where_there_is_no_such_file(path, is_hub, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(weights, 'fetch', lambda name: f'fetched {name}')
-    if is_hub:
-        assert weights.find(path) == f'fetched {path}'
-    else:
-        with pytest.raises(FileNotFoundError, match='no such file'):
-            weights.find(path)
-
-
-def test_a_file_goes_before_a_hub_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, 'fetch', None)
-    (tmp_path / 'timm').mkdir()
-    (tmp_path / 'timm' / 'halonet.pdparams').write_bytes(b'')
-    assert weights.find('timm/halonet') == 'timm/halonet.pdparams'
-
-
-def test_without_huggingface_hub_a_hub_name_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ValueError, match='-pretrained timm/x: no such file; .* pip install huggingface_hub'):
-        weights.load_pretrained(build_halonet(get_config(None, TINY)), 'timm/x')

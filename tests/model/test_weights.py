@@ -1,4 +1,4 @@
-"""Weight files: PaddleViT's names, strict loading, safe reading."""
+"""Weights under other names, strict loading, safe reading."""
 import os
 import pickle
 import warnings
@@ -7,40 +7,13 @@ import numpy as np
 import paddle
 import pytest
 import reference as ref
+from tiny_models import assert_holds, build_tiny, other_arrays, paddlevit_name
 
 from config import get_config
 from halonet import build_halonet
 from model import weights
 
 TABLE = 'StructuredToParameterName@@'       # an entry that paddle.save adds
-
-
-def build_tiny():
-    return build_halonet(get_config(None, ref.TINY))
-
-
-def paddlevit_name(key):
-    """A key of ours -> what PaddleViT calls it."""
-    if key.startswith('stages.'):
-        _, stage, block, rest = key.split('.', 3)
-        key = f'stage{int(stage) + 1}.blocks.{block}.{rest}'
-    for ours, theirs in (('.shortcut.', '.creat_shortcut.'), ('height_rel', 'rel_height'), ('width_rel', 'rel_width'),
-                         ('.post_attn.', '.post_attn.bn.'), ('head.fc.', 'classifier.1.')):
-        key = key.replace(ours, theirs)
-    return key
-
-
-def other_arrays(model):
-    """Random arrays for everything in the state dict, unlike those in the model."""
-    rng = np.random.default_rng(0)
-    return {key: rng.normal(size=array.shape).astype('float32') for key, array in ref.arrays(model).items()}
-
-
-def assert_holds(model, expected):
-    state = ref.arrays(model)
-    assert state.keys() == expected.keys()
-    for key in state:
-        np.testing.assert_array_equal(state[key], expected[key], err_msg=key)
 
 
 # ---- PaddleViT's files
@@ -57,12 +30,12 @@ def assert_holds(model, expected):
     ('head.fc.weight', 'head.fc.weight'),
     ('mystage1.blocks.0', 'mystage1.blocks.0'),
 ])
-def test_rename(key, expected):
+def test_paddlevit_keys_are_renamed(key, expected):
     assert weights.rename(key) == expected
 
 
 @pytest.mark.parametrize('name', ['halonet_26t_256', 'halonet_50ts_256'])
-def test_paddlevit_files_fit_one_to_one(name, request):
+def test_paddlevit_files_fit_the_model_one_to_one(name, request):
     model = build_halonet(get_config(request.config.rootpath / f'configs/{name}.yaml'))
     published = ref.paddlevit_keys(name)
     renamed = {weights.rename(key): shape for key, shape in published.items()}
@@ -72,7 +45,7 @@ def test_paddlevit_files_fit_one_to_one(name, request):
     assert all(weights.rename(key) == key for key in renamed)
 
 
-def test_documented_use_with_a_paddlevit_file(tmp_path, request):
+def test_set_state_dict_takes_a_paddlevit_file(tmp_path, request):
     model = build_halonet(get_config(request.config.rootpath / 'configs/halonet_26t_256.yaml'))
     rng = np.random.default_rng(0)
     file = {key: rng.standard_normal(shape, 'float32') for key, shape in ref.paddlevit_keys('halonet_26t_256').items()}
@@ -96,13 +69,13 @@ def from_timm(key, array):
     ('stages.0.0.attn.fc1.bias', 'stages.0.0.attn.fc1.bias'),
     ('running_mean_like.weight', 'running_mean_like.weight'),
 ])
-def test_rename_of_timm(key, expected):
+def test_timm_keys_are_renamed(key, expected):
     assert weights.rename(key) == expected
     assert weights.rename(expected, weights.TO_TIMM) == key
 
 
 @pytest.mark.parametrize('name', ref.TIMM_NAMES)
-def test_timm_s_keys_translate_there_and_back(name):
+def test_timm_keys_round_trip(name):
     """For the whole family: nothing is lost, only the classifier is transposed."""
     timm = {key: np.zeros(shape, 'float32') for key, shape in ref.timm_keys(name).items()}
     counters = {key.replace('running_mean', 'num_batches_tracked'): np.array(3) for key in timm if key.endswith('running_mean')}
@@ -115,7 +88,7 @@ def test_timm_s_keys_translate_there_and_back(name):
     assert [key for key, array in timm.items() if array.ndim == 2 and not key.endswith('_rel')] == ['head.fc.weight']
 
 
-def test_square_classifiers_are_transposed_by_their_origin():
+def test_square_classifier_is_transposed_only_from_timm():
     """Where the shape does not tell."""
     square = np.arange(9.0).reshape(3, 3)
     timm = {'head.fc.weight': square, 'stem.conv1.bn.running_mean': np.zeros(3)}
@@ -124,12 +97,12 @@ def test_square_classifiers_are_transposed_by_their_origin():
     np.testing.assert_array_equal(weights.to_ours(paddle_s)['head.fc.weight'], square)
 
 
-def test_two_entries_for_one_parameter_are_an_error():
+def test_two_entries_for_one_parameter_are_refused():
     with pytest.raises(ValueError, match=r'several entries stand for head\.fc\.bias$'):
         weights.to_ours({'head.fc.bias': np.zeros(3), 'classifier.1.bias': np.zeros(3), 'a': np.zeros(2)})
 
 
-def test_set_state_dict_takes_timm_s_names():
+def test_set_state_dict_takes_timm_keys():
     model = build_tiny()
     file = other_arrays(model)
     model.set_state_dict(weights.to_timm(file))
@@ -138,100 +111,25 @@ def test_set_state_dict_takes_timm_s_names():
     assert_holds(model, file)
 
 
-# ---- fine-tuning
-
-def hat(rows, new_rows):
-    """Linear interpolation of a table as a matrix (new_rows, rows), from distances alone."""
-    w, new_w = (rows + 1) // 2, (new_rows + 1) // 2
-    old_offsets = np.arange(1 - w, w)
-    at = np.arange(1 - new_w, new_w) * (w - 1) / (new_w - 1)
-    return np.maximum(0, 1 - np.abs(at[:, None] - old_offsets))
-
-
-@pytest.mark.parametrize('w, new_w', [(12, 14), (14, 12), (12, 23), (5, 4), (8, 12), (14, 14)])
-def test_position_tables_are_stretched_about_offset_0(w, new_w):
-    table = np.random.default_rng(0).normal(size=(2 * w - 1, 3)).astype('float32')
-    stretched = weights.stretch_table(table, 2 * new_w - 1)
-    assert stretched.dtype == np.float32
-    np.testing.assert_allclose(stretched, hat(2 * w - 1, 2 * new_w - 1) @ table, atol=1e-6)
-    np.testing.assert_array_equal(stretched[[0, new_w - 1, -1]], table[[0, w - 1, -1]])       # the ends and offset 0
-    np.testing.assert_allclose(weights.stretch_table(table[::-1], 2 * new_w - 1), stretched[::-1], atol=1e-6)
-    if new_w == 2 * w - 1:                          # every second row is an old one
-        np.testing.assert_array_equal(stretched[::2], table)
-
-
-def saved(model, path):
-    paddle.save(model.state_dict(), str(path))
-    return str(path)
-
-
-def test_another_number_of_classes_gets_a_fresh_head(tmp_path, caplog):
-    path = saved(ref.fill_seeded(build_tiny()), tmp_path / 'ten.pdparams')
-    model = build_halonet(get_config(None, [*ref.TINY, 'MODEL.NUM_CLASSES', 3]))
-    before = ref.arrays(model)
-    with pytest.raises(ValueError, match=r'head\.fc\.weight: \[32, 10\] in the file, \[32, 3\] in the model'):
-        weights.load_pretrained(model, path)
-    assert_holds(model, before)
-    with caplog.at_level('INFO'):
-        weights.load_pretrained(model, path, fine_tune=True)
-    assert caplog.messages == ['fresh head for 3 classes: the weights have one for 10']
-    assert_holds(model, {key: before[key] if key.startswith('head.fc.') else array for key, array in weights.read(path).items()})
-
-
-@pytest.mark.parametrize('drop', [['head.fc.weight', 'head.fc.bias'], ['head.fc.weight'], ['head.fc.bias']])
-def test_weights_without_a_head(tmp_path, caplog, drop):
-    """A whole head may be missing; half a one is damage."""
-    state = {key: array for key, array in other_arrays(build_tiny()).items() if key not in drop}
-    paddle.save(state, str(tmp_path / 'features.pdparams'))
-    model = build_tiny()
-    if len(drop) == 1:
-        with pytest.raises(ValueError, match=rf'missing \(1\): {drop[0]}'):
-            weights.load_pretrained(model, str(tmp_path / 'features'), fine_tune=True)
-        return
-    before = ref.arrays(model)
-    with caplog.at_level('INFO'):
-        weights.load_pretrained(model, str(tmp_path / 'features'), fine_tune=True)
-    assert caplog.messages == ['fresh head for 10 classes: the weights have none']
-    assert_holds(model, {**state, **{key: before[key] for key in drop}})
-
-
-@pytest.mark.parametrize('change', [['MODEL.HALO_SIZE', 2], ['MODEL.BLOCK_SIZE', 8], ['MODEL.BLOCK_SIZE', 2]])
-def test_another_window_gets_stretched_tables(tmp_path, caplog, change):
-    path = saved(ref.fill_seeded(build_tiny()), tmp_path / 'a.pdparams')
-    model, file = build_halonet(get_config(None, [*ref.TINY, *change])), weights.read(path)
-    with pytest.raises(ValueError, match='other shape'):
-        weights.load_pretrained(model, path)
-    with caplog.at_level('INFO'):
-        weights.load_pretrained(model, path, fine_tune=True)
-    w = len(model.state_dict()['stages.1.0.self_attn.pos_embed.height_rel']) // 2 + 1
-    assert sorted(caplog.messages) == [f'stages.1.{block}.self_attn.pos_embed.{side}_rel: interpolated from a window of 6 pixels '
-                                       f'to one of {w}' for block in (0, 1) for side in ('height', 'width')]
-    for key, array in ref.arrays(model).items():
-        np.testing.assert_allclose(array, hat(11, 2 * w - 1) @ file[key] if key.endswith('_rel') else file[key], atol=1e-6)
-
-
-def test_what_fits_is_carried_over_exactly_and_in_silence(tmp_path, caplog):
-    path, model = saved(ref.fill_seeded(build_tiny()), tmp_path / 'a.pdparams'), build_tiny()
-    with caplog.at_level('INFO'):
-        weights.load_pretrained(model, path, fine_tune=True)
-    assert_holds(model, weights.read(path))
-    assert not caplog.messages
-
-
-@pytest.mark.parametrize('change, message', [
-    (['MODEL.HEADS', [0, 4]], r'height_rel: \[11, 4\] in the file, \[11, 2\] in the model'),
-    (['MODEL.WIDTHS', [16, 64]], r'other shape \(42\): stages'),
-    (['MODEL.WIDTHS', [16, 64], 'MODEL.NUM_CLASSES', 3], r'other shape \(43\): stages'),
-])
-def test_fine_tuning_adapts_nothing_else(tmp_path, change, message):
-    path, model = saved(build_tiny(), tmp_path / 'a.pdparams'), build_halonet(get_config(None, [*ref.TINY, *change]))
-    before = ref.arrays(model)
-    with pytest.raises(ValueError, match=f'(?s)^{path}: the weights do not fit.*{message}'):
-        weights.load_pretrained(model, path, fine_tune=True)
-    assert_holds(model, before)
-
-
 # ---- strictness
+
+def test_load_strictly_translates_no_keys():
+    model = build_tiny()
+    state = other_arrays(model)
+    weights.load_strictly(model, state)
+    assert_holds(model, state)
+    with pytest.raises(ValueError, match=r'missing .*\n  unexpected \(\d+\): stem'):
+        weights.load_strictly(model, weights.to_timm(state))
+
+
+def test_load_pretrained_translates_keys_once(tmp_path, monkeypatch):
+    model, path, calls = build_tiny(), str(tmp_path / 'a.pdparams'), []
+    paddle.save(model.state_dict(), path)
+    to_ours = weights.to_ours
+    monkeypatch.setattr(weights, 'to_ours', lambda state: calls.append(1) or to_ours(state))
+    weights.load_pretrained(model, path)
+    assert calls == [1]
+
 
 def without(key):
     return lambda state: state.pop(key)
@@ -253,7 +151,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change, messages', CHANGES.values(), ids=CHANGES)
-def test_misfit_loads_nothing(change, messages):
+def test_misfit_is_refused_and_loads_nothing(change, messages):
     model = build_tiny()
     before, state = ref.arrays(model), other_arrays(model)
     change(state)
@@ -263,7 +161,7 @@ def test_misfit_loads_nothing(change, messages):
     assert_holds(model, before)
 
 
-def test_long_lists_of_keys_are_cut():
+def test_long_lists_of_keys_are_shortened():
     model = build_tiny()
     with pytest.raises(ValueError, match=r', \.\.\.$') as error:
         model.set_state_dict({})
@@ -271,7 +169,7 @@ def test_long_lists_of_keys_are_cut():
 
 
 @pytest.mark.filterwarnings('ignore:Skip loading')                     # Paddle names what is left as it was
-def test_partial_loads_what_fits():
+def test_partial_loads_only_fitting_entries():
     model = build_tiny()
     before, state = ref.arrays(model), other_arrays(model)
     file = dict(state, extra=np.zeros(3), **{'head.fc.weight': np.zeros((32, 7)), 'head.fc.bias': np.zeros(7)})
@@ -284,7 +182,7 @@ def test_partial_loads_what_fits():
 
 @pytest.mark.parametrize('method', ['set_state_dict', 'set_dict', 'load_dict'])
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
-def test_other_precisions_are_cast(method, dtype):
+def test_other_dtypes_are_cast(method, dtype):
     model = build_tiny()
     state = {key: array.astype(dtype) for key, array in other_arrays(model).items()}
     getattr(model, method)(state)
@@ -295,7 +193,7 @@ def test_other_precisions_are_cast(method, dtype):
     assert_holds(model, {key: tensor.numpy().astype('float32') for key, tensor in tensors.items()})
 
 
-def test_a_model_in_bfloat16_gets_the_nearest_numbers():
+def test_bfloat16_model_gets_the_nearest_numbers():
     model = build_tiny()
     state = other_arrays(model)
     model.to(dtype='bfloat16')
@@ -310,7 +208,7 @@ def test_a_model_in_bfloat16_gets_the_nearest_numbers():
 
 # ---- files
 
-def test_own_files_round_trip(tmp_path):
+def test_saved_model_is_loaded_unchanged(tmp_path):
     model, other, path = build_tiny(), build_tiny(), str(tmp_path / 'model.pdparams')
     ref.fill_seeded(model)
     paddle.save(model.state_dict(), path)
@@ -354,7 +252,7 @@ class Runs:
 
 
 @pytest.mark.parametrize('hide', [lambda x: x, lambda x: {'stem.conv1.conv.weight': x}, lambda x: [{'a': (1, {'b': x})}]])
-def test_reading_runs_nothing(tmp_path, hide):
+def test_pickled_call_is_refused_and_not_run(tmp_path, hide):
     path, trace = tmp_path / 'evil.pdparams', tmp_path / 'trace'
     path.write_bytes(pickle.dumps(hide(Runs(trace)), protocol=4))
     with pytest.raises(ValueError, match=rf'{path}.*it contains \w+\.system'):
@@ -364,7 +262,7 @@ def test_reading_runs_nothing(tmp_path, hide):
     assert trace.exists()                           # the trap works
 
 
-def test_reading_refuses_by_the_whole_name(tmp_path):
+def test_functions_are_refused_by_their_full_name(tmp_path):
     """numpy.ndarray is allowed, what can be reached through it or lies beside it is not."""
     for name in ('numpy.ndarray.tofile', 'numpy.load', 'numpy._core.multiarray.fromfile', 'builtins.eval', 'builtins.getattr'):
         module, _, attribute = name.partition('.') if name.startswith('numpy.ndarray') else name.rpartition('.')
@@ -375,7 +273,7 @@ def test_reading_refuses_by_the_whole_name(tmp_path):
             weights.read(str(path))
 
 
-def spoilt(path, kind):
+def damage(path, kind):
     whole = path.read_bytes()
     path.write_bytes({'truncated': whole[:len(whole) // 2], 'cut at its end': whole[:-1], 'empty': b'',
                       'text': b'version https://git-lfs.github.com/spec/v1\n', 'page': b'<!DOCTYPE html>', 'zeros': bytes(999),
@@ -387,15 +285,15 @@ def spoilt(path, kind):
 @pytest.mark.parametrize('kind', ['truncated', 'cut at its end', 'empty', 'text', 'page', 'zeros',
                                   'list', 'numbers', 'no entries', 'nested', 'texts'])
 @pytest.mark.parametrize('load', [weights.read, lambda path: weights.load_pretrained(build_tiny(), path)], ids=['read', 'load'])
-def test_a_spoilt_file_is_named(tmp_path, kind, load):
+def test_damaged_file_is_named(tmp_path, kind, load):
     path = tmp_path / 'model.pdparams'
     paddle.save(build_tiny().state_dict(), str(path))
-    spoilt(path, kind)
+    damage(path, kind)
     with pytest.raises(ValueError, match=f'^{path}: .*(not a readable weight file: .|expected a state dict)'):
         load(str(path))
 
 
-def test_load_pretrained_names_the_file(tmp_path):
+def test_load_pretrained_names_the_file_in_errors(tmp_path):
     model, path = build_tiny(), tmp_path / 'model.pdparams'
     with pytest.raises(FileNotFoundError, match=str(path)):
         weights.read(str(path))
@@ -412,7 +310,7 @@ def test_load_pretrained_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, 1e300, 1j])
-def test_numbers_that_a_model_cannot_hold_are_refused_by_name(value):
+def test_non_finite_numbers_are_refused_with_their_key(value):
     layer = build_tiny()
     before = {key: tensor.numpy() for key, tensor in layer.state_dict().items()}
     state = {**before, 'head.fc.bias': np.full(before['head.fc.bias'].shape, value)}
@@ -421,7 +319,7 @@ def test_numbers_that_a_model_cannot_hold_are_refused_by_name(value):
     assert all((tensor.numpy() == before[key]).all() for key, tensor in layer.state_dict().items())
 
 
-def test_a_partial_load_takes_lists_and_warns_of_nothing():
+def test_partial_load_takes_lists_without_a_warning():
     layer = build_tiny()
     with warnings.catch_warnings():
         warnings.simplefilter('error')

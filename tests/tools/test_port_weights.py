@@ -7,7 +7,7 @@ import pytest
 import reference as ref
 import yaml
 from safetensors.numpy import load_file, save_file
-from test_weights import build_tiny, paddlevit_name
+from tiny_models import build_tiny, paddlevit_name
 
 from config import get_config
 from halonet import build_halonet

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_files import HOSTILE
 from PIL import Image
 from runs import ROOT, TINY, make_images
-from test_hostile_files import HOSTILE
 
 import datasets
 import utils

@@ -76,3 +76,9 @@ class Hub:
         self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
+
+
+def environment(home, url):
+    """The variables with which huggingface_hub asks the server at `url`, and caches below `home`."""
+    return {'HF_HOME': str(home), 'HF_HUB_CACHE': str(home / 'hub'), 'HF_ENDPOINT': url, 'HF_HUB_OFFLINE': '0', 'HF_TOKEN': '',
+            'TRANSFORMERS_OFFLINE': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
