@@ -8,7 +8,7 @@ stride does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
 from collections.abc import Iterable
-from typing import Optional
+from typing import Callable, Optional
 
 import paddle
 from paddle import nn
@@ -56,9 +56,12 @@ def use_operators(network: nn.Layer, kind: str) -> nn.Layer:
 
 def unchanged(*layers: nn.Layer) -> bool:
     """True if none of the layers has a hook or another `forward` than its class had."""
-    return not any(layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer)
-                   or type(layer).forward is not FORWARD.get(type(layer), type(layer).forward)
-                   for layer in layers)
+    for layer in layers:
+        kind = type(layer)
+        replaced = 'forward' in vars(layer) or kind.forward is not FORWARD.get(kind, kind.forward)
+        if replaced or paddle_internals.has_hooks(layer):
+            return False
+    return True
 
 
 def supported_convolution(conv: nn.Layer) -> bool:
@@ -68,14 +71,15 @@ def supported_convolution(conv: nn.Layer) -> bool:
     """
     if type(conv) is not nn.Conv2D or not unchanged(conv):
         return False
-    weight, stride = conv.weight, conv._stride
-    *_, height, width = weight.shape
+    settings = paddle_internals.convolution_settings(conv)
+    stride = settings.stride
+    *_, height, width = conv.weight.shape
     half = height // 2
-    return (conv.bias is None and conv._groups == 1 and conv._op_type == 'conv2d' and conv._dilation == [1, 1]
-            and isinstance(stride, list) and stride == 2 * stride[:1]             # twice the same
-            and weight.dtype in FLOATS and height == width == 2 * half + 1
-            and conv._updated_padding == [half, half] and conv._padding_algorithm == 'EXPLICIT'
-            and conv._padding_mode == 'zeros' and conv._data_format == 'NCHW')
+    return (conv.bias is None and conv.weight.dtype in FLOATS
+            and settings.operator == 'conv2d' and settings.groups == 1 and settings.dilation == [1, 1]
+            and isinstance(stride, list) and stride == 2 * stride[:1]                # twice the same
+            and height == width == 2 * half + 1 and settings.zero_padding == [half, half]
+            and settings.data_format == 'NCHW')
 
 
 def supported_norm(norm: nn.Layer) -> bool:
@@ -83,7 +87,7 @@ def supported_norm(norm: nn.Layer) -> bool:
     if type(norm) is not nn.BatchNorm2D or not unchanged(norm):
         return False
     return (norm.weight is not None and norm.bias is not None and norm.weight.dtype in FLOATS
-            and norm._data_format == 'NCHW')
+            and paddle_internals.norm_settings(norm).data_format == 'NCHW')
 
 
 def supported_act(act: nn.Layer) -> bool:
@@ -98,10 +102,10 @@ def supported_pool(pool: nn.Layer) -> bool:
             and not pool.ceil_mode and not pool.return_mask and pool.data_format == 'NCHW')
 
 
-def in_inference(norm: nn.Layer) -> bool:
+def in_inference(norm: nn.BatchNorm2D) -> bool:
     """True if no gradients are recorded, nothing is traced, and `norm` uses its running statistics."""
-    fixed = not norm.training if norm._use_global_stats is None else norm._use_global_stats
-    return fixed and paddle.in_dynamic_mode() and not paddle.is_grad_enabled()
+    return (paddle_internals.uses_running_statistics(norm)
+            and paddle.in_dynamic_mode() and not paddle.is_grad_enabled())
 
 
 def can_fuse(owner: nn.Layer, conv: nn.Layer, norm: nn.Layer, act: nn.Layer, *skipped: nn.Layer) -> bool:
@@ -112,6 +116,12 @@ def can_fuse(owner: nn.Layer, conv: nn.Layer, norm: nn.Layer, act: nn.Layer, *sk
     return (type(norm) is nn.BatchNorm2D and in_inference(norm)
             and supported_convolution(conv) and supported_norm(norm) and supported_act(act)
             and unchanged(*skipped) and compiled(owner))
+
+
+def can_normalise(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -> bool:
+    """True if one compiled operator gives what `norm` and `act` give for x in training by the batch's statistics."""
+    return (norm.training and supported_norm(norm) and not paddle_internals.has_frozen_statistics(norm)
+            and not lacks_statistics(x) and supported_act(act) and compiled(owner))
 
 
 def lacks_statistics(x: paddle.Tensor) -> bool:
@@ -127,19 +137,20 @@ def lacks_statistics(x: paddle.Tensor) -> bool:
 def convolve(owner: nn.Layer, conv: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """conv(x): (B, C, H, W) -> (B, width, H/stride, W/stride)."""
     if supported_convolution(conv) and compiled(owner):
-        return ops.convolution(x, conv.weight, conv._stride[0])
+        return ops.convolution(x, conv.weight, paddle_internals.stride_of(conv))
     return conv(x)
 
 
 def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """act(norm(x)), x (B, C, H, W). Training by the batch's statistics takes one compiled operator."""
-    if (not norm.training or not supported_norm(norm) or norm._use_global_stats or lacks_statistics(x)
-            or not supported_act(act) or not compiled(owner)):
+    if not can_normalise(owner, norm, act, x):
         return act(norm(x))
+    momentum, epsilon, _ = paddle_internals.norm_settings(norm)
+    running_mean, running_variance = paddle_internals.norm_statistics(norm)
     name = COMPILED_ACTIVATIONS[type(act)]
-    out, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm._epsilon, name)
-    for running, new in (norm._mean, mean), (norm._variance, variance):
-        paddle.assign(running * norm._momentum + new * (1 - norm._momentum), running)
+    out, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, epsilon, name)
+    for running, new in (running_mean, mean), (running_variance, variance):
+        paddle.assign(running * momentum + new * (1 - momentum), running)
     return out
 
 
@@ -168,39 +179,44 @@ class ConvNormAct(nn.Layer):
 
     operators = 'auto'
 
-    def __init__(self, in_width, width, kernel_size, stride=1, act=nn.Identity, groups=1):
+    def __init__(self, in_width: int, width: int, kernel_size: int, stride: int = 1,
+                 act: Callable[[], nn.Layer] = nn.Identity, groups: int = 1) -> None:
         super().__init__()
         normal = Normal(std=math.sqrt(2 / (kernel_size ** 2 * width // groups)))
         self.conv = conv2d(in_width, width, kernel_size, stride, groups, init=normal)
         self.bn = nn.BatchNorm2D(width)
         self.act = act()
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         conv, norm, act = self.conv, self.bn, self.act      # Paddle looks these up in Python each time
         if can_fuse(self, conv, norm, act):
             return self.fused(x, act)
         return norm_act(self, norm, act, convolve(self, conv, x))
 
-    def fused(self, x, act, residual=None):
+    def fused(self, x: paddle.Tensor, act: nn.Layer, residual: Optional[paddle.Tensor] = None) -> paddle.Tensor:
         """act(norm(convolution of x) + residual) by one compiled operator."""
         conv = self.conv
-        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=conv._stride[0],
+        return ops.convolution_norm_act(x, conv.weight, self.bn, stride=paddle_internals.stride_of(conv),
                                         act=COMPILED_ACTIVATIONS[type(act)], residual=residual)
 
 
-def batch_norms(network: nn.Layer) -> dict:
-    """{name: layer} of the batch norms in a network, synchronised ones included."""
+def batch_norms(network: nn.Layer) -> dict[str, nn.Layer]:
+    """Return {name: layer} of the batch norms in a network, synchronised ones included."""
     kinds = nn.BatchNorm2D, nn.SyncBatchNorm
     return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, kinds)}
 
 
-def running_statistics(network: nn.Layer) -> dict:
-    """{key: tensor} of the state dict's entries that a process's own batches change: batch norms', unless frozen."""
+def running_statistics(network: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Return {key: tensor} of the state dict's entries that a process's own batches change.
+
+    These are the running statistics of batch norms, unless they are frozen.
+    """
     statistics = {}
     for name, norm in batch_norms(network).items():
-        if not norm._use_global_stats:
-            statistics[f'{name}._mean'] = norm._mean
-            statistics[f'{name}._variance'] = norm._variance
+        if not paddle_internals.has_frozen_statistics(norm):
+            mean, variance = paddle_internals.norm_statistics(norm)
+            statistics[f'{name}._mean'] = mean
+            statistics[f'{name}._variance'] = variance
     return statistics
 
 

@@ -50,9 +50,16 @@ def stride_of(conv: nn.Conv2D) -> int:
     return conv._stride[0]
 
 
-def norm_settings(norm: nn.BatchNorm2D) -> tuple[float, float, str]:
-    """Return momentum, epsilon and data format of a batch norm. Paddle shows them in repr(norm) only."""
-    return norm._momentum, norm._epsilon, norm._data_format
+class NormSettings(NamedTuple):
+    """The arguments that a BatchNorm2D was made with."""
+    momentum: float                                 # the fraction of the running statistics that a step keeps
+    epsilon: float
+    data_format: str
+
+
+def norm_settings(norm: nn.BatchNorm2D) -> NormSettings:
+    """Return the settings of a batch norm. Paddle shows them in repr(norm) only."""
+    return NormSettings(norm._momentum, norm._epsilon, norm._data_format)
 
 
 def set_momentum(norm: nn.BatchNorm2D, momentum: float) -> None:
