@@ -13,6 +13,7 @@ import warnings
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
+from typing import Any, Optional, Union
 
 import numpy as np
 import paddle
@@ -21,8 +22,10 @@ from PIL import Image
 import utils
 from data import augment, class_names, generators, image_files
 from data.list_file import ImageList, read_list
+from data.operations import PILLOW, Backend
 from system import lifeline
 
+Policy = Union[augment.RandAugment, augment.AutoAugment]
 IDLE = -1                                           # instead of the index of an image that is read
 LISTS = ('train_list.txt', 'val_list.txt')
 ANY_LABEL = 10 ** 9                                  # more than any list has
@@ -35,22 +38,17 @@ class DataError(ValueError):
 
 # Pixels
 
-read_pillow = image_files.read                           # the image in a file, as RGB
-
-
-def reader(backend):
-    """Choose the function that reads training images, by DATA.BACKEND; the transforms dispatch on the type it returns.
-
-    It takes a path, DATA.BACKGROUND and DATA.MAX_PIXELS. Raises ValueError without OpenCV.
-    """
-    if backend == 'pillow':
-        return read_pillow
+def choose_backend(name: str) -> Backend:
+    """Return the backend of DATA.BACKEND, pillow or cv2. Raises ValueError without OpenCV."""
+    if name == 'pillow':
+        return PILLOW
     try:
         from data import opencv
     except ImportError as error:
         raise ValueError(f'DATA.BACKEND is cv2, but OpenCV is not usable here ({error}); install it by '
-                         "python -m pip install 'opencv-python-headless>=4.10,<6', or set DATA.BACKEND pillow") from None
-    return opencv.read
+                         "python -m pip install 'opencv-python-headless>=4.10,<6', "
+                         'or set DATA.BACKEND pillow') from None
+    return opencv.OpenCVBackend()
 
 
 def eval_pixels(image: Image.Image, image_size: int, crop_pct: float, background: str = image_files.BACKGROUND) -> np.ndarray:
@@ -74,11 +72,19 @@ def _centre(length, size):
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
-def train_pixels(image, rng, *, image_size, scale, ratio, flip, policy, jitter, fill):
-    """What a reader returns -> uint8 (H, W, 3): random crop, flip, then `policy`, or without one colour jitter."""
-    image = augment.random_resized_crop(image, image_size, rng, scale, ratio)
-    image = augment.random_flip(image, rng, flip)
-    image = policy(image, rng, fill) if policy else augment.color_jitter(image, jitter, rng)
+def train_pixels(image: Any, rng: np.random.Generator, *, backend: Backend, image_size: int,
+                 scale: tuple[float, float], ratio: tuple[float, float], flip: float, policy: Optional[Policy],
+                 jitter: float, fill: tuple[int, int, int]) -> np.ndarray:
+    """Augment what `backend.read` returns: random crop, flip, then `policy`, or without one colour jitter.
+
+    Returns uint8 (H, W, 3).
+    """
+    image = augment.random_resized_crop(image, image_size, rng, scale, ratio, backend)
+    image = augment.random_flip(image, rng, flip, backend)
+    if policy:
+        image = policy(image, rng, fill, backend)
+    else:
+        image = augment.color_jitter(image, jitter, rng, backend)
     return np.asarray(image)
 
 
@@ -97,7 +103,7 @@ class ListDataset:
     `read` makes an image of a path and the options `reading`, `transform` uint8 (S, S, 3) of an image and a generator.
     """
 
-    def __init__(self, samples, transform, image_size, seed, read=read_pillow, **reading):
+    def __init__(self, samples, transform, image_size, seed, read=image_files.read, **reading):
         self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
         self.read, self.reading = read, reading
 
@@ -354,11 +360,13 @@ def count_classes(data_path: str, read_lists: bool = False) -> tuple[int, str]:
 def build_train(config, rank=0, world=1):
     """The Loader of train_list.txt for one rank, as the config says. Raises as read_list and TrainSampler."""
     train, data = config.TRAIN, config.DATA
+    backend = choose_backend(data.BACKEND)
+    policy = augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None
+    fill = tuple(min(255, round(255 * value)) for value in data.MEAN)
     transform = partial(
-        train_pixels, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE, ratio=train.CROP_RATIO, flip=train.HFLIP,
-        policy=augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None, jitter=train.COLOR_JITTER,
-        fill=tuple(min(255, round(255 * value)) for value in data.MEAN))
-    dataset = _dataset(config, 'train_list.txt', transform, reader(data.BACKEND))
+        train_pixels, backend=backend, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE, ratio=train.CROP_RATIO,
+        flip=train.HFLIP, policy=policy, jitter=train.COLOR_JITTER, fill=fill)
+    dataset = _dataset(config, 'train_list.txt', transform, backend.read)
     sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world, repeats=train.AUG_REPEATS,
                            accum=train.ACCUM_ITER)
     return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR, timeout=data.TIMEOUT)
@@ -371,7 +379,7 @@ def build_eval(config, rank=0, world=1):
     def transform(image, rng):
         return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
 
-    dataset = _dataset(config, 'val_list.txt', transform, read_pillow)
+    dataset = _dataset(config, 'val_list.txt', transform, image_files.read)
     sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
     return Loader(dataset, sampler, num_workers=data.NUM_WORKERS, on_error=data.ON_ERROR, timeout=data.TIMEOUT)
 

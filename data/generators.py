@@ -1,7 +1,7 @@
 """Random generators: one for each purpose and key, and the draw of a rectangle.
 
-A draw depends on the seed and on the sample or step that it is for, and on nothing else. So it is the same for any number of
-processes, workers and restarts.
+A draw depends on the seed and on the sample or step that it is for, and on nothing else. So it is the
+same for any number of processes, workers and restarts.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 ORDER, TRANSFORM, ERASE, MIX, DROPOUT = range(1, 6)  # purposes: the first key of a generator
-ATTEMPTS = 10                                       # draws of a rectangle before one that does not fit is given up
+ATTEMPTS = 10                                       # draws of a rectangle that fits
 
 
 def rng_for(seed: int, purpose: int, *key: int) -> np.random.Generator:

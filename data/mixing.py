@@ -1,23 +1,32 @@
-"""Augmentation of a batch of tensors: random erasing, soft targets, mixup and cutmix. Inputs are never changed.
+"""Augmentation of a batch of tensors: random erasing, soft targets, mixup and cutmix.
 
-Random erasing, mixup and cutmix follow timm 1.0.31 in their ranges and distributions.
+Inputs are never changed. Random erasing, mixup and cutmix follow timm 1.0.31 in their ranges and
+distributions.
 """
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from numpy.random import Generator
+from paddle import Tensor
 
 from data.generators import ATTEMPTS, ERASE, random_sides, rng_for
 
-ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+ERASE_AREA = 0.02, 1 / 3                            # range of the fraction of the image
+ERASE_RATIO = 0.3, 1 / 0.3                          # range of height/width
+Box = tuple[int, int, int, int]
+IMAGES_PER_DRAW = {'batch': None, 'pair': 2, 'half': 2, 'elem': 1}           # by MIXUP_MODE; None: all
 
 
-# A batch: random erasing
+# ---- random erasing
 
-def erase_box(rng, height, width, probability):
-    """(top, left, height, width) of the rectangle to erase in an image of height x width, or None for none."""
+def erase_box(rng: Generator, height: int, width: int, probability: float) -> Box | None:
+    """Draw the (top, left, height, width) of the rectangle to erase in an image, or None."""
     if rng.random() >= probability:
         return None
     for _ in range(ATTEMPTS):
@@ -27,51 +36,70 @@ def erase_box(rng, height, width, probability):
     return None
 
 
-def erase(images, boxes, rngs, mode):
-    """Normalised float images (B, 3, H, W) with the box of each filled: by 'const' with 0, the mean colour, by 'pixel' with
-    normal noise from the generator of each. New tensor."""
+def erase(images: Tensor, boxes: Sequence[Box | None], rngs: Sequence[Generator],
+          mode: str) -> Tensor:
+    """Fill the box of each image and return a new tensor.
+
+    The images (B, 3, H, W) are normalised. Mode 'const' fills with 0, the mean colour; 'pixel' fills
+    with normal noise of the image's generator.
+    """
     images = images.clone()
     for i, (box, rng) in enumerate(zip(boxes, rngs)):
-        if box is not None:
-            top, left, h, w = box
-            noise = rng.standard_normal((3, h, w), dtype=np.float32) if mode == 'pixel' else np.zeros((3, h, w), np.float32)
-            images[i, :, top:top + h, left:left + w] = paddle.to_tensor(noise).astype(images.dtype)
+        if box is None:
+            continue
+        top, left, h, w = box
+        if mode == 'pixel':
+            filling = rng.standard_normal((3, h, w), dtype=np.float32)
+        else:
+            filling = np.zeros((3, h, w), np.float32)
+        images[i, :, top:top + h, left:left + w] = paddle.to_tensor(filling).astype(images.dtype)
     return images
 
 
-def erase_batch(images, indices, epoch, *, seed, probability, mode):
-    """`erase` with boxes and noise that depend on (seed, epoch, index of the sample) only; images (B, 3, H, W), indices (B,)."""
+def erase_batch(images: Tensor, indices: Tensor, epoch: int, *, seed: int, probability: float,
+                mode: str) -> Tensor:
+    """Erase a random box of each image; images (B, 3, H, W), indices (B,) of the samples.
+
+    Boxes and noise depend on the seed, the epoch and the index of the sample only.
+    """
     if probability == 0:
         return images
+    height, width = images.shape[2:]
     rngs = [rng_for(seed, ERASE, epoch, index) for index in np.asarray(indices)]
-    return erase(images, [erase_box(rng, *images.shape[2:], probability) for rng in rngs], rngs, mode)
+    boxes = [erase_box(rng, height, width, probability) for rng in rngs]
+    return erase(images, boxes, rngs, mode)
 
 
-# A batch: targets, mixup and cutmix
+# ---- targets, mixup and cutmix
 
-def one_hot(labels, num_classes, smoothing=0.0):
-    """Labels (B,) -> float32 targets (B, num_classes): 1 - smoothing on the label, plus smoothing / num_classes on each class."""
+def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Turn labels (B,) into float32 targets (B, num_classes).
+
+    The label has 1 - smoothing; each class has smoothing / num_classes in addition.
+    """
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 class NoMix:
-    """The mixing that leaves a batch as it is."""
+    """Leave a batch as it is."""
 
-    def __call__(self, images, targets, rng, indices):
+    def __call__(self, images: Tensor, targets: Tensor, rng: Generator,
+                 indices: Tensor) -> tuple[Tensor, Tensor]:
         return images, targets
-
-
-SHARING = {'batch': None, 'pair': 2, 'half': 2, 'elem': 1}   # how many neighbours share a draw; None: all
 
 
 @dataclass(frozen=True)
 class Mix:
-    """mixup or cutmix of neighbours: images (B, 3, H, W), soft targets (B, K) -> new images, new targets.
+    """Mix neighbours by mixup or cutmix.
 
-    What shares a draw, of mixup or cutmix and of a lambda from Beta(alpha, alpha), is the batch, a pair or an image (mode
-    elem); half is pair, and leaves only the first image of each. For cutmix, lambda is corrected to the part of the image
-    that stays. `rng` is that of the step; other draws than those for a whole batch depend on it and on `indices` (B,), the
-    samples, so that they are the same however the batch of a step is split.
+    Images (B, 3, H, W) and soft targets (B, K) -> new images and targets.
+
+    A draw chooses mixup or cutmix and a lambda from Beta(alpha, alpha). One draw holds for the batch,
+    for a pair, or for an image (mode elem). Mode half is pair, and keeps only the first image of each.
+    Cutmix corrects lambda to the fraction of the image outside the box.
+
+    `rng` is the generator of the step. Draws for pairs and images also depend on `indices` (B,), the
+    samples. So they are the same however the batch of a step is split.
     """
 
     mixup_alpha: float
@@ -80,71 +108,97 @@ class Mix:
     switch_probability: float = 0.5
     mode: str = 'batch'
 
-    def __call__(self, images, targets, rng, indices):
+    def __call__(self, images: Tensor, targets: Tensor, rng: Generator,
+                 indices: Tensor) -> tuple[Tensor, Tensor]:
         batch, (height, width) = len(images), images.shape[2:]
-        shared = SHARING[self.mode] or batch
-        key = rng.integers(2 ** 63) if self.mode != 'batch' else None
-        rngs = [rng] if key is None else [np.random.default_rng([key, int(i)]) for i in np.asarray(indices)[::shared]]
-        draws = [self.draw(rng, height, width) for rng in rngs]
-        lams = np.array([lam for lam, _ in draws]).repeat(shared)[:batch]
-        blends = np.array([lam if box is None else 1 for lam, box in draws]).repeat(shared)[:batch]
-        partner = _partners(batch)
-        mixed = _blend(images, partner, blends)
-        for i, (_, box) in enumerate(draws):
-            if box:
-                _paste(mixed, images, partner, slice(i * shared, min((i + 1) * shared, batch)), box)
-        keep = slice(None, None, 2 if self.mode == 'half' else 1)
-        return mixed[keep], _blend(targets, partner, lams)[keep]
+        per_draw = IMAGES_PER_DRAW[self.mode] or batch
+        draws = [self.draw(each, height, width) for each in self._generators(rng, indices)]
+        lams = np.array([lam for lam, _ in draws]).repeat(per_draw)[:batch]
+        boxes = [box for _, box in draws]
+        is_cut = np.array([box is not None for box in boxes]).repeat(per_draw)[:batch]
 
-    def draw(self, rng, height, width):
-        """lambda, the share of an image itself, and for cutmix the box (top, bottom, left, right) of its partner, else None."""
+        partner = _partners(batch)
+        mixed = _blend(images, partner, np.where(is_cut, 1, lams))
+        for i, box in enumerate(boxes):
+            if box:
+                _paste(mixed, images, partner, slice(i * per_draw, min((i + 1) * per_draw, batch)), box)
+        targets = _blend(targets, partner, lams)
+        if self.mode == 'half':
+            return mixed[::2], targets[::2]
+        return mixed, targets
+
+    def _generators(self, rng: Generator, indices: Tensor) -> list[Generator]:
+        """Return a generator for each draw: the step's own, or those of the first samples of each draw."""
+        per_draw = IMAGES_PER_DRAW[self.mode]
+        if per_draw is None:
+            return [rng]
+        key = rng.integers(2 ** 63)
+        return [np.random.default_rng([key, int(index)]) for index in np.asarray(indices)[::per_draw]]
+
+    def draw(self, rng: Generator, height: int, width: int) -> tuple[float, Box | None]:
+        """Draw lambda, the weight of an image itself, and for cutmix the box of its partner, else None.
+
+        The box is (top, bottom, left, right).
+        """
         if rng.random() >= self.probability:
             return 1.0, None
         cut = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < self.switch_probability)
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
         lam = float(rng.beta(alpha, alpha))
-        return cut_box(rng, height, width, lam)[::-1] if cut else (lam, None)
+        if not cut:
+            return lam, None
+        box, outside = cut_box(rng, height, width, lam)
+        return outside, box
 
 
-def _partners(batch):
-    # Neighbours are mixed, i with i ^ 1, not i with the i-th from behind as is usual: neighbours stay together however a
-    # global batch is split over processes and accumulated passes (of even size), so the result does not depend on it.
+def _partners(batch: int) -> np.ndarray:
+    # Neighbours are mixed, i with i ^ 1. Usual is the i-th image with the i-th from the end, but
+    # neighbours stay together when a batch is split over processes and accumulated passes of even size.
+    # So the result is the same.
     partner = np.arange(batch) ^ 1
     return np.where(partner < batch, partner, batch - 1)      # the last of an odd batch is its own partner
 
 
-def _blend(x, partner, lams):
-    """lams * x + (1 - lams) * partners: x (B, ...), partner (B,), lams (B,)"""
+def _blend(x: Tensor, partner: np.ndarray, lams: np.ndarray) -> Tensor:
+    """Return lams * x + (1 - lams) * partners, with x (B, ...), partner (B,), lams (B,)."""
     if (lams == 1).all():
         return x.clone()
-    share = paddle.to_tensor(1 - lams, x.dtype).reshape([-1] + [1] * (x.ndim - 1))   # (B, 1, ...)
-    return (x.gather(paddle.to_tensor(partner)) - x).multiply_(share).add_(x)        # in place: four times as fast on a CPU
+    weight = paddle.to_tensor(1 - lams, x.dtype).reshape([-1] + [1] * (x.ndim - 1))  # (B, 1, ...)
+    difference = x.gather(paddle.to_tensor(partner)) - x
+    return difference.multiply_(weight).add_(x)     # in place: four times as fast on a CPU
 
 
-def _paste(mixed, images, partner, rows, box):
-    """Give `mixed`, in these rows, the box of the partners."""
+def _paste(mixed: Tensor, images: Tensor, partner: np.ndarray, rows: slice, box: Box) -> None:
+    """Copy the box of the partners into these rows of `mixed`."""
     top, bottom, left, right = box
-    if top < bottom and left < right:
-        partner = partner[rows]
-        first, shape = partner.min(), [np.ptp(partner) + 1, images.shape[1], bottom - top, right - left]
-        others = paddle.crop(images, list(map(int, shape)), [int(first), 0, top, left])      # four times as fast as a slice
-        mixed[rows, :, top:bottom, left:right] = others.gather(paddle.to_tensor(partner - first))
+    if top >= bottom or left >= right:
+        return
+    partner = partner[rows]
+    first, last = int(partner.min()), int(partner.max())
+    shape = [last - first + 1, images.shape[1], bottom - top, right - left]
+    others = paddle.crop(images, shape, [first, 0, top, left])               # four times as fast as a slice
+    mixed[rows, :, top:bottom, left:right] = others.gather(paddle.to_tensor(partner - first))
 
 
-def cut_box(rng, height, width, lam):
-    """(top, bottom, left, right) of a box with 1 - lam of the area about a random centre, cut off at the border; and the
-    share of the image outside it."""
+def cut_box(rng: Generator, height: int, width: int, lam: float) -> tuple[Box, float]:
+    """Draw the box (top, bottom, left, right) of cutmix, and return the fraction of the image outside it.
+
+    It has 1 - lam of the area and a random centre; the border of the image cuts it off.
+    """
     side = math.sqrt(1 - lam)
-    (top, bottom), (left, right) = (_cut_span(rng, length, int(length * side)) for length in (height, width))
+    top, bottom = _cut_span(rng, height, int(height * side))
+    left, right = _cut_span(rng, width, int(width * side))
     return (top, bottom, left, right), 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _cut_span(rng, length, cut):
+def _cut_span(rng: Generator, length: int, cut: int) -> tuple[int, int]:
     centre = int(rng.integers(length))
     return max(centre - cut // 2, 0), min(centre + (cut + 1) // 2, length)
 
 
-def make_mix(mixup_alpha, cutmix_alpha, probability=1.0, switch_probability=0.5, mode='batch'):
-    """Mix, or NoMix where neither alpha is above 0."""
-    on = (mixup_alpha > 0 or cutmix_alpha > 0) and probability > 0
-    return Mix(mixup_alpha, cutmix_alpha, probability, switch_probability, mode) if on else NoMix()
+def make_mix(mixup_alpha: float, cutmix_alpha: float, probability: float = 1.0,
+             switch_probability: float = 0.5, mode: str = 'batch') -> Mix | NoMix:
+    """Return a Mix, or NoMix if neither alpha is above 0 or the probability is 0."""
+    if probability > 0 and (mixup_alpha > 0 or cutmix_alpha > 0):
+        return Mix(mixup_alpha, cutmix_alpha, probability, switch_probability, mode)
+    return NoMix()

@@ -82,7 +82,7 @@ def read(picture, data):
     import datasets
     from data import image_files
     try:
-        image = datasets.read_pillow(picture.path, data.BACKGROUND, data.MAX_PIXELS)
+        image = image_files.read(picture.path, data.BACKGROUND, data.MAX_PIXELS)
         picture.pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         picture.error = image_files.reason(error)

@@ -243,7 +243,7 @@ def look(model, config, path):
     from data import image_files
     from tools.attention_maps import attention_maps
     try:
-        image = datasets.read_pillow(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
+        image = image_files.read(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
         pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         raise ValueError(f'{path}: {image_files.reason(error)}') from None

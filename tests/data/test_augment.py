@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from reference import timm_recipes
 
-from data import augment, generators
+from data import augment, generators, operations
 
 FILL = (124, 116, 104)
 
@@ -79,18 +79,22 @@ def test_flip():
     assert augment.random_flip(image, rng(), 0) is image
 
 
-def test_color_jitter_draws_each_order_and_uniform_factors(monkeypatch):
-    calls = []
+class Recorder:
+    """A backend that notes the operations it is asked for."""
 
-    def recorder(name):
-        def enhancer(image):
-            return type('', (), {'enhance': lambda self, factor: calls.append((name, factor)) or image})()
-        return enhancer
-    for name in ('Brightness', 'Contrast', 'Color'):
-        monkeypatch.setattr(augment.ImageEnhance, name, recorder(name))
-    draw = rng()
+    def __init__(self):
+        self.calls = []
+
+    def apply(self, image, name, value, sampling=None):
+        self.calls.append((name, value))
+        return image
+
+
+def test_color_jitter_draws_each_order_and_uniform_factors():
+    recorder, draw = Recorder(), rng()
+    calls = recorder.calls
     for _ in range(1200):
-        augment.color_jitter(None, 0.4, draw)
+        augment.color_jitter(None, 0.4, draw, recorder)
     orders = collections.Counter(tuple(name for name, _ in calls[i:i + 3]) for i in range(0, len(calls), 3))
     assert len(orders) == 6 and all(150 < count < 250 for count in orders.values())
     for name in ('Brightness', 'Contrast', 'Color'):
@@ -98,7 +102,7 @@ def test_color_jitter_draws_each_order_and_uniform_factors(monkeypatch):
         assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4 and abs(factors.mean() - 1) < 0.03
     calls.clear()
     for _ in range(200):
-        augment.color_jitter(None, 2.0, draw)
+        augment.color_jitter(None, 2.0, draw, recorder)
     assert 0 <= min(factor for _, factor in calls) < 0.1 and 2.8 < max(factor for _, factor in calls) <= 3
 
 
@@ -189,7 +193,8 @@ def test_magnitudes_of_a_policy_deviate(monkeypatch):
 def record(monkeypatch, text, images=3000):
     """[[(operation, magnitude), ...] of each image] for a policy."""
     drawn = []
-    monkeypatch.setattr(augment, 'apply_op', lambda image, name, magnitude, *rest: drawn[-1].append((name, magnitude)))
+    monkeypatch.setattr(augment, 'apply_op',
+                        lambda image, name, magnitude, *rest, **options: drawn[-1].append((name, magnitude)))
     draw, policy = rng(), augment.parse_auto_augment(text)
     for _ in range(images):
         drawn.append([])
@@ -244,13 +249,14 @@ def test_magnitudes_are_uniform_for_a_huge_deviation(monkeypatch):
     ('TranslateY', 10, {0.45, -0.45}, {0.45, -0.45}), ('Desaturate', 0, {0.5}, {0.5}), ('Desaturate', 9, {0.05}, {0.05}),
     ('GaussianBlur', 9, {1.81}, {1.81}), ('GaussianBlur', 20, {2.0}, {2.0}),
 ])
-def test_arguments_of_operations(name, magnitude, plain, increasing, monkeypatch):
-    draw, values = rng(), []
-    monkeypatch.setitem(augment.OPS, name, (lambda image, value, how: values.append(value), *augment.OPS[name][1:]))
+def test_arguments_of_operations(name, magnitude, plain, increasing):
+    draw, recorder = rng(), Recorder()
     for wanted, up in ((plain, False), (increasing, True)):
-        values.clear()
+        recorder.calls.clear()
         for _ in range(60):
-            augment.apply_op(None, name, magnitude, draw, FILL, up)
+            augment.apply_op(None, name, magnitude, draw, fill=FILL, increasing=up, backend=recorder)
+        assert {called for called, _ in recorder.calls} == {name}
+        values = [value for _, value in recorder.calls]
         assert {round(value, 6) for value in values} == wanted
         shares = np.array(list(collections.Counter(values).values())) / 60
         assert (abs(shares - 1 / len(wanted)) < 0.25).all()
@@ -265,11 +271,11 @@ def test_arguments_of_operations_equal_timm_s(timm_name):
     name = OURS.get(timm_name, timm_name)
     if name is None:
         return
-    increasing = name.endswith('Increasing') and name not in augment.OPS
-    values = augment.OPS[name.replace('Increasing', '') if increasing else name][1:]
+    increasing = name.endswith('Increasing') and name not in operations.OPS
+    op = operations.OPS[name.replace('Increasing', '') if increasing else name]
     for level, expected in TIMM_ARGUMENTS[timm_name].items():
         draw = rng()
-        ours = [float(values[-1 if increasing else 0](int(level) / 10, draw)) for _ in range(40)]
+        ours = [float(op.draw_value(int(level) / 10, draw, increasing)) for _ in range(40)]
         if name == 'Desaturate':
             ours = [1 - factor for factor in ours]            # timm takes it from 1 later on
         if name == 'GaussianBlurRand':                        # timm draws the radius later on, from 0.1 to twice the argument
@@ -281,8 +287,8 @@ def test_arguments_of_operations_equal_timm_s(timm_name):
 
 def test_every_operation_has_its_arguments_checked():
     checked = test_arguments_of_operations.pytestmark[0].args[1]
-    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} | TIMM_ARGUMENTS.keys() >= set(augment.OPS)
-    assert all(augment.OPS[name][1] is None for name in ('AutoContrast', 'Equalize', 'Invert'))
+    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} | TIMM_ARGUMENTS.keys() >= set(operations.OPS)
+    assert all(operations.OPS[name].value is None for name in ('AutoContrast', 'Equalize', 'Invert'))
 
 
 def by_hand(name, value):
@@ -311,50 +317,50 @@ def by_hand(name, value):
 def test_pixels_of_operations(name, value):
     image = Image.fromarray((np.asarray(picture()) // 2 + 40).astype(np.uint8))       # leaves room for autocontrast
     before = pixels(image)
-    assert np.array_equal(pixels(augment.OPS[name][0](image, value, {})), by_hand(name, value)(image))
+    assert np.array_equal(pixels(operations.PILLOW.apply(image, name, value)), by_hand(name, value)(image))
     assert np.array_equal(pixels(image), before)
 
 
 def test_posterize_beyond_the_range():
     image = picture()
-    assert pixels(augment.OPS['Posterize'][0](image, -4, {})).max() == 0
-    assert np.array_equal(pixels(augment.OPS['Posterize'][0](image, 12, {})), pixels(image))
+    assert pixels(operations.PILLOW.apply(image, 'Posterize', -4)).max() == 0
+    assert np.array_equal(pixels(operations.PILLOW.apply(image, 'Posterize', 12)), pixels(image))
 
 
-def how(resample=Image.Resampling.BILINEAR):
-    return {'resample': resample, 'fillcolor': FILL}
+def apply(image, name, value, resample=Image.Resampling.BILINEAR):
+    return pixels(operations.PILLOW.apply(image, name, value, operations.Sampling(resample, FILL)))
 
 
 def test_translate_moves_by_a_share_of_the_side():
     image = picture(40, 30)
-    right = pixels(augment.OPS['TranslateX'][0](image, -0.25, how()))
+    right = apply(image, 'TranslateX', -0.25)
     assert np.array_equal(right[:, 10:], pixels(image)[:, :-10]) and (right[:, :10] == FILL).all()
-    up = pixels(augment.OPS['TranslateY'][0](image, 0.1, how()))
+    up = apply(image, 'TranslateY', 0.1)
     assert np.array_equal(up[:-3], pixels(image)[3:]) and (up[-3:] == FILL).all()
 
 
 def test_shear_moves_each_row_by_its_height():
     image = picture(40, 30)
-    sheared = pixels(augment.OPS['ShearX'][0](image, 1.0, how(Image.Resampling.NEAREST)))
+    sheared = apply(image, 'ShearX', 1.0, Image.Resampling.NEAREST)
     for y in (0, 10, 29):                                     # pixel centre (x, y) + 0.5 reads at x + y + 1
         assert np.array_equal(sheared[y, :39 - y], pixels(image)[y, y + 1:]) and (sheared[y, 39 - y:] == FILL).all()
     turned = image.transpose(Image.Transpose.TRANSPOSE)
-    assert np.array_equal(pixels(augment.OPS['ShearY'][0](turned, 0.3, how())),
-                          pixels(augment.OPS['ShearX'][0](image, 0.3, how())).swapaxes(0, 1))
+    assert np.array_equal(apply(turned, 'ShearY', 0.3), apply(image, 'ShearX', 0.3).swapaxes(0, 1))
 
 
 def test_rotate_is_counter_clockwise_about_the_centre():
     image = picture(30, 30)
-    assert np.array_equal(pixels(augment.OPS['Rotate'][0](image, 90, how())), np.rot90(pixels(image)))
-    assert (pixels(augment.OPS['Rotate'][0](image, 45, how()))[0, 0] == FILL).all()
+    assert np.array_equal(apply(image, 'Rotate', 90), np.rot90(pixels(image)))
+    assert (apply(image, 'Rotate', 45)[0, 0] == FILL).all()
 
 
 def test_affine_operations_draw_both_filters(monkeypatch):
     filters = []
-    monkeypatch.setitem(augment.OPS, 'Rotate', (lambda image, value, how: filters.append(how['resample']), None))
+    monkeypatch.setitem(operations.OPS, 'Rotate', operations.Op(
+        lambda image, value, sampling: filters.append(sampling.resample)))
     draw = rng()
     for _ in range(200):
-        augment.apply_op(None, 'Rotate', 9, draw, FILL, True)
+        augment.apply_op(None, 'Rotate', 9, draw, fill=FILL, increasing=True)
     counts = collections.Counter(filters)
     assert set(counts) == {Image.Resampling.BILINEAR, Image.Resampling.BICUBIC} and min(counts.values()) > 70
 

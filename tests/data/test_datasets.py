@@ -21,6 +21,7 @@ import datasets
 import utils
 from config import get_config
 from data import augment, list_file
+from data.operations import PILLOW
 
 FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
 HASHES = {key: value for key, value in json.loads((FIXTURES / 'sha256.json').read_text()).items() if key != 'about'}
@@ -150,7 +151,8 @@ def test_crop_larger_than_the_image_is_padded_with_zeros():
 
 def test_training_pixels_without_randomness_are_a_resize():
     image = picture(40, 30)
-    options = {'image_size': 16, 'scale': (1.0, 1.0), 'ratio': (4 / 3, 4 / 3), 'policy': None, 'jitter': 0, 'fill': (0, 0, 0)}
+    options = {'backend': PILLOW, 'image_size': 16, 'scale': (1.0, 1.0),
+               'ratio': (4 / 3, 4 / 3), 'policy': None, 'jitter': 0, 'fill': (0, 0, 0)}
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
     assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=1, **options), expected[:, ::-1])
@@ -466,7 +468,8 @@ def test_build_train_reads_the_config(data):
     assert loader.on_error == 'skip' and loader.num_workers == 3 and loader.dataset.seed == loader.sampler.seed == 5
     assert (loader.sampler.rank, loader.sampler.world, loader.sampler.batch_size) == (1, 2, 4)
     options = loader.dataset.transform.keywords
-    assert options == {'image_size': 16, 'scale': [0.3, 0.9], 'ratio': [0.75, 4 / 3], 'flip': 0.25, 'jitter': 0.0,
+    assert options == {'backend': PILLOW, 'image_size': 16, 'scale': [0.3, 0.9], 'ratio': [0.75, 4 / 3],
+                       'flip': 0.25, 'jitter': 0.0,
                        'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1'), 'fill': (128, 64, 255)}
     assert datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', '')).dataset.transform.keywords['policy'] is None
 

@@ -26,7 +26,7 @@ def read_cv2(path, *options):
     return opencv.read(path, *options).decode(1)[:, :, ::-1]
 
 
-READERS = [datasets.read_pillow, pytest.param(read_cv2, marks=pytest.mark.skipif(not opencv, reason='needs OpenCV'))]
+READERS = [image_files.read, pytest.param(read_cv2, marks=pytest.mark.skipif(not opencv, reason='needs OpenCV'))]
 
 
 def chunk(kind, content):
@@ -243,10 +243,10 @@ import numpy as np, datasets
 start = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (start + 400_000_000,) * 2)
 for i in range({len(sizes)}):
-    image = datasets.read_pillow({str(tmp_path)!r} + f'/{{i}}.png')
+    image = datasets.image_files.read({str(tmp_path)!r} + f'/{{i}}.png')
     assert (datasets.eval_pixels(image, 256, 0.95) == 7).all()
-    pixels = datasets.train_pixels(image, np.random.default_rng(0), image_size=256, scale=(0.08, 1), ratio=(0.1, 0.2), flip=0.5,
-                                   policy=None, jitter=0, fill=(0, 0, 0))
+    pixels = datasets.train_pixels(image, np.random.default_rng(0), backend=datasets.PILLOW, image_size=256,
+                                   scale=(0.08, 1), ratio=(0.1, 0.2), flip=0.5, policy=None, jitter=0, fill=(0, 0, 0))
     assert (pixels == 7).all()
 """
     (tmp_path / 'thin.py').write_text(code)

@@ -153,7 +153,7 @@ def test_extreme_lambdas_run():
         assert np.isfinite(mixed.numpy()).all() and np.allclose(soft.sum(1).numpy(), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize('mode', mixing.SHARING)
+@pytest.mark.parametrize('mode', mixing.IMAGES_PER_DRAW)
 @pytest.mark.parametrize('alphas', [(0.8, 0), (0, 1.0), (0.8, 1.0)])
 def test_a_batch_and_its_parts_mix_alike(alphas, mode):
     images, targets, _ = mixing_case(8)
@@ -195,7 +195,7 @@ def test_draws_of_pairs_and_images_by_hand(mode, size):
     assert len(kinds) == 3
 
 
-@pytest.mark.parametrize('mode', mixing.SHARING)
+@pytest.mark.parametrize('mode', mixing.IMAGES_PER_DRAW)
 def test_shares_are_distributed_as_timm_s(mode):
     images, targets = paddle.zeros([4, 3, 16, 24]), paddle.eye(4)
     mix, kept = mixing.make_mix(0.2, 1.0, 0.8, 0.4, mode), []

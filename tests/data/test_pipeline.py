@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 import datasets
 from config import get_config
-from data import augment, list_file
+from data import augment, image_files, list_file, operations
 
 try:
     from data import opencv
@@ -20,6 +20,8 @@ except ImportError as error:
     missing = f'OpenCV cannot be imported ({error}); python -m pip install -r requirements-dev.txt brings it'
 else:
     missing = ''
+    OPENCV = opencv.OpenCVBackend()
+PILLOW = operations.PILLOW
 needs_cv2 = pytest.mark.skipif(bool(missing), reason=missing)
 
 PHOTO = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels' / 'portrait_333x500.jpg'
@@ -163,8 +165,8 @@ def test_files_decode_to_pillows_pixels(tmp_path, name):
     photo = opencv.read(tmp_path / name)
     assert photo.size == (48, 48)
     assert (photo.reductions == (1,)) == (name in ('cmyk.jpg', 'a.png', 'palette.png', 'alpha.png'))
-    pixels = augment.resized_crop(photo, (0, 0, 48, 48), 48)
-    assert np.array_equal(pixels, np.asarray(datasets.read_pillow(tmp_path / name)))
+    pixels = OPENCV.resized_crop(photo, (0, 0, 48, 48), 48)
+    assert np.array_equal(pixels, np.asarray(image_files.read(tmp_path / name)))
 
 
 whole = jpeg(smooth_picture(64, 48), quality=92)
@@ -201,7 +203,7 @@ def test_too_many_pixels_are_unreadable_for_both(data):
 def test_what_only_pillow_can_decode_is_decoded_by_pillow(monkeypatch):
     monkeypatch.setattr(opencv.cv2, 'imdecode', lambda data, flags: None)
     photo = opencv.read(PHOTO)
-    assert np.array_equal(photo.decode(1)[:, :, ::-1], np.asarray(datasets.read_pillow(PHOTO)))
+    assert np.array_equal(photo.decode(1)[:, :, ::-1], np.asarray(image_files.read(PHOTO)))
     assert photo.decode(2).shape == (250, 167, 3)
     monkeypatch.setattr(Image.Image, 'load', lambda image: 1 / 0)
     with pytest.raises(OSError, match='ZeroDivisionError'):
@@ -218,8 +220,8 @@ def differences(ours, theirs):
     ((0, 0, 333, 500), 160, 2), ((13, 21, 319, 477), 150, 2), ((1, 3, 331, 495), 80, 3), ((5, 5, 321, 323), 40, 7)])
 def test_crops_come_close_to_pillows(box, size, mean):
     """At full, half, quarter and eighth size; a shift by one pixel of the result would be seen."""
-    pillow = augment.resized_crop(datasets.read_pillow(PHOTO), box, size)
-    ours = augment.resized_crop(opencv.read(PHOTO), box, size)
+    pillow = PILLOW.resized_crop(image_files.read(PHOTO), box, size)
+    ours = OPENCV.resized_crop(opencv.read(PHOTO), box, size)
     assert ours.shape == (size, size, 3) and ours.dtype == np.uint8
     difference = differences(ours, pillow).mean()
     assert difference <= mean
@@ -233,7 +235,7 @@ def test_no_more_is_decoded_than_the_crop_needs():
     photo = opencv.Photo((800, 600), lambda reduction: asked.append(reduction) or np.zeros(
         (-(-600 // reduction), -(-800 // reduction), 3), np.uint8), opencv.REDUCTIONS)
     for box in ((0, 0, 800, 600), (1, 1, 799, 400), (1, 1, 399, 599), (201, 101, 400, 449), (799, 599, 1, 1)):
-        assert augment.resized_crop(photo, box, 100).shape == (100, 100, 3)
+        assert OPENCV.resized_crop(photo, box, 100).shape == (100, 100, 3)
     assert asked == [4, 4, 2, 4, 1]
 
 
@@ -248,12 +250,12 @@ CLOSE = {                                           # name: bound of the mean an
 
 
 def drawn(name, count=12, seed=0):
-    """(value, how) as apply_op draws them."""
+    """(value, sampling) as apply_op draws them."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        value = augment.OPS[name][1 + i % 2 * (len(augment.OPS[name]) - 2)]
+        value = operations.OPS[name].draw_value(i / (count - 1), rng, increasing=i % 2 == 1)
         resample = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)[i // 2 % 2]
-        yield value(i / (count - 1), rng) if value else None, {'resample': resample, 'fillcolor': FILL}
+        yield value, operations.Sampling(resample, FILL)
 
 
 def pictures():
@@ -269,9 +271,9 @@ def pictures():
 @pytest.mark.parametrize('name', EXACT)
 def test_operations_by_table_are_pillows(name):
     for image in pictures():
-        for value, how in drawn(name):
-            ours = augment.perform(np.asarray(image), name, value, how)
-            assert np.array_equal(ours, np.asarray(augment.perform(image, name, value, how))), (value, how)
+        for value, sampling in drawn(name):
+            ours = OPENCV.apply(np.asarray(image), name, value, sampling)
+            assert np.array_equal(ours, np.asarray(PILLOW.apply(image, name, value, sampling))), (value, sampling)
 
 
 @needs_cv2
@@ -279,31 +281,35 @@ def test_operations_by_table_are_pillows(name):
 def test_operations_come_close_to_pillows(name):
     mean, largest = CLOSE[name]
     for image in pictures():
-        for value, how in drawn(name):
-            pillow = augment.perform(image, name, value, how)
+        for value, sampling in drawn(name):
+            pillow = PILLOW.apply(image, name, value, sampling)
             before = np.asarray(image).copy()
-            ours = augment.perform(before, name, value, how)
+            ours = OPENCV.apply(before, name, value, sampling)
             assert ours.shape == (224, 224, 3) and ours.dtype == np.uint8 and np.array_equal(before, np.asarray(image))
             difference = differences(ours, pillow)
             assert difference.mean() <= mean
             # where the picture ends Pillow has a hard edge, OpenCV one pixel of both colours
             inside = Image.new('L', image.size, 255)
             if name in GEOMETRIC:
-                inside = augment.perform(inside, name, value, {**how, 'fillcolor': 0}).filter(ImageFilter.MinFilter(7))
+                inside = PILLOW.apply(inside, name, value, sampling._replace(fillcolor=0))
+                inside = inside.filter(ImageFilter.MinFilter(7))
             assert difference[np.asarray(inside) == 255].max(initial=0) <= largest
 
 
 @needs_cv2
 def test_every_operation_is_there():
-    assert {*EXACT, *CLOSE} == opencv.OPS.keys() >= {*augment.RAND_OPS}
-    assert opencv.OPS.keys() <= augment.OPS.keys()
+    ours = {*opencv.OPS, *opencv.BY_TABLE, *opencv.MATRICES}
+    assert {*EXACT, *CLOSE} == ours >= {*operations.RAND_OPS}
+    assert ours <= operations.OPS.keys()
 
 
 @needs_cv2
 def test_an_operation_that_is_not_there_is_pillows(monkeypatch):
-    monkeypatch.setitem(augment.OPS, 'Blur', (lambda image, value, how: image.filter(ImageFilter.BoxBlur(value)), None))
+    blur = operations.Op(lambda image, value, sampling: image.filter(ImageFilter.BoxBlur(value)))
+    monkeypatch.setitem(operations.OPS, 'Blur', blur)
     image, *_ = pictures()
-    assert np.array_equal(augment.perform(np.asarray(image), 'Blur', 2, {}), np.asarray(image.filter(ImageFilter.BoxBlur(2))))
+    expected = np.asarray(image.filter(ImageFilter.BoxBlur(2)))
+    assert np.array_equal(OPENCV.apply(np.asarray(image), 'Blur', 2), expected)
 
 
 @needs_cv2
@@ -315,8 +321,8 @@ def test_both_backends_draw_the_same(options):
     means = []
     for seed in range(20):
         draws = [np.random.default_rng(seed) for _ in range(2)]
-        pillow = datasets.train_pixels(datasets.read_pillow(PHOTO), draws[0], **options)
-        ours = datasets.train_pixels(opencv.read(PHOTO), draws[1], **options)
+        pillow = datasets.train_pixels(image_files.read(PHOTO), draws[0], backend=PILLOW, **options)
+        ours = datasets.train_pixels(opencv.read(PHOTO), draws[1], backend=OPENCV, **options)
         assert draws[0].bit_generator.state == draws[1].bit_generator.state
         means.append(differences(ours, pillow).mean())
     assert np.median(means) < 2 and max(means) < 10
@@ -375,7 +381,7 @@ def test_a_batch_is_its_samples(data):
 @needs_cv2
 def test_evaluation_keeps_to_pillow(data):
     pillow, cv2 = (batches(datasets.build_eval(config(data, 'DATA.BACKEND', backend))) for backend in ('pillow', 'cv2'))
-    assert pillow == cv2 and datasets.build_eval(config(data, 'DATA.BACKEND', 'cv2')).dataset.read is datasets.read_pillow
+    assert pillow == cv2 and datasets.build_eval(config(data, 'DATA.BACKEND', 'cv2')).dataset.read is image_files.read
 
 
 def test_without_opencv_the_error_says_how_to_install_it(data, monkeypatch):
