@@ -8,169 +8,25 @@ does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 from paddle.distributed.fleet.utils import recompute
-from paddle.nn.initializer import Constant, KaimingUniform, Normal
+from paddle.nn.initializer import Normal
 
 from model import weights
-from model.attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
+from model.blocks import Bottleneck, DropPath, Operators
 from model.layers import (
     ACTIVATIONS,
     ConvNormAct,
     batch_norms,
-    can_fuse,
     convolve,
     max_pool,
     norm_act,
     pixel_mean,
-    supported_act,
     use_operators,
 )
-
-
-class SqueezeExcite(nn.Layer):
-    """Channels weighted by a small network of their means: (B, C, H, W) -> (B, C, H, W). Hu et al. 2018, arXiv 1709.01507."""
-
-    def __init__(self, width, ratio):
-        super().__init__()
-        inner = nearest_8(width * ratio)
-        self.fc1 = nn.Conv2D(width, inner, 1, weight_attr=Normal(std=math.sqrt(2 / inner)))
-        self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
-
-    def forward(self, x):
-        return x * F.sigmoid(self.fc2(F.relu(self.fc1(pixel_mean(x).unsqueeze([2, 3])))))
-
-
-class EfficientChannelAttention(nn.Layer):
-    """Channels weighted by a convolution over their neighbours' means: (B, C, H, W) -> (B, C, H, W). Wang et al. 2020,
-    arXiv 1910.03151."""
-
-    def __init__(self, width):
-        super().__init__()
-        kernel_size = max(int((math.log2(width) + 1) / 2) // 2 * 2 + 1, 3)  # the odd number at or above half of log2 + 1
-        # PyTorch's default, which timm leaves as it is
-        self.conv = nn.Conv1D(1, 1, kernel_size, padding=kernel_size // 2, bias_attr=False,
-                              weight_attr=KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu'))
-
-    def forward(self, x):
-        share = self.conv(pixel_mean(x).unsqueeze(1))                       # (B, 1, C)
-        return x * F.sigmoid(share).transpose([0, 2, 1]).unsqueeze(-1)      # (B, C, H, W) times (B, C, 1, 1)
-
-
-class DropPath(nn.Layer):
-    """Stochastic depth: in training drops the whole branch of a sample with probability `rate`."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(paddle.ones_like(x[:, :1, :1, :1]), self.rate)      # (B, 1, 1, 1), 0 or 1 / (1 - rate)
-        return x * keep
-
-
-class Bottleneck(nn.Layer):
-    """1x1 convolution, spatial operator, 1x1 convolution, beside a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride).
-
-    `spatial` maps timm's names to the layers between the two convolutions, in order; `spatial_width` is what they give.
-    `shortcut` is None in a block without one.
-    """
-
-    operators = 'auto'
-
-    def __init__(self, in_width, inner_width, width, spatial, spatial_width, *, stride=1, act=nn.ReLU, drop_path=0.0,
-                 projection=True, linear_out=False):
-        super().__init__()
-        if stride == 1 and in_width == width:
-            self.shortcut = nn.Identity()
-        else:
-            self.shortcut = ConvNormAct(in_width, width, 1, stride) if projection else None
-        self.conv1_1x1 = ConvNormAct(in_width, inner_width, 1, act=act)
-        self.spatial = tuple(spatial)
-        for name, layer in spatial.items():
-            self.add_sublayer(name, layer)
-        self.post_act = act() if 'post_attn' in spatial else None            # the activation after that norm
-        self.conv3_1x1 = ConvNormAct(spatial_width, width, 1)
-        if self.shortcut is not None:
-            Constant(0.0)(self.conv3_1x1.bn.weight)           # a new block is its shortcut
-        self.drop_path = DropPath(drop_path)
-        self.act = nn.Identity() if linear_out else act()
-
-    def forward(self, x):
-        out = self.conv1_1x1(x)
-        for name in self.spatial:
-            layer = getattr(self, name)
-            out = norm_act(self, layer, self.post_act, out) if name == 'post_attn' else layer(out)
-        shortcut = None if self.shortcut is None else self.shortcut(x)
-        if self.can_fuse_end(out, shortcut):
-            return self.conv3_1x1.fused(out, self.act, residual=shortcut)
-        out = self.drop_path(self.conv3_1x1(out))
-        return self.act(out if shortcut is None else out + shortcut)
-
-    def can_fuse_end(self, x, shortcut):
-        """True if one compiled operator gives what the last convolution of x, shortcut and activation give."""
-        last, drop_path = self.conv3_1x1, self.drop_path
-        return (type(last) is ConvNormAct and type(last.act) is nn.Identity and supported_act(last.act)
-                and type(drop_path) is DropPath and not drop_path.training
-                and can_fuse(self, last.conv, last.bn, self.act, last, drop_path)
-                and (shortcut is None or can_add(last.conv, x, shortcut)))
-
-
-def can_add(conv: nn.Conv2D, x: paddle.Tensor, shortcut: paddle.Tensor) -> bool:
-    """True if `shortcut` has the type and shape that the convolution `conv` of x (B, C, H, W) gives."""
-    B, _, H, W = x.shape
-    stride = conv._stride[0]
-    shape = [B, conv.weight.shape[0], -(-H // stride), -(-W // stride)]
-    return shortcut.dtype == x.dtype and shortcut.shape == shape
-
-
-@dataclass(frozen=True)
-class Operators:
-    """The spatial operators of a network's blocks, and what they have in common. The fields are options of config.MODEL."""
-    block_size: int = 8
-    halo_size: int = 2
-    head_dim: int = 0
-    qk_ratio: float = 1.0
-    value_ratio: float = 1.0
-    lambda_size: int = 13
-    group_size: int = 0
-    channel_attn: str = 'none'
-    se_ratio: float = 1 / 16
-    act: str = 'relu'
-
-    def build(self, kind, width, num_heads, stride, map_size):
-        """What stands in a block of this kind where a ResNet has its 3x3 convolution: (layers by timm's names, width they give).
-
-        `map_size` is the side of the map that comes in. Raises ValueError for an unknown kind and for unfit widths.
-        """
-        if kind == 'conv':
-            return self.convolution(width, stride), width
-        if kind == 'halo':
-            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride, head_dim=self.head_dim,
-                                  qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
-        elif kind == 'bot':
-            layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
-                                        qk_ratio=self.qk_ratio)
-        elif kind == 'lambda':
-            layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim)
-        else:
-            raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
-        return {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}, layer.out_width
-
-    def convolution(self, width, stride):
-        groups = width // self.group_size if self.group_size else 1
-        if self.group_size and width % self.group_size:
-            raise ValueError(f'MODEL.GROUP_SIZE is {self.group_size} and the inner width of a block {width}, no multiple of it')
-        attention = {'none': dict, 'se': lambda: {'attn': SqueezeExcite(width, self.se_ratio)},
-                     'eca': lambda: {'attn': EfficientChannelAttention(width)}}[self.channel_attn]
-        return {'conv2_kxk': ConvNormAct(width, width, 3, stride, ACTIVATIONS[self.act], groups), **attention()}
 
 
 class Stem(nn.Sequential):

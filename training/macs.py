@@ -5,8 +5,9 @@ import utils  # noqa: F401  isort: skip  (first: it prepares for Paddle's import
 
 from paddle import nn
 
-from halonet import Bottleneck, EfficientChannelAttention, SqueezeExcite, Stage, Stem
+from halonet import Stage, Stem
 from model.attention import BottleneckAttention, HaloAttention, LambdaLayer
+from model.blocks import Bottleneck, EfficientChannelAttention, SqueezeExcite
 from model.layers import ConvNormAct
 
 

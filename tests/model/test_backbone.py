@@ -6,9 +6,10 @@ import reference as ref
 from paddle import nn
 
 from config import get_config
-from halonet import Bottleneck, build_halonet
+from halonet import build_halonet
 from model import weights
 from model.attention import BottleneckAttention, LambdaLayer, halo_attention
+from model.blocks import Bottleneck
 
 MIXED = ['MODEL.STAGES', ['conv lambda', 'halo*2', 'halo bot'], 'MODEL.WIDTHS', [16, 32, 32], 'MODEL.STRIDES', [1, 2, 2],
          'MODEL.HEADS', [2, 2, 2], 'MODEL.LAMBDA_SIZE', 5, 'DATA.IMAGE_SIZE', 64]

@@ -8,8 +8,9 @@ import pytest
 import reference as ref
 
 from config import get_config
-from halonet import Bottleneck, DropPath, build_halonet, parse_stage
+from halonet import build_halonet, parse_stage
 from model.attention import HaloAttention, halo_attention
+from model.blocks import Bottleneck, DropPath
 
 MODELS = ['halonet_26t_256', 'halonet_50ts_256']
 

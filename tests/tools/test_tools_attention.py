@@ -5,7 +5,8 @@ import pytest
 from runs import TINY
 
 from config import get_config
-from halonet import HaloAttention, build_halonet
+from halonet import build_halonet
+from model.attention import HaloAttention
 from tools.attention_maps import attention_maps, attention_probabilities
 
 CASES = [                                           # heads, block, halo, stride, height, width
