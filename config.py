@@ -12,12 +12,12 @@ import math
 import os
 import re
 
+from system import console
+from system.console import visible
+
 import yaml
 from PIL import ImageColor
 from yacs.config import CfgNode as CN
-
-from system import console
-from system.console import visible
 
 _C = CN()
 _C.BASE = []                            # config files to start from, relative to this file

@@ -15,15 +15,16 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Optional, Union
 
+from system import lifeline, stopping
+import utils
+
 import numpy as np
 import paddle
 from PIL import Image
 
-import utils
 from data import augment, class_names, generators, image_files
 from data.list_file import ImageList, read_list
 from data.operations import PILLOW, Backend
-from system import lifeline
 
 Policy = Union[augment.RandAugment, augment.AutoAugment]
 IDLE = -1                                           # instead of the index of an image that is read
@@ -271,7 +272,7 @@ class Loader:
     def epoch(self, epoch, start=0):
         """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
-        Raises DataError, and utils.Failure where a data process died or read one image for more than `timeout` seconds.
+        Raises DataError, and stopping.Failure where a data process died or read one image for more than `timeout` seconds.
         """
         self.skipped = 0
         batches = self.sampler.batches(epoch, start)
@@ -314,10 +315,10 @@ class Loader:
         except SystemError as error:                # all that Paddle tells, whatever happened
             if watch.late != IDLE:
                 samples = self.dataset.samples
-                raise utils.Failure(
+                raise stopping.Failure(
                     f'{samples.where(watch.late)} {samples.path(watch.late)}: it could not be read within DATA.TIMEOUT '
                     f'{self.timeout} s; look at its disk or network mount, or raise DATA.TIMEOUT where it is slow') from error
-            raise utils.Failure(
+            raise stopping.Failure(
                 'a data worker died; if nothing above says why, it probably ran out of memory: look at free memory and '
                 'at /dev/shm (df -h /dev/shm), lower DATA.NUM_WORKERS or DATA.BATCH_SIZE') from error
         finally:
@@ -330,7 +331,7 @@ def _init_worker(worker_id):
     # of it, and with them the batches that the trainer needs to reach its next step and save. And Paddle's worker waits
     # for work without a time limit: it would outlive a trainer that is killed.
     os.setpgrp()
-    utils.Stop.unlisten()
+    stopping.Stop.unlisten()
     lifeline.die_with_parent()
     warnings.filterwarnings('ignore', module='PIL')  # odd metadata, which every worker would tell anew in every epoch
 

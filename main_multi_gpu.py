@@ -4,87 +4,116 @@
 
 Starts one process per visible GPU (CUDA_VISIBLE_DEVICES chooses), or -nprocs processes; on CPU one, or -nprocs.
 """
-import multiprocessing.connection
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
-from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
+from system import lifeline, packages  # noqa: F401  packages reports a missing one
+from system.stopping import FAILURE, STOPPED, Stop
+
+from yacs.config import CfgNode
+
 from config import parse_args
-from system import lifeline
 
-GRACE = 10                                          # seconds that the others get to leave when a process has failed
-
-
-def worker(config):
-    from training.engine import main
-    main(config)
+GRACE = 10                                          # seconds that the others get to stop after one has failed
+POLL = 0.2                                          # seconds between two looks at a request to stop
 
 
-def child(config):
-    import utils
+def train(config: CfgNode, stop: Stop) -> None:
+    """Train or evaluate in this process."""
+    from training import engine  # late, as it imports Paddle: -h and mistakes answer at once
+    engine.main(config, stop)
+
+
+def train_spawned(config: CfgNode) -> None:
+    """Train or evaluate in a process that `start_processes` has spawned."""
     lifeline.die_with_parent()
-    multiprocessing.set_start_method('fork', force=True)    # spawned here, data workers would each import Paddle anew
+    multiprocessing.set_start_method('fork', force=True)    # or each data worker would import Paddle again
     try:
-        worker(config)
+        train(config, Stop().listen())
     except Exception:
         traceback.print_exc()
-        sys.exit(utils.FAILURE)
+        sys.exit(FAILURE)
 
 
-def start_processes(config):
-    """Run `worker` in as many processes as the config asks for; the exit code is that of the first one that fails."""
-    import utils  # isort: skip  (first: it prepares for Paddle's import)
+def start_processes(config: CfgNode, stop: Stop) -> None:
+    """Train or evaluate in as many processes as the config asks for, and end with the code of the first failed one."""
+    import utils
+
     import paddle.distributed as dist
     with utils.plain_errors():
         device = utils.choose_device(config.DEVICE)
     count = config.NPROCS or (utils.gpu_count() if device == 'gpu' else 1)
     if count == 1:
-        return worker(config)
-    stop = utils.Stop().listen()
-    context = dist.spawn(child, (config,), nprocs=count, join=False, backend='nccl' if device == 'gpu' else 'gloo')
+        return train(config, stop)
+    backend = 'nccl' if device == 'gpu' else 'gloo'
+    context = dist.spawn(train_spawned, (config,), nprocs=count, join=False, backend=backend)
     supervise(context.processes, stop)
-    codes = [process.exitcode for process in context.processes]
-    if any(codes):
-        killed = stop.requested and max(codes) <= 0    # before they could listen
-        sys.exit(utils.STOPPED if killed else next((code for code in codes if code > 0), utils.FAILURE))
+    sys.exit(exit_code_of(context.processes, stop))
 
 
-def supervise(processes, stop):
-    """Wait for all processes; pass a wish to stop on, and end the others when one has failed."""
-    told, deadline = False, float('inf')
+def supervise(processes: Sequence[BaseProcess], stop: Stop) -> None:
+    """Wait for all processes to end.
+
+    On a request to stop, and when one has failed, all are asked to stop, once. Those that still run GRACE seconds
+    after the first failure are killed.
+    """
+    asked = False
+    deadline = None
     while alive := [process for process in processes if process.is_alive()]:
-        multiprocessing.connection.wait([process.sentinel for process in alive], timeout=0.2)
+        wait([process.sentinel for process in alive], timeout=POLL)
         failed = [process for process in processes if process.exitcode]
-        if stop.requested and not told or failed and deadline == float('inf'):
-            told = True
-            for process in alive:
-                process.terminate()                 # SIGTERM also for SIGINT, which a terminal sends to all by itself
-        if failed and deadline == float('inf'):
+        if failed and deadline is None:
             deadline = time.monotonic() + GRACE
-            for process in failed:
-                if process.exitcode < 0 and not stop.requested:
-                    print(f'error: process {processes.index(process)} was ended by '
-                          f'{signal.Signals(-process.exitcode).name}; if nobody did that, look at the free memory (dmesg)',
-                          file=sys.stderr)
-        if time.monotonic() > deadline:
+            if not stop.requested:
+                report_killed(processes)
+        if (failed or stop.requested) and not asked:
+            asked = True
+            for process in alive:
+                process.terminate()                 # SIGTERM after SIGINT, too, which a terminal sends to all
+        if deadline is not None and time.monotonic() > deadline:
             for process in alive:
                 process.kill()
 
 
-def main():
-    if 'PADDLE_TRAINER_ID' in os.environ:
-        lifeline.die_with_parent()                  # the launcher leaves its processes behind when it is killed
-    config = parse_args()                           # before Paddle is imported: -h and mistakes answer at once
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))    # for utils.Stop; Paddle's handler may hang
-    if 'PADDLE_TRAINER_ID' not in os.environ:
-        return start_processes(config)
-    worker(config)
+def report_killed(processes: Sequence[BaseProcess]) -> None:
+    """Print which processes a signal has ended: they could not say so themselves."""
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            print(f'error: process {rank} was ended by {name}; if nobody did that, look at the free memory (dmesg)',
+                  file=sys.stderr)
+
+
+def exit_code_of(processes: Sequence[BaseProcess], stop: Stop) -> int:
+    """Return 0 if all processes have ended well, else the exit code of the first one that failed."""
+    codes = [process.exitcode or 0 for process in processes]
+    for code in codes:
+        if code > 0:
+            return code
+    if not any(codes):
+        return 0
+    return STOPPED if stop.requested else FAILURE   # by signals: with a request, before they could listen
+
+
+def main() -> None:
+    """Run the program; its exit codes are those of system.stopping."""
+    launched = 'PADDLE_TRAINER_ID' in os.environ
+    if launched:
+        lifeline.die_with_parent()                  # a launcher that is killed leaves its processes behind
+    config = parse_args()
+    stop = Stop().listen()
+    if launched:
+        train(config, stop)
+    else:
+        start_processes(config, stop)
 
 
 if __name__ == '__main__':
     main()
-elif __name__ == '__mp_main__':
-    import utils  # noqa: F401  in a process that was spawned, before what it unpickles imports Paddle

@@ -1,18 +1,20 @@
 """Train or evaluate a HaloNet on one device: python main_single_gpu.py -cfg FILE -data_path DIR [-eval -pretrained FILE] ..."""
-import signal
 import sys
 
-from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
+from system import packages  # noqa: F401  reports a missing one
+from system.stopping import Stop
+
 from config import parse_args
 
 
-def main():
-    config = parse_args()                           # before Paddle is imported: -h and mistakes answer at once
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))    # for utils.Stop; Paddle's handler may hang
+def main() -> None:
+    """Run the program; its exit codes are those of system.stopping."""
+    config = parse_args()
+    stop = Stop().listen()
     if config.NPROCS > 1:
         print('main_single_gpu.py runs one process; -nprocs is for main_multi_gpu.py', file=sys.stderr)
-    from training.engine import main
-    main(config)
+    from training import engine  # late, as it imports Paddle: -h and mistakes answer at once
+    engine.main(config, stop)
 
 
 if __name__ == '__main__':

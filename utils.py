@@ -1,136 +1,46 @@
-"""What every part needs and no part owns: processor set-up, rank facts and reductions, logging, run folders, sums."""
-import ctypes
-import io
+"""Ranks and reductions, logging, run folders, running totals."""
 import itertools
 import logging
 import os
-import re
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Callable, Optional
 
-from system import paddle_import  # isort: skip  (first: it prepares for Paddle's import)
+from system import console, cpu, files, lifeline, paddle_internals
+from system.stopping import MISTAKE, MISTAKES, STOPPED, Failure, Stopped, exit_code
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from system import console, files, lifeline
-from system.console import visible
-from system.files import atomic_write, remove_temporary  # noqa: F401  (used as utils.atomic_write)
-
 log = logging.getLogger('halonet')
 
-MISTAKE, FAILURE, STOPPED = 2, 1, 75        # exit codes: starting again meets the same error, may help, goes on (EX_TEMPFAIL)
-MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-            PermissionError)
-LOST = re.compile('/third_party/gloo/|/core/distributed/store/')      # in errors about a partner that is gone
-PATIENCE = 1800                             # seconds that one process may work while the others wait for it
-_meetings = itertools.count(1)              # numbers of the calls of `meet`, the same on all ranks
+PATIENCE = 1800                                     # seconds that the processes wait for one of them
+_meetings = itertools.count(1)                      # numbers the calls of `meet`, the same on all ranks
 
 
-class Failure(RuntimeError):
-    """Something broke that a new start may mend, told in one line: a process that died, a disk that went away."""
+# ---- devices
 
-
-class Stopped(Exception):
-    """The run was asked to stop, and has: what it did is saved."""
-
-
-def tune_cpu(processes=1):
-    """Use the processor as well as it can be: call before Paddle computes; `processes` share the machine. No-op on GPU.
-
-    Paddle starts with one thread, and its matrix library takes a path 3 to 4 times slower than need be on AMD processors
-    unless MKL_DEBUG_CPU_TYPE is 5. OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE that the user has set stay.
-    """
-    if paddle.get_device() != 'cpu':
-        return
-    keep_freed_memory()
-    if paddle_import.USER_THREADS is None:
-        paddle.base.core.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
-    with open('/proc/cpuinfo', encoding='utf-8') as cpuinfo:
-        if 'AuthenticAMD' in cpuinfo.read():
-            os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
-
-
-def keep_freed_memory():
-    """Let the C library keep what tensors gave back for the next ones (glibc; elsewhere no-op).
-
-    By itself it returns every large block to the kernel, which hands it out again page by page, cleared: a third of a
-    training step's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt:
-        mallopt(-4, 0)                              # M_MMAP_MAX: no blocks of their own for large tensors
-        mallopt(-8, 1)                              # M_ARENA_MAX: nor other heaps for other threads
-        mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: give back no end of the heap that is smaller than this
-
-
-class Stop:
-    """Whether this process was asked to stop: `requested` is '' or, once `listen` was called, the name of a signal."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-    requested, interrupts = '', 0
-
-    def listen(self):
-        """Take note of SIGTERM and SIGINT instead of ending; a second SIGINT ends the process at once.
-
-        A thread waits for them and all others block them, those started later too: a signal that interrupts a system call
-        breaks Paddle's TCP store. Call it before any such thread starts.
-        """
-        for signum in self.SIGNALS:
-            signal.signal(signum, self._note)       # for threads that are there already
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        threading.Thread(target=self._wait, daemon=True).start()
-        return self
-
-    def _wait(self):
-        while True:
-            self._note(signal.sigwait(self.SIGNALS))
-
-    def _note(self, signum, frame=None):
-        self.interrupts += signum == signal.SIGINT
-        if self.interrupts > 1:
-            os._exit(128 + signum)                  # the kernel ends the data workers (lifeline.die_with_parent)
-        self.requested = self.requested or signal.Signals(signum).name
-
-    @classmethod
-    def unlisten(cls):
-        """In a forked process: be ended by these signals again, but not by those that came before."""
-        for signum in cls.SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)   # drops what is pending
-            signal.signal(signum, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, cls.SIGNALS)
-
-
-# ---- ranks and reductions
-
-def rank():
-    return dist.get_rank()
-
-
-def world_size():
-    return dist.get_world_size()
-
-
-def gpu_count():
-    """GPUs that Paddle can use; CUDA_VISIBLE_DEVICES limits them."""
+def gpu_count() -> int:
+    """Return the number of GPUs that Paddle can use; CUDA_VISIBLE_DEVICES limits them."""
     return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
 
-def choose_device(device):
-    """'auto', 'gpu' or 'cpu' -> 'gpu' or 'cpu'. Raises ValueError where a GPU is asked for and there is none."""
-    if device == 'gpu' and not gpu_count():
-        raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install paddlepaddle-gpu (README) and '
-                         'look at nvidia-smi and CUDA_VISIBLE_DEVICES')
-    return device if device != 'auto' else 'gpu' if gpu_count() else 'cpu'
+def choose_device(device: str) -> str:
+    """Return 'gpu' or 'cpu' for 'auto', 'gpu' or 'cpu'. Raises ValueError for 'gpu' where Paddle sees none."""
+    gpus = gpu_count()
+    if device == 'gpu' and not gpus:
+        raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install paddlepaddle-gpu '
+                         '(README) and look at nvidia-smi and CUDA_VISIBLE_DEVICES')
+    if device == 'auto':
+        return 'gpu' if gpus else 'cpu'
+    return device
 
 
-def start(device):
-    """Take the chosen device, join the other processes if there are any, and set the processor up. Returns 'gpu' or 'cpu'."""
+def start(device: str) -> str:
+    """Set the device and the threads, and connect the processes of this run. Returns 'gpu' or 'cpu'."""
     device = choose_device(device)
     paddle.set_device(device)
     if device == 'cpu':
@@ -140,22 +50,66 @@ def start(device):
         dist.init_parallel_env()
         host = lifeline.host(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(','))
         missing = lifeline.connect(rank(), processes, host, broadcast, gather)
-        if missing and not rank():
-            log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, they notice after %d min',
-                        missing, host, PATIENCE // 60)
+        if missing and rank() == 0:
+            log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, they notice '
+                        'after %d min', missing, host, PATIENCE // 60)
     tune_cpu(processes)
     return device
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """`tensor` reduced over all processes, in place."""
+def tune_cpu(processes: int = 1) -> None:
+    """Let Paddle use the whole CPU, divided among `processes`. No-op on a GPU. Call it before Paddle computes.
+
+    Paddle computes with one thread by default. On AMD processors its matrix library takes a path 3 to 4 times
+    slower than possible unless MKL_DEBUG_CPU_TYPE is 5. The user's OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE win.
+    """
+    if paddle.get_device() != 'cpu':
+        return
+    cpu.keep_freed_memory()
+    if cpu.user_threads() is None:
+        paddle_internals.set_num_threads(max(cpu.cores() // processes, 1))
+    if cpu.is_amd():
+        os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
+
+
+# ---- ranks and reductions
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Return the number of processes of this run."""
+    return dist.get_world_size()
+
+
+def all_reduce(tensor: paddle.Tensor, op: Any = dist.ReduceOp.SUM) -> paddle.Tensor:
+    """Reduce a tensor over all processes, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
 
 
-def broadcast(value):
-    """Rank 0's `value`, on every rank."""
+def average(tensors: Iterable[paddle.Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in place."""
+    if world_size() > 1:
+        for value in tensors:
+            all_reduce(value)
+            value.scale_(1 / world_size())
+
+
+def any_rank(*flags: object) -> list[bool]:
+    """Return, for each flag, whether it is true on any process, by one all-reduce."""
+    values = [bool(flag) for flag in flags]
+    if world_size() == 1:
+        return values
+    reduced = all_reduce(paddle.to_tensor(values, 'int32'), dist.ReduceOp.MAX)
+    return [bool(flag) for flag in reduced.tolist()]
+
+
+def broadcast(value: Any) -> Any:
+    """Return the `value` of rank 0 on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -163,33 +117,20 @@ def broadcast(value):
     return values[0]
 
 
-def average(tensors):
-    """Give every tensor its mean over all processes, in place."""
-    if world_size() > 1:
-        for value in tensors:
-            all_reduce(value)
-            value.scale_(1 / world_size())
-
-
-def any_rank(*flags):
-    """For each flag, whether it is true on any process: one all-reduce."""
+def gather(value: Any) -> list:
+    """Return the values of all ranks, in the order of the ranks, on every rank."""
     if world_size() == 1:
-        return [bool(flag) for flag in flags]
-    return [bool(flag) for flag in all_reduce(paddle.to_tensor([bool(f) for f in flags], 'int32'), dist.ReduceOp.MAX).tolist()]
+        return [value]
+    values: list = []
+    dist.all_gather_object(values, value)
+    return values
 
 
-def gather(value):
-    """Every rank's `value`, in the order of the ranks, on every rank."""
-    values = []
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values or [value]
+def on_rank_0(work: Callable, *args: Any) -> Any:
+    """Call `work(*args)` on rank 0 and return its result on every rank; the others wait as in `meet`.
 
-
-def on_rank_0(work, *args):
-    """What `work(*args)` returns on rank 0, on every rank; the others wait up to PATIENCE, as in `meet`.
-
-    What it raises is raised on rank 0; on the others Failure, or ValueError where a new start would meet the same error.
+    An exception is raised on rank 0. The others raise ValueError where another start would meet the same error,
+    else Failure.
     """
     result, error = None, None
     if rank() == 0:
@@ -203,98 +144,63 @@ def on_rank_0(work, *args):
     return broadcast(result)
 
 
-def exit_code(error: Exception) -> int:
-    """MISTAKE for an error that another start would meet again, else FAILURE."""
-    return MISTAKE if isinstance(error, MISTAKES) else FAILURE
+def meet(failed: int = 0) -> None:
+    """Wait until every process calls this, up to PATIENCE. A collective of gloo gives up after 30 s.
 
-
-def meet(failed=0):
-    """Wait until every process is here, up to PATIENCE: gloo gives up on a collective after 30 s, this does not.
-
-    Raises Failure where one of them has `failed`, has ended or does not come, and ValueError where it has failed by a MISTAKE:
-    `failed` is its exit code. The waiting lets signals through.
+    failed: the exit code of a process that has failed.
+    Raises ValueError if another process failed by a MISTAKE, and Failure if one failed otherwise, has ended or does
+    not come in time. Signals are handled while it waits.
     """
     if world_size() == 1:
         return
-    store = paddle.base.core.create_or_get_global_tcp_store()                # no public way to wait without a time limit
-    meeting = next(_meetings)
-    here, broken = f'halonet/meet/{meeting}', f'halonet/meet/{meeting}/failed'
+    store = paddle_internals.process_store()
+    here = f'halonet/meet/{next(_meetings)}'
+    broken = f'{here}/failed'
     if failed:
         store.add(broken, failed)
     store.add(here, 1)
     start, pause = time.monotonic(), 0.001
     while store.add(here, 0) < world_size():
-        if lifeline.ended():
-            raise Failure(f'process {lifeline.ended()[0]} has ended; what it said itself tells why')
+        ended = lifeline.ended()
+        if ended:
+            raise Failure(f'process {ended[0]} has ended; its own message tells why')
         if time.monotonic() - start > PATIENCE:
-            raise Failure(f'{world_size() - store.add(here, 0)} of {world_size()} processes did not come within {PATIENCE} s')
+            late = world_size() - store.add(here, 0)
+            raise Failure(f'{late} of {world_size()} processes did not come within {PATIENCE} s')
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     code = store.add(broken, 0) - failed            # of the others
-    dist.barrier()                                  # rank 0 holds the store: it stays until everybody has read
+    dist.barrier()                                  # rank 0 holds the store: it stays until all have read it
     if code:
-        raise (ValueError if code == MISTAKE else Failure)('another process failed; its message says why')
+        kind = ValueError if code == MISTAKE else Failure
+        raise kind('another process failed; its message says why')
 
 
 # ---- logging
 
-class _OneComplaint:
-    """Makes a log handler report one error of writing, a full disk or a closed pipe, in one line on stderr."""
-
-    complained = False
-
-    def handleError(self, record):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            return super().handleError(record)
-        if not self.complained:
-            self.complained = True
-            name = getattr(self, 'baseFilename', 'console')
-            with suppress(OSError):                 # stderr may be the same pipe
-                print(f'warning: {name}: cannot write: {error.strerror}; the run goes on, its log has gaps', file=sys.stderr)
-
-
-class LogFile(_OneComplaint, logging.FileHandler):
-    """A log file that keeps no line back: one that the disk has no room for is lost, and the next one is tried."""
-
-    def _open(self):
-        return io.TextIOWrapper(open(self.baseFilename, 'ab', buffering=0), encoding='utf-8', errors='backslashreplace',
-                                write_through=True)
-
-
-class Console(_OneComplaint, logging.StreamHandler):
-    """The log on a terminal, or in whatever reads it."""
-
-
-class Formatter(logging.Formatter):
-    """Formats records so that names of files do not control the terminal."""
-
-    def format(self, record):
-        return visible(super().format(record))
-
-
-def setup_logger(folder):
-    """Rank 0 speaks on the console; every rank writes its own file in the run folder, with times and tracebacks."""
+def setup_logger(folder: str) -> None:
+    """Log to a file of this rank in the run folder, with times and tracebacks; rank 0 to the console, too."""
     log.handlers.clear()
     os.makedirs(folder, exist_ok=True)              # rank 0 has made it, maybe on another machine
     log.propagate = False
     log.setLevel(logging.DEBUG)
     console.prepare()
-    file = LogFile(os.path.join(folder, 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'), encoding='utf-8')
-    file.setFormatter(Formatter('%(asctime)s %(message)s'))
+    name = 'log.txt' if rank() == 0 else f'log_rank{rank()}.txt'
+    file = console.LogFile(os.path.join(folder, name), encoding='utf-8')
+    file.setFormatter(console.Formatter('%(asctime)s %(message)s'))
     log.addHandler(file)
     if rank() == 0:
-        screen = Console(sys.stdout)
+        screen = console.Console(sys.stdout)
         screen.setLevel(logging.INFO)
-        screen.setFormatter(Formatter('%(message)s'))
+        screen.setFormatter(console.Formatter('%(message)s'))
         log.addHandler(screen)
 
 
 @contextmanager
-def plain_errors():
-    """End the program for an error of the user's input, a failure or a stop with one clear line and its exit code.
+def plain_errors() -> Iterator[None]:
+    """End the program with one clear line and an exit code for a mistake of the user, a failure or a stop.
 
-    The traceback goes to the log file. A loss that is not finite stops all processes, and rank 0 says so for them.
+    The traceback goes to the log file. Rank 0 reports a loss that is not finite for all processes.
     """
     try:
         yield
@@ -303,41 +209,50 @@ def plain_errors():
         sys.exit(STOPPED)
     except Exception as error:
         log.debug('traceback', exc_info=True)
-        if LOST.search(str(error)):
-            error = Failure('another process has ended or does not answer; what it said itself tells why')
+        if paddle_internals.is_lost_connection(error):
+            error = Failure('another process has ended or does not answer; its own message tells why')
         if not isinstance(error, (ValueError, OSError, FloatingPointError, Failure)):
             raise
         if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
             log.error('error: %s', error)           # on the console of rank 0 only
         else:
-            print(visible(f'rank {rank()}: error: {error}' if rank() else f'error: {error}'), file=sys.stderr)
+            prefix = f'rank {rank()}: ' if rank() else ''
+            print(console.visible(f'{prefix}error: {error}'), file=sys.stderr)
         sys.exit(exit_code(error))
 
 
 # ---- run folders
 
-def make_run_folder(output, save, name):
-    """Rank 0 makes `output`, or a new folder `name`-time below `save`; every rank gets its path."""
+BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
+
+
+def make_run_folder(output: str, save: str, name: str) -> str:
+    """Make `output`, or else a new folder `name`-time in `save`, on rank 0. Returns its path on every rank."""
     folder = output
     if rank() == 0:
         try:
             if output:
                 os.makedirs(output, exist_ok=True)
-            stem = os.path.join(save, f'{name}-{time.strftime("%Y%m%d-%H%M%S")}')
-            for folder_name in () if output else [stem] + [f'{stem}-{i}' for i in range(2, 100)]:
-                try:
-                    os.makedirs(folder_name)        # fails where another job was given the same second
-                    folder = folder_name
-                    break
-                except FileExistsError:
-                    continue
+            else:
+                folder = _make_new_folder(os.path.join(save, f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'))
         except OSError as error:
             raise ValueError(f'cannot make the run folder {output or save}: {error.strerror}; '
                              'choose another with -output') from None
     return broadcast(folder)
 
 
-BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
+def _make_new_folder(stem: str) -> str:
+    """Make a folder that no other job has made in the same second. Returns its path: `stem`, `stem`-2 and so on."""
+    path, number = stem, 1
+    while True:
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError:
+            number += 1
+            path = f'{stem}-{number}'
+            if number == 100:
+                raise
 
 
 def missing_folders(path: str) -> list[str]:
@@ -350,8 +265,8 @@ def missing_folders(path: str) -> list[str]:
 
 
 @contextmanager
-def undone_by_mistakes(folder: str, made: list[str]):
-    """Remove the run folder if the block ends with a mistake of the user, and this start has made it.
+def undone_by_mistakes(folder: str, made: Sequence[str]) -> Iterator[None]:
+    """Remove the run folder if the block ends with a mistake of the user and this start has made the folder.
 
     made: the folders that this start has made, the deepest first. Those that hold anything else are kept.
     """
@@ -359,7 +274,8 @@ def undone_by_mistakes(folder: str, made: list[str]):
         yield
     except (*MISTAKES, Failure) as error:
         if made and (isinstance(error, MISTAKES) or rank()):                 # rank 0 keeps the log of a failure
-            for name in [f'log_rank{rank()}.txt'] if rank() else BEFORE_TRAINING:
+            names = [f'log_rank{rank()}.txt'] if rank() else BEFORE_TRAINING
+            for name in names:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, name))
             with suppress(OSError):                 # something is left in it, or another process was faster
@@ -370,55 +286,59 @@ def undone_by_mistakes(folder: str, made: list[str]):
 
 @contextmanager
 def reserved(folder: str) -> Iterator[None]:
-    """Keep other runs out of the run folder for the time of the block: rank 0 holds its lock.
+    """Keep other runs out of the run folder during the block: rank 0 holds its lock.
 
-    Raises ValueError on rank 0, and Failure on the others, where another run holds it.
+    Raises ValueError on all ranks where another run holds it.
     """
     with ExitStack() as stack:
         on_rank_0(stack.enter_context, files.reserved(folder))
         yield
 
 
-# ---- sums
+# ---- totals
 
 class Totals:
-    """Loss and accuracy of a stretch of batches as sums and a count on the device: divided once, reduced once."""
+    """Loss and accuracy of many batches, as sums and a count on the device: divided once, reduced once."""
 
-    def __init__(self, sums=(0, 0, 0, 0), seconds=0.0):
-        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))            # loss, right at 1, right at 5, images
-        self.first_bad = paddle.full([1], float('inf'), 'float64')           # the first loss that was not finite
+    def __init__(self, sums: Sequence[float] = (0, 0, 0, 0), seconds: float = 0.0) -> None:
+        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))            # loss, top-1 hits, top-5 hits, images
+        self.first_bad = paddle.full([1], float('inf'), 'float64')           # index of the first non-finite loss
         self.start = time.perf_counter() - seconds
 
     @paddle.no_grad()
-    def add(self, losses, logits, labels, step=0):
-        """losses (B,), logits (B, K), labels (B,)"""
+    def add(self, losses: paddle.Tensor, logits: paddle.Tensor, labels: paddle.Tensor, step: int = 0) -> None:
+        """Add a batch: losses (B,), logits (B, K), labels (B,)."""
         top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)   # (B, 5 or K)
         batch = [losses.sum(), top[:, 0].sum(), top.any(axis=1).sum(), paddle.full([], losses.shape[0])]
         self.sums += paddle.stack([value.astype('float64') for value in batch])
-        place = paddle.full([1], float(step * world_size() + rank()), 'float64')  # in the order of steps, then ranks
-        bad = paddle.where(paddle.isfinite(losses).all(), paddle.full([1], float('inf'), 'float64'), place)
+        none = paddle.full([1], float('inf'), 'float64')
+        index = paddle.full([1], float(step * world_size() + rank()), 'float64')       # ordered by step, then rank
+        bad = paddle.where(paddle.isfinite(losses).all(), none, index)
         self.first_bad = paddle.minimum(self.first_bad, bad)
 
-    def reduce(self):
-        """Over all processes: {'loss': mean, 'acc1': percent, 'acc5': percent, 'images': count}."""
-        loss, right1, right5, images = all_reduce(self.sums.clone()).tolist()
+    def reduce(self) -> dict[str, Any]:
+        """Return the result of all processes: {'loss': mean, 'acc1': percent, 'acc5': percent, 'images': count}."""
+        loss, top1, top5, images = all_reduce(self.sums.clone()).tolist()
         if not images:
             raise ValueError('no readable image was evaluated')
-        return {'loss': loss / images, 'acc1': 100 * right1 / images, 'acc5': 100 * right5 / images, 'images': int(images)}
+        return {'loss': loss / images, 'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images,
+                'images': int(images)}
 
-    def bad_place(self):
-        """(step, rank) of the first loss that was not finite, on any process; None while all are."""
-        place = all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN).item()
-        return divmod(int(place), world_size()) if place < float('inf') else None
+    def first_nonfinite(self) -> Optional[tuple[int, int]]:
+        """Return (step, rank) of the first loss of any process that was not finite, or None."""
+        index = all_reduce(self.first_bad.clone(), dist.ReduceOp.MIN).item()
+        return divmod(int(index), world_size()) if index < float('inf') else None
 
-    def seconds(self):
+    def seconds(self) -> float:
+        """Return the seconds since the first batch, those of earlier processes included."""
         return time.perf_counter() - self.start
 
-    def state(self):
-        """This process's part, for `merged`."""
+    def state(self) -> dict[str, Any]:
+        """Return the totals of this process, for `merged`."""
         return {'sums': self.sums.tolist(), 'seconds': self.seconds()}
 
     @classmethod
-    def merged(cls, states):
-        """The Totals of several processes together."""
-        return cls(np.sum([state['sums'] for state in states], axis=0), max(state['seconds'] for state in states))
+    def merged(cls, states: Sequence[dict[str, Any]]) -> 'Totals':
+        """Return the totals of several processes together."""
+        sums = np.sum([state['sums'] for state in states], axis=0)
+        return cls(sums, max(state['seconds'] for state in states))

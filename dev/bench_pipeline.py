@@ -14,14 +14,13 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
-import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
+from tools import cli
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from PIL import Image
 
-import datasets  # noqa: E402
-from config import get_config  # noqa: E402
+import datasets
+from config import get_config
 
 AUGMENTATIONS = {
     'crop, flip': [],

@@ -29,7 +29,8 @@ from typing import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli, runtimes  # noqa: E402
+from system import cpu, paddle_internals
+from tools import cli, runtimes
 
 LAYERS = [  # batch, channels, side, heads, stride, block, halo: those of the networks of 26 layers, and two at high resolution
     (16, 256, 16, 8, 1, 8, 2), (16, 512, 16, 8, 2, 8, 2), (8, 128, 32, 4, 1, 8, 3), (4, 64, 64, 4, 1, 8, 3)]
@@ -68,8 +69,7 @@ class Case:
 def main(args):
     if min(args.rounds, args.runs, *args.batch, *(args.threads or [1])) < 1:
         raise ValueError('-rounds, -runs, -batch and -threads must be at least 1')
-    cores = len(os.sched_getaffinity(0))
-    cases = [case for threads in args.threads or [cores] for case in WHAT[args.what](args, threads)]
+    cases = [case for threads in args.threads or [cpu.cores()] for case in WHAT[args.what](args, threads)]
     if args.case is not None:
         return measure(cases[args.case], args)
     cli.check_outputs(args.csv)
@@ -94,11 +94,9 @@ def main(args):
 def describe():
     """The machine in a line."""
     import paddle
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-        text = file.read()
-    model = next((line.split(':')[1].strip() for line in text.splitlines() if line.startswith('model name')), platform.machine())
-    widths = [name for name in ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile') if f' {name} ' in text.replace('\n', ' ')]
-    return (f'{model}, {len(os.sched_getaffinity(0))} cores, {" ".join(widths)}, load {os.getloadavg()[0]:.1f}, '
+    known = cpu.instructions()
+    wide = ' '.join(name for name in ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile') if name in known)
+    return (f'{cpu.model_name()}, {cpu.cores()} cores, {wide}, load {os.getloadavg()[0]:.1f}, '
             f'Paddle {paddle.__version__}, Python {platform.python_version()}')
 
 
@@ -280,10 +278,11 @@ def training_step(args, kind, batch, threads):
 
 
 def start_paddle(threads):
-    import utils  # isort: skip  (first: it prepares for Paddle's import)
+    import utils
+
     import paddle
     utils.start('cpu')
-    paddle.base.core.set_num_threads(threads)
+    paddle_internals.set_num_threads(threads)
     return paddle
 
 

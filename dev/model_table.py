@@ -9,19 +9,19 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
-import utils  # noqa: E402, F401  isort: skip  (first: it prepares for Paddle's import)
+from system import paddle_import  # noqa: F401  before Paddle
+from tools import cli
 
-import paddle  # noqa: E402
-import yaml  # noqa: E402
+import paddle
+import yaml
 
-from config import get_config  # noqa: E402
-from halonet import build_halonet  # noqa: E402
-from training.macs import total_multiply_adds  # noqa: E402
+from config import get_config
+from halonet import build_halonet
+from training.macs import total_multiply_adds
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'models.md'
 INTRODUCTION = """# Models
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable
 from typing import Callable, Optional
 
+from system import paddle_internals
+
 import paddle
 from paddle import nn
 from paddle.nn.initializer import Initializer, Normal
 
 import ops
-from system import paddle_internals
 
 ACTIVATIONS = {'relu': nn.ReLU, 'silu': nn.Silu}
 COMPILED_ACTIVATIONS = {nn.Identity: 'identity', nn.ReLU: 'relu', nn.Silu: 'silu'}

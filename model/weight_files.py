@@ -9,11 +9,12 @@ import os
 import zipfile
 from typing import Any, BinaryIO, Optional
 
+from utils import log
+
 import numpy as np
 
 from model import safe_pickle, weight_formats
 from model.safe_pickle import Blob, Call, Global, Reference, shown
-from utils import log
 
 PADDLE_NAME_TABLE = 'StructuredToParameterName@@'   # paddle.save adds it; it is no parameter
 AVERAGE_COUNTER = 'n_averaged'                      # torch.optim.swa_utils.AveragedModel adds it; torchvision saves such

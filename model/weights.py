@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from utils import log
+
 import numpy as np
 import paddle
 from paddle import nn
 
 from model import hub
 from model.weight_files import PADDLE_NAME_TABLE, read, read_pickle  # noqa: F401  (for checkpoints)
-from utils import log
 
 Table = tuple[tuple[re.Pattern, str], ...]
 

@@ -10,7 +10,7 @@ import functools
 import logging
 from typing import Optional
 
-from system import paddle_internals  # isort: skip  (first: it prepares for Paddle's import)
+from system import paddle_internals
 
 import paddle
 from paddle import nn

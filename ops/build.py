@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from system import cpu, files
+
 import paddle
 from paddle.utils.cpp_extension import extension_utils
-
-from system import files
 
 logger = logging.getLogger('halonet.ops')
 
@@ -138,19 +138,19 @@ def key(compiler, nvcc, arch):
     """A hash of the sources, the compilers, the flags, Paddle, and the CPU that -march=native means."""
     versions = [subprocess.run([*command, '--version'], capture_output=True, text=True).stdout
                 for command in ([compiler, [nvcc]] if arch else [compiler])]
-    parts = [*compiler, *versions, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__), cpu()]
+    parts = [*compiler, *versions, *FLAGS, paddle.__version__, paddle.version.commit, os.path.dirname(paddle.__file__),
+             processor()]
     parts += [path.read_text() for path in (SOURCE, *HEADERS)]
     if arch:
         parts += [arch, *CUDA_FLAGS, CUDA_SOURCE.read_text()]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
 
-def cpu():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
-        return '\n'.join(line for line in lines if line.startswith(('model name', 'flags', 'Features', 'CPU')))
-    except OSError:
-        return platform.machine() + platform.processor()
+def processor():
+    """Return the name and the instructions of the processor, as a text."""
+    names = ('model name', 'flags', 'Features', 'CPU')
+    lines = [f'{name}: {value}' for name, value in cpu.facts().items() if name.startswith(names)]
+    return '\n'.join(lines) or platform.machine()
 
 
 def compile_library(compiler, path, nvcc, arch):

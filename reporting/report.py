@@ -1,5 +1,6 @@
 """The page of a run, or the comparison of several, as a file."""
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+
+from system import files
 
 from reporting import page
 from reporting.runs import read_run
@@ -12,5 +13,5 @@ def write(folders, path, classes=None):
     """
     runs = [read_run(folder, classes) for folder in folders]
     text = page.run_page(runs[0]) if len(runs) == 1 else page.comparison(runs)
-    utils.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'replace')))
+    files.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'replace')))
     return path

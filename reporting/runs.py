@@ -8,13 +8,14 @@ import time
 import zipfile
 from dataclasses import dataclass, field
 
+from utils import log
+
 import numpy as np
 import yaml
 
 import config as options
 import datasets
 from data import class_names
-from utils import log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # as in metrics.jsonl -> as in the page

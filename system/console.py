@@ -1,9 +1,12 @@
 """Text for consoles and logs: no name of a file may end a program or control the terminal that shows it."""
+import io
+import logging
 import re
 import sys
+from contextlib import suppress
 
-# Control characters but tab and line feed, other line separators, marks that reverse the order of writing, and surrogates, by
-# which Python keeps the bytes of a name that is no text.
+# Control characters but tab and line feed, other line separators, marks that reverse the order of writing, and
+# surrogates, by which Python keeps the bytes of a name that is no text.
 UNSAFE = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 
 
@@ -12,7 +15,7 @@ def visible(text: object) -> str:
     return UNSAFE.sub(_escape, str(text))
 
 
-def _escape(match):
+def _escape(match: re.Match) -> str:
     code = ord(match[0])
     return f'\\x{code:02x}' if code < 256 else f'\\u{code:04x}'
 
@@ -22,3 +25,43 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+
+
+# ---- logs
+
+class _WarnsOnce(logging.Handler):
+    """Makes a log handler report only its first error of writing, such as a full disk, in one line on stderr."""
+
+    warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report the error that is being handled, which writing this record has raised."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self.warned:
+            self.warned = True
+            name = getattr(self, 'baseFilename', 'console')
+            with suppress(OSError):                 # stderr may be the same pipe
+                print(f'warning: {name}: cannot write: {error.strerror}; the run goes on, its log has gaps',
+                      file=sys.stderr)
+
+
+class LogFile(_WarnsOnce, logging.FileHandler):
+    """A log file without a buffer: a line that does not fit on the disk is lost, and the next one is tried."""
+
+    def _open(self) -> io.TextIOWrapper:
+        file = open(self.baseFilename, 'ab', buffering=0)
+        return io.TextIOWrapper(file, encoding='utf-8', errors='backslashreplace', write_through=True)
+
+
+class Console(_WarnsOnce, logging.StreamHandler):
+    """The log on a terminal, or in whatever reads the standard output."""
+
+
+class Formatter(logging.Formatter):
+    """Formats records so that names of files do not control the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return visible(super().format(record))

@@ -1,19 +1,14 @@
-"""Import Paddle without its side effects: import this module before Paddle.
+"""Import Paddle and undo what its import does to the process: a handler of SIGTERM, and OMP_NUM_THREADS.
 
-Paddle's import installs a handler of SIGTERM in C++, which allocates memory: a signal in the middle of an allocation, or of
-the fork of a data worker, would leave the process waiting for ever. It sets OMP_NUM_THREADS, and it warns.
+The handler, in C++, allocates memory. A signal in the middle of an allocation, or of the fork of a data worker, would
+leave the process waiting for ever. Where Paddle has been imported before, its handler was there until now.
 """
 import os
 import signal
-import warnings
 
-warnings.filterwarnings('ignore', message='No ccache found')                 # at each import of Paddle
-warnings.filterwarnings('ignore', message='When training, we now always track')  # by each batch norm in each step
-warnings.filterwarnings('ignore', message='Your model will be trained under CPUONLY mode')   # the log says it
+from system import cpu
 
-USER_THREADS = os.environ.get('OMP_NUM_THREADS')
-
-_handler = signal.getsignal(signal.SIGTERM)
+_handler = signal.getsignal(signal.SIGTERM)                        # as Python set it; it does not see Paddle's
 _mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})           # one that comes now is delivered below
 import paddle  # noqa: E402
 
@@ -23,5 +18,5 @@ except ValueError:                                  # in a thread only all of Pa
     paddle.disable_signal_handler()
 signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
 
-if USER_THREADS is None:
-    os.environ.pop('OMP_NUM_THREADS', None)         # child processes see the user's environment
+if cpu.user_threads() is None:
+    os.environ.pop('OMP_NUM_THREADS', None)         # child processes get the user's environment

@@ -8,7 +8,7 @@ import re
 import sysconfig
 from typing import Any, NamedTuple, Optional
 
-from system import paddle_import  # noqa: F401  isort: skip  (first: it prepares for Paddle's import)
+from system import paddle_import  # noqa: F401  before Paddle
 
 import paddle
 from paddle import nn

@@ -1,5 +1,5 @@
 """Set-up of the tests: Paddle quick, the same random numbers for each test."""
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+import utils
 
 import paddle
 import pytest

@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from system import cpu, lifeline
+from system.console import visible
+from tools import cli
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data import image_files  # noqa: E402
-from data.list_file import read_list  # noqa: E402
-from system import lifeline  # noqa: E402
-from system.console import visible  # noqa: E402
+from data import image_files
+from data.list_file import read_list
 
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
 SHOWN = 20                                          # lines of a kind on the console; the JSON has all
@@ -166,7 +166,7 @@ def parser():
     parser = cli.Parser(__doc__)
     parser.add_argument('folder', metavar='FOLDER', help='the folder of the lists, as -data_path of the training')
     parser.add('workers', 'processes that read; 0: this one alone (default: one per processor)', type=int,
-               default=len(os.sched_getaffinity(0)), metavar='N')
+               default=cpu.cores(), metavar='N')
     parser.add('classes', 'number of classes, so that larger labels are an error (default: as many as the lists have)',
                type=int, default=0, metavar='N')
     parser.add('max_pixels', 'larger images are bad files, as by DATA.MAX_PIXELS', type=int, default=image_files.MAX_PIXELS,

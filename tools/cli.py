@@ -10,12 +10,11 @@ import sys
 import time
 from typing import Any, Optional
 
-from system import packages  # noqa: F401  isort: skip  (first: it reports a missing package)
+from system import console, files, lifeline, packages  # noqa: F401  packages reports a missing one
 
 import config as options
 from data import class_names
 from data.class_names import imagenet_classes, read_names  # noqa: F401  for the tools
-from system import console, files, lifeline
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130                                   # exit status after Ctrl-C
@@ -92,7 +91,8 @@ def config_of(args):
 
 def load_model(config):
     """The HaloNet of a config with the weights of MODEL.PRETRAINED, for evaluation, on the chosen device; and that device."""
-    import utils  # isort: skip  (first: it prepares for Paddle's import)
+    import utils
+
     from halonet import build_halonet
     from training.builders import load_weights
     device = utils.start(config.DEVICE)

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from tools import cli
 
-import yaml  # noqa: E402
+import yaml
 
-from config import with_opts  # noqa: E402
+from config import with_opts
 
 SHOWN = {'model': 'model', 'weights': 'weights', 'image_size': 'size', 'crop_pct': 'crop', 'top1': 'top-1', 'top5': 'top-5',
          'images': 'images', 'images_per_s': 'images/s', 'parameters_m': 'M parameters', 'multiply_adds_g': 'G multiply-adds'}

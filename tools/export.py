@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli, runtimes  # noqa: E402
+from tools import cli, runtimes
 
 LIMIT = 1e-4
 BATCHES = (1, 3, 8)

@@ -10,12 +10,10 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from system import packages  # noqa: E402, F401  isort: skip  (first: it reports a missing package)
+from system import files, packages  # noqa: F401  packages reports a missing one
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from system import files  # noqa: E402
+import numpy as np
+from PIL import Image
 
 
 def read_digits():

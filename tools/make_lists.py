@@ -29,14 +29,16 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from system.console import visible
+from tools import (
+    cli,
+    finding,
+)
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data.class_names import FILE, readable  # noqa: E402
-from data.list_file import name_of_file  # noqa: E402
-from system.console import visible  # noqa: E402
-from tools import finding  # noqa: E402
+from data.class_names import FILE, readable
+from data.list_file import name_of_file
 
 TRAIN = ('train', 'training')
 VALIDATION = (('val', 'valid', 'validation'), ('test', 'testing'))           # the second kind only if there is none of the first

@@ -14,15 +14,15 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from system import files
+from tools import cli
 
-import numpy as np  # noqa: E402
-from safetensors.numpy import save  # noqa: E402
+import numpy as np
+from safetensors.numpy import save
 
-import utils  # noqa: E402
-from config import get_config  # noqa: E402
-from halonet import build_halonet  # noqa: E402
-from model import hub, weights  # noqa: E402
+from config import get_config
+from halonet import build_halonet
+from model import hub, weights
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
 NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
@@ -76,7 +76,7 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
         if cfg:
             check_model(cfg, copy)
 
-    utils.atomic_write(target, write)
+    files.atomic_write(target, write)
     return len(state), sum(value.size for value in state.values())
 
 

@@ -24,11 +24,13 @@ from typing import Any, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from system.console import visible
+from tools import (
+    cli,
+    finding,
+)
 
-from data.list_file import file_name  # noqa: E402
-from system.console import visible  # noqa: E402
-from tools import finding  # noqa: E402
+from data.list_file import file_name
 
 LINES = "lines 'relative/path' or 'relative/path label'"
 

@@ -17,13 +17,12 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tools import cli  # noqa: E402  isort: skip  (first: it reports a missing package)
+from system import files
+from tools import cli
+from tools.fonts import Writer
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-
-from system import files  # noqa: E402
-from tools.fonts import Writer  # noqa: E402
+import numpy as np
+from PIL import Image, ImageDraw
 
 FINE = 2                                            # everything is drawn at twice its size, then made smooth
 GAP, TEXT = 14, 15                                  # pixels between panels; height of the letters
@@ -237,11 +236,12 @@ def choose_heads(maps, wanted):
 
 def look(model, config, path):
     """A picture file -> uint8 pixels, AttentionMaps, (probability, label) of the likeliest class. Raises ValueError."""
+    from tools.attention_maps import attention_maps
+
     import paddle
 
     import datasets
     from data import image_files
-    from tools.attention_maps import attention_maps
     try:
         image = image_files.read(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
         pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)

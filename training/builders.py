@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+from system.stopping import Stop
+import utils
+from utils import log
 
 import paddle
 from paddle import nn
@@ -18,7 +20,6 @@ from model import weights
 from model.layers import Traced, synchronise_norms
 from training import checkpoint, optim, records
 from training.progress import Monitor
-from utils import log
 
 CHANGES_NO_SHAPE = {*OF_ONE_START, 'MODEL.ATTENTION', 'MODEL.DROPOUT', 'MODEL.DROPPATH', 'MODEL.FREEZE', 'MODEL.FREEZE_NORM'}
 
@@ -30,7 +31,7 @@ class Evaluation:
     to_input: Callable                              # uint8 images -> network input
     autocast: Callable                              # -> the context of a forward pass
     predictions: Any                                # keeps what the model says about each image
-    stop: utils.Stop
+    stop: Stop
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Saver:
     folder: str
     facts: dict                                     # what decides the results: options, images per step, the list
     older_facts: dict                               # those that earlier versions wrote differently
-    stop: utils.Stop
+    stop: Stop
     freq: int                                       # epochs
     steps: int                                      # optimizer steps; 0: never within an epoch for their number
     seconds: float                                  # 0: never for the time

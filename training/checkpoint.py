@@ -5,7 +5,8 @@ import pickle
 import re
 from dataclasses import dataclass, field, fields
 
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+from system import files
+import utils
 
 import numpy as np
 import paddle
@@ -82,7 +83,7 @@ def to_numpy(value):
 def save_weights(path, state_dict):
     """A flat state dict for `model.set_state_dict(paddle.load(path))`; the same weights give the same bytes."""
     content = {key: np.ascontiguousarray(value) for key, value in to_numpy(state_dict).items()}
-    utils.atomic_write(path, lambda file: pickle.dump(content, file, protocol=4))
+    files.atomic_write(path, lambda file: pickle.dump(content, file, protocol=4))
 
 
 class _Hashing:
@@ -107,14 +108,14 @@ def save(folder, step, state, keep):
         raise FloatingPointError(f'after step {step} the weights {bad} are not finite, and nothing was saved; lower '
                                  'TRAIN.BASE_LR or set TRAIN.GRAD_CLIP. The checkpoints before are intact')
     os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
-    utils.remove_temporary(os.path.join(folder, FOLDER))
+    files.remove_temporary(os.path.join(folder, FOLDER))
 
     def write(file):
         hashing = _Hashing(file)
         pickle.dump(state, hashing, protocol=4)
         file.write(FOOTER + hashing.sha256.hexdigest().encode())
 
-    utils.atomic_write(os.path.join(folder, FOLDER, f'step_{step:08d}.pdckpt'), write)
+    files.atomic_write(os.path.join(folder, FOLDER, f'step_{step:08d}.pdckpt'), write)
     for path in steps(folder)[keep:]:
         os.remove(path)
 
@@ -133,7 +134,7 @@ def tidy(folder, step):
         if int(NAME.match(os.path.basename(path))[1]) > step:
             os.replace(path, f'{path}.aside')
             utils.log.warning('%s is later than where this run goes on: set aside as %s.aside', path, os.path.basename(path))
-    utils.remove_temporary(folder)
+    files.remove_temporary(folder)
 
 
 def load(path):

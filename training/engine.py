@@ -6,7 +6,10 @@ import shlex
 import time
 from contextlib import closing, nullcontext
 
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+from system import files
+from system.stopping import Stop, Stopped
+import utils
+from utils import log
 
 import paddle
 from paddle import nn
@@ -21,21 +24,20 @@ from training.builders import build_evaluation, build_saver, build_training, che
 from training.checkpoint import Progress
 from training.progress import evaluation_batches
 from training.results import check_table, save_result
-from utils import log
 
 
 @paddle.utils.unique_name.guard()                   # Paddle numbers optimizer state by what the process has built before
 def run(config, stop=None):
     """Train, or with EVAL only evaluate, as the config says. Returns the last evaluation: {'val': {'acc1': ..., ...}, ...}.
 
-    Raises ValueError or OSError, saying what to mend, for input that does not fit, and utils.Stopped once `stop`, a
-    utils.Stop, is requested and what is done is saved.
+    Raises ValueError or OSError, saying what to mend, for input that does not fit, and Stopped once `stop`, a
+    Stop, is requested and what is done is saved.
     """
     if not config.MODEL.NUM_CLASSES:
         raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train or to evaluate')
     if config.MODEL.RESUME == 'auto' and not config.OUTPUT:
         raise ValueError('-resume auto needs -output, the run folder to go on in')
-    stop = stop or utils.Stop()
+    stop = stop or Stop()
     device = utils.start(config.DEVICE)
     made = utils.broadcast(utils.missing_folders(config.OUTPUT or config.SAVE))
     folder = utils.make_run_folder(config.OUTPUT, config.SAVE, f'{"eval" if config.EVAL else "train"}-{config.MODEL.NAME}')
@@ -96,9 +98,9 @@ def build_model(config):
 
 
 @utils.plain_errors()
-def main(config):
-    """`run` for a command line: mistakes, failures and SIGTERM or SIGINT end it with one line and utils' exit codes."""
-    run(config, utils.Stop().listen())
+def main(config, stop):
+    """`run` for a command line: mistakes, failures and a stop end it with one line and an exit code of system.stopping."""
+    run(config, stop)
 
 
 # ---- restoring
@@ -204,7 +206,7 @@ def train(training, evaluation, progress, saver, metrics):
         if evaluated:
             try:
                 results = evaluate_all(training, evaluation, progress, saver.folder, metrics)
-            except utils.Stopped:
+            except Stopped:
                 save_checkpoint(training, progress, saver)                   # of an epoch that misses its evaluation
                 raise
         progress.epoch, progress.steps_of_epoch = epoch, 0
@@ -255,7 +257,7 @@ def train_one_epoch(training, progress, saver, metrics):
         if stop or save:
             save_checkpoint(training, progress, saver)
         if stop:
-            raise utils.Stopped(f'stopped after step {progress.step}; to go on: {records.command_to_go_on(saver.folder)}')
+            raise Stopped(f'stopped after step {progress.step}; to go on: {records.command_to_go_on(saver.folder)}')
 
 
 def mix_rng(training, progress):
@@ -282,7 +284,7 @@ def reduced_last(model, i, count):
 
 def refuse_non_finite(training, progress):
     """Stop every process, together, where the loss of one was not finite since the last report."""
-    bad = progress.totals.bad_place()
+    bad = progress.totals.first_nonfinite()
     if bad:
         step, rank = bad
         lr = training.lr(progress, back=progress.step - step)
@@ -318,7 +320,7 @@ def evaluate(model, evaluation, split='val'):
 
     A terminal shows a progress line, named `split`.
 
-    Raises utils.Stopped on every process where one is asked to stop, and FloatingPointError where the loss is no number.
+    Raises Stopped on every process where one is asked to stop, and FloatingPointError where the loss is no number.
     """
     model.eval()
     totals = utils.Totals()
@@ -336,7 +338,7 @@ def evaluate(model, evaluation, split='val'):
     if skipped:
         log.warning('%d unreadable images were left out of the evaluation', skipped)
     if any(utils.any_rank(evaluation.stop.requested)):
-        raise utils.Stopped('stopped during an evaluation, which has no result: start again, a training by -resume auto')
+        raise Stopped('stopped during an evaluation, which has no result: start again, a training by -resume auto')
     result = totals.reduce()
     if not math.isfinite(result['loss']):
         raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on these images')
@@ -381,7 +383,7 @@ def save_checkpoint(training, progress, saver):
 
 
 def write_config(config, folder, name):
-    utils.on_rank_0(utils.atomic_write, os.path.join(folder, name), lambda file: file.write(dump_run(config).encode()))
+    utils.on_rank_0(files.atomic_write, os.path.join(folder, name), lambda file: file.write(dump_run(config).encode()))
 
 
 def describe(config, device, folder):

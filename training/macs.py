@@ -1,8 +1,6 @@
 """Multiply-adds of a HaloNet, counted layer by layer from the sizes of its feature maps."""
 import math
 
-import utils  # noqa: F401  isort: skip  (first: it prepares for Paddle's import)
-
 from paddle import nn
 
 from halonet import Stage, Stem

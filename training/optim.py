@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional, Union
 
+from system import paddle_internals
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.optimizer import Optimizer
 from yacs.config import CfgNode
-
-from system import paddle_internals
 
 Loss = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]              # logits, targets (B, K) -> losses (B,)
 

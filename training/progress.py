@@ -4,15 +4,15 @@ import sys
 import time
 from contextlib import contextmanager
 
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+from system import console, cpu
+import utils
+from utils import log
 
 import paddle
 import paddle.distributed as dist
 from tqdm import tqdm
 
 from training import records
-from training.records import cores
-from utils import log
 
 WAIT_TO_WARN = 0.2                                  # share of time waiting for data that deserves a warning; and, above the
 #                                                     last one, another
@@ -57,7 +57,7 @@ def evaluation_batches(loader, split, terminal=None):
 @contextmanager
 def lines_beside_bars(shown):
     """Within, log lines for the console go above the progress lines, if these are `shown`."""
-    handlers = [handler for handler in log.handlers if shown and isinstance(handler, utils.Console)]
+    handlers = [handler for handler in log.handlers if shown and isinstance(handler, console.Console)]
     streams = [handler.setStream(BesideBar(handler.stream)) for handler in handlers]
     try:
         yield
@@ -149,7 +149,7 @@ class Monitor:
         if share >= self.warned + WAIT_TO_WARN:
             self.warned = share
             log.warning('%.0f %% of the time is spent waiting for data: %s', 100 * share,
-                        advice(self.num_workers, utils.world_size(), cores()))
+                        advice(self.num_workers, utils.world_size(), cpu.cores()))
 
     def status(self):
         """The end of the progress line; speed and waiting are of the running stretch once that says something."""

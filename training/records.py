@@ -12,7 +12,9 @@ import sys
 import time
 from contextlib import contextmanager
 
-import utils  # isort: skip  (first: it prepares for Paddle's import)
+from system import cpu, files
+import utils
+from utils import log
 
 import numpy as np
 import paddle
@@ -20,8 +22,6 @@ import paddle.distributed as dist
 from paddle.nn import functional as F
 
 from data import class_names
-from system import files
-from utils import log
 
 SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')
 
@@ -64,7 +64,7 @@ class Metrics:
                         kept.append(line)
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') from None
-        utils.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
+        files.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def _draw(self, record):
         """Add a record to TensorBoard's curves; where that fails once, as on a full disk, the run goes on without them."""
@@ -115,10 +115,6 @@ class EventFile:
         self.file.flush()
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
 # ---- what is kept for the page
 
 class NoPredictions:
@@ -165,7 +161,7 @@ def write_predictions(path, rows):
     rows = rows[np.argsort(rows[:, 0], kind='stable')]
     index, label, top1 = rows[:, :3].astype('int64').T
     probability, label_probability = rows[:, 3:].astype('float32').T
-    utils.atomic_write(path, lambda file: np.savez_compressed(
+    files.atomic_write(path, lambda file: np.savez_compressed(
         file, index=index, label=label, top1=top1, probability=probability, label_probability=label_probability))
 
 
@@ -174,7 +170,7 @@ def write_machine(path, device):
     if utils.rank() == 0:
         with harmless(os.path.basename(path)):
             text = json.dumps(machine(device), indent=1)
-            utils.atomic_write(path, lambda file: file.write(text.encode()))
+            files.atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def keep_class_names(folder, data_path, count, resumed=False):
@@ -214,12 +210,12 @@ def _write_class_names(path, names):
     """Write class names, one per line, unless the file has them already."""
     if names and not (os.path.exists(path) and class_names.read_names(path) == names):
         text = ''.join(f'{name}\n' for name in names)
-        utils.atomic_write(path, lambda file: file.write(text.encode()))
+        files.atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def machine(device):
     """{what: text} about the hardware and the versions that a run depends on."""
-    facts = {'device': f'{device} x {utils.world_size()}', 'processor': processor(), 'cores': cores()}
+    facts = {'device': f'{device} x {utils.world_size()}', 'processor': cpu.model_name(), 'cores': cpu.cores()}
     if device == 'gpu':
         facts['gpu'] = paddle.device.cuda.get_device_name()
         facts['gpu memory'] = f'{paddle.device.cuda.get_device_properties().total_memory / 2 ** 30:.0f} GB'
@@ -244,12 +240,6 @@ def command_to_go_on(folder: str) -> str:
         return f'the same command with {shlex.join(more)}'
     known = sys.argv[-len(more):] == more
     return shlex.join([sys.executable, *sys.argv, *([] if known else more)])
-
-
-def processor():
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-        names = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
-    return names[0] if names else platform.machine()
 
 
 def commit():

@@ -3,9 +3,10 @@ import csv
 import io
 import os
 
-import utils
-from halonet import count_parameters
 from system import files
+import utils
+
+from halonet import count_parameters
 from training.macs import total_multiply_adds
 
 COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5', 'loss', 'images', 'images_per_s',

@@ -3,6 +3,8 @@ import json
 import os
 import re
 
+from tools import cli, export, predict
+
 import paddle
 import pytest
 from runs import TINY, make_images
@@ -11,7 +13,6 @@ from config import get_config
 from data import class_names
 from halonet import build_halonet
 from reporting import report
-from tools import cli, export, predict
 from training import engine
 
 ANIMALS = ['cat', 'dog', 'emu', 'fox']

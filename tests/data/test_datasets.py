@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+from system import stopping
+
 import numpy as np
 import paddle
 import pytest
 from PIL import Image
 
 import datasets
-import utils
 from config import get_config
 from data import augment, list_file
 from data.operations import PILLOW
@@ -379,7 +380,7 @@ class Hanging:
 def test_a_hanging_read_is_ended_and_named(data):
     loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2, 'DATA.TIMEOUT', 2))
     loader.dataset.read = Hanging(loader.dataset.read, '7.png')
-    with pytest.raises(utils.Failure, match=r'val_list.txt:8 .*/7.png: .* within DATA.TIMEOUT 2 s'):
+    with pytest.raises(stopping.Failure, match=r'val_list.txt:8 .*/7.png: .* within DATA.TIMEOUT 2 s'):
         list(loader.epoch(0))
     assert not multiprocessing.active_children()
 

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 
+from tools import port_weights
+
 import numpy as np
 import paddle
 import pytest
@@ -19,7 +21,6 @@ from runs import ROOT
 
 from config import get_config
 from halonet import build_halonet
-from tools import port_weights
 
 pytestmark = pytest.mark.slow
 ELSEWHERE = {                               # pages whose commands other tests run

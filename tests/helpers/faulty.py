@@ -6,13 +6,11 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import datasets  # noqa: E402
-import main_multi_gpu  # noqa: E402
-import utils  # noqa: E402
-from training import (
-    checkpoint,  # noqa: E402
-    optim,  # noqa: E402
-)
+import utils
+
+import datasets
+import main_multi_gpu
+from training import checkpoint, optim
 
 
 def wrap(owner, name, before=None, after=None):

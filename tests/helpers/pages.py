@@ -5,10 +5,11 @@ import os
 import re
 import shlex
 
+from tools import check_data, eval_all, export, make_lists, port_weights, predict, report, visualize
+
 from runs import ROOT
 
 from dev import benchmark
-from tools import check_data, eval_all, export, make_lists, port_weights, predict, report, visualize
 
 DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]

@@ -5,6 +5,8 @@ With one block of each kind in each stage: tracing more of the same takes minute
 import os
 from pathlib import Path
 
+from tools import export
+
 import numpy as np
 import paddle
 import pytest
@@ -13,7 +15,6 @@ import reference as ref
 from config import get_config
 from halonet import build_halonet, parse_stage
 from model.layers import Traced
-from tools import export
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {'haloregnetz_b_224'}                       # with blocks that have no shortcut, groups and channel attention

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-import pytest
-from runs import ROOT, TINY, make_images, options, program
-
-import utils
 from system.console import visible
 from tools import cli
+import utils
+
+import pytest
+from runs import ROOT, TINY, make_images, options, program
 
 
 @pytest.mark.parametrize('text, shown', [

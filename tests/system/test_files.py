@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 
+from system import files, stopping
+import utils
+
 import pytest
 from runs import ROOT, TINY, make_images, options, processes, program, records, start, wait_for_step, wait_until
 
-import utils
 from config import get_config
 from halonet import build_halonet
-from system import files
 from training import engine, results
 from training.records import Metrics
 
@@ -56,7 +57,7 @@ def failing(number, only_folders=False):
 @pytest.mark.parametrize('only_folders', [True, False])
 def test_a_file_system_without_fsync_is_no_error(tmp_path, monkeypatch, number, only_folders):
     monkeypatch.setattr(os, 'fsync', failing(number, only_folders))
-    utils.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
+    files.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
     assert content(tmp_path) == {'a': b'new'}
 
 
@@ -67,7 +68,7 @@ def test_a_failing_disk_is_reported_as_it_is(tmp_path, monkeypatch, only_folders
     (tmp_path / 'a').write_bytes(b'old')
     monkeypatch.setattr(os, 'fsync', failing(errno.EIO, only_folders))
     with pytest.raises(OSError, match=message) as error:
-        utils.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
+        files.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
     assert error.value.filename == str(tmp_path / 'a') and content(tmp_path) == {'a': left}
 
 
@@ -79,14 +80,14 @@ def test_a_folder_that_may_not_be_read_can_be_written_to(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, 'Permission denied', path)
         return open_(path, *rest, **options)
     monkeypatch.setattr(os, 'open', refuse)
-    utils.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
+    files.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
     assert content(tmp_path) == {'a': b'new'}
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     reader = subprocess.Popen(['cat', tmp_path / 'pipe'], stdout=subprocess.PIPE)
-    utils.atomic_write(tmp_path / 'pipe', lambda file: file.write(b'new'))
+    files.atomic_write(tmp_path / 'pipe', lambda file: file.write(b'new'))
     assert reader.communicate(timeout=10)[0] == b'new' and (tmp_path / 'pipe').is_fifo()
 
 
@@ -97,7 +98,7 @@ def test_only_what_dead_writers_left_is_removed(tmp_path):
     def write(file):
         file.write(b'new')
         files.remove_temporary(tmp_path)
-    utils.atomic_write(tmp_path / 'b', write)
+    files.atomic_write(tmp_path / 'b', write)
     assert content(tmp_path) == {'b': b'new'}
 
 
@@ -265,10 +266,10 @@ def test_a_second_start_is_refused_with_one_line(images, tmp_path):
     wait_for_step(folder, 1, first)
     for command in (['main_single_gpu.py'], ['main_multi_gpu.py', '-nprocs', 2]):
         second = program(*command, *words(images, folder, 'MODEL.RESUME', 'auto', 'DATA.BATCH_SIZE', 4), check=False)
-        assert second.returncode == utils.MISTAKE and second.stderr.count(f'in use by process {first.pid} on') == 1
+        assert second.returncode == stopping.MISTAKE and second.stderr.count(f'in use by process {first.pid} on') == 1
         assert 'Traceback' not in second.stderr
     first.terminate()
-    assert first.wait(60) == utils.STOPPED and not processes(log)
+    assert first.wait(60) == stopping.STOPPED and not processes(log)
     steps = [record['step'] for record in records(folder, 'train')]
     assert steps == list(range(1, len(steps) + 1))
 

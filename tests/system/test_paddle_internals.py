@@ -4,12 +4,12 @@ import inspect
 import os
 import signal
 
+from system import paddle_internals
+
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
-
-from system import paddle_internals
 
 X = np.arange(2 * 3 * 4 * 4, dtype='float32').reshape(2, 3, 4, 4)
 

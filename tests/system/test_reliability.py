@@ -13,17 +13,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+from system import lifeline, stopping
+import utils
+
 import numpy as np
 import paddle
 import pytest
 from runs import ROOT, TINY, make_images, options, processes, program, records, start, wait_for_step, wait_until
 
 import halonet
-import utils
 from config import flatten, get_config
 from halonet import build_halonet
 from model import layers
-from system import lifeline
 from training import builders, checkpoint, engine
 
 DRAW = random.Random(4)                             # the steps at which runs are killed
@@ -69,7 +70,7 @@ def whole(images, tmp_path_factory):
     return folder
 
 
-class StopAfter(utils.Stop):
+class StopAfter(stopping.Stop):
     """A wish to stop that comes with the `count`-th question."""
 
     def __init__(self, count):
@@ -109,14 +110,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(images, whole, tmp_path, co
         try:
             run(images, tmp_path, *CHANCE, 'MODEL.RESUME', 'auto', stop=StopAfter(count if starts < 4 else 10 ** 6))
             break
-        except utils.Stopped:
+        except stopping.Stopped:
             starts += 1
     assert starts == 4
     assert_same_run(tmp_path, whole)
 
 
 def test_a_stop_in_an_evaluation_keeps_the_epoch(images, whole, tmp_path):
-    with pytest.raises(utils.Stopped, match='evaluation'):
+    with pytest.raises(stopping.Stopped, match='evaluation'):
         run(images, tmp_path, *CHANCE, stop=StopAfter(8))
     state = checkpoint.load(checkpoint.newest(tmp_path))
     assert state['progress']['epoch'] == 0 and state['progress']['steps_of_epoch'] == state['progress']['step'] == 5
@@ -258,32 +259,32 @@ def store(monkeypatch):
 
 def test_a_process_that_does_not_come_is_told(store, monkeypatch):
     monkeypatch.setattr(utils, 'PATIENCE', 0.1)
-    with pytest.raises(utils.Failure, match='1 of 2 processes did not come within 0.1 s'):
+    with pytest.raises(stopping.Failure, match='1 of 2 processes did not come within 0.1 s'):
         utils.meet()
 
 
 def test_a_process_that_ended_is_told_at_once(store, monkeypatch):
     monkeypatch.setattr(lifeline, 'ended', lambda: [1])
-    with pytest.raises(utils.Failure, match='process 1 has ended'):
+    with pytest.raises(stopping.Failure, match='process 1 has ended'):
         utils.meet()
 
 
 def test_the_failure_of_another_process_is_told(store):
     store.update({'halonet/meet/1': 1, 'halonet/meet/2': 1, 'halonet/meet/2/failed': 1})
     utils.meet()
-    with pytest.raises(utils.Failure, match='another process failed'):
+    with pytest.raises(stopping.Failure, match='another process failed'):
         utils.meet()
 
 
 def test_a_mistake_of_another_process_is_one_here(store):
     """So that no machine starts again, and waits for one that does not."""
-    store.update({'halonet/meet/1': 1, 'halonet/meet/1/failed': utils.MISTAKE})
+    store.update({'halonet/meet/1': 1, 'halonet/meet/1/failed': stopping.MISTAKE})
     with pytest.raises(ValueError, match='another process failed') as error:
         utils.meet()
-    assert utils.exit_code(error.value) == utils.MISTAKE
+    assert stopping.exit_code(error.value) == stopping.MISTAKE
 
 
-@pytest.mark.parametrize('error, code', [(ValueError('in use'), utils.MISTAKE), (OSError(28, 'full'), utils.FAILURE)])
+@pytest.mark.parametrize('error, code', [(ValueError('in use'), stopping.MISTAKE), (OSError(28, 'full'), stopping.FAILURE)])
 def test_a_process_reports_how_it_failed(store, error, code):
     store['halonet/meet/1'] = 1
 
@@ -385,7 +386,7 @@ def in_a_fork(work):
 
 def test_a_second_interrupt_ends_at_once():
     def work():
-        stop = utils.Stop().listen()
+        stop = stopping.Stop().listen()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):       # what a terminal and a launcher send for one Ctrl-C
             os.kill(os.getpid(), signum)
         wait_until(lambda: stop.requested, 5, 'the first is noted')
@@ -397,11 +398,11 @@ def test_a_second_interrupt_ends_at_once():
 
 def test_a_forked_process_is_ended_by_a_signal_of_its_own_only():
     def work():
-        utils.Stop().listen()
+        stopping.Stop().listen()
 
         def worker():
             os.kill(os.getpid(), signal.SIGTERM)     # before: nobody listens in the fork, and it waits
-            utils.Stop.unlisten()
+            stopping.Stop.unlisten()
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
         return -in_a_fork(worker)
@@ -487,7 +488,7 @@ def test_killed_and_stopped_with_data_workers(images, whole, tmp_path, log):
     process = start('main_single_gpu.py', *line, log=log)
     wait_for_step(folder, stop_at, process)
     os.killpg(process.pid, signal.SIGTERM)
-    assert leaves(process, log) == utils.STOPPED, log.read_text()
+    assert leaves(process, log) == stopping.STOPPED, log.read_text()
     assert 'stopped after step' in log.read_text() or 'during an evaluation' in log.read_text()
     run(images, folder, *CHANCE, 'MODEL.RESUME', 'auto')
     assert_same_run(folder, whole)
@@ -605,8 +606,8 @@ def test_a_lost_partner_is_a_failure_in_one_line(error, capsys, monkeypatch):
     monkeypatch.setattr(utils.log, 'handlers', [])
     with pytest.raises(SystemExit) as stop, utils.plain_errors():
         raise error
-    assert stop.value.code == utils.FAILURE
-    assert capsys.readouterr().err == 'error: another process has ended or does not answer; what it said itself tells why\n'
+    assert stop.value.code == stopping.FAILURE
+    assert capsys.readouterr().err == 'error: another process has ended or does not answer; its own message tells why\n'
 
 
 def launch_faulty(fault, tmp_path, *line):
@@ -618,7 +619,7 @@ def launch_faulty(fault, tmp_path, *line):
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(images, tmp_path):
     done = launch_faulty('nan', tmp_path, *words(images, tmp_path / 'run', 'DATA.BATCH_SIZE', 2, 'REPORT_FREQ', 5,
                                                  'TRAIN.NUM_EPOCHS', 3))
-    assert done.returncode == utils.MISTAKE, done.stdout
+    assert done.returncode == stopping.MISTAKE, done.stdout
     lines = [(tmp_path / 'run' / name).read_text() for name in ('log.txt', 'log_rank1.txt')]
     message = 'the loss is not finite: epoch 1, step 3, rank 1, learning rate '
     assert all(message in text for text in lines) and not (tmp_path / 'run' / 'checkpoints').exists()
@@ -627,7 +628,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(images, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_on_rank_0_stops_all(images, tmp_path):
     done = launch_faulty('full', tmp_path, *words(images, tmp_path / 'run', 'DATA.BATCH_SIZE', 4))
-    assert done.returncode == utils.FAILURE, done.stdout
+    assert done.returncode == stopping.FAILURE, done.stdout
     assert 'error: [Errno 28] cannot write: No space left' in done.stdout
     assert 'another process failed' in (tmp_path / 'run' / 'log_rank1.txt').read_text()
 
@@ -650,11 +651,11 @@ def test_a_process_that_ends_on_another_machine_is_missed_at_once(images, tmp_pa
                    log=tmp_path / f'output{rank}.txt')
              for rank in (0, 1)]
     try:
-        assert [node.wait(90) for node in nodes] == [utils.FAILURE, 256 - signal.SIGKILL]
+        assert [node.wait(90) for node in nodes] == [stopping.FAILURE, 256 - signal.SIGKILL]
     finally:
         for pid in [pid for rank in (0, 1) for pid in processes(tmp_path / f'output{rank}.txt')]:
             os.kill(pid, signal.SIGKILL)
-    assert 'error: process 1 has ended; what it said itself tells why' in (tmp_path / 'output0.txt').read_text()
+    assert 'error: process 1 has ended; its own message tells why' in (tmp_path / 'output0.txt').read_text()
 
 
 # ---- the scripts

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 
+from tools import make_digits
+
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-
-from tools import make_digits
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SCRIPTS = ['run_demo.sh', 'run_tests.sh', 'run_train_multi.sh', 'run_eval_multi.sh', 'tools/setup_env.sh', '.ci/run']

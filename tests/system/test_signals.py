@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from system import stopping
+
 import pytest
 from runs import ROOT, TINY, make_images, options, processes, program, start, wait_for_step, wait_until
-
-import utils
 
 guarded = pytest.mark.skipif(subprocess.run(['setpriv', '--pdeathsig', 'KILL', 'true'], check=False).returncode != 0
                              if shutil.which('setpriv') else True, reason='no setpriv of util-linux 2.33')
@@ -186,4 +186,4 @@ def test_a_training_ends_with_its_script(tmp_path, log):
     process = start('run_train_multi.sh', *words, log=log, **variables)
     wait_for_step(tmp_path / 'run', 10, process)
     process.terminate()
-    assert process.wait(60) == utils.STOPPED and 'resumed from' in log.read_text()
+    assert process.wait(60) == stopping.STOPPED and 'resumed from' in log.read_text()

@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 
+from tools import export
+from tools.deployed import deployed, look_windows_up
+
 import numpy as np
 import paddle
 import pytest
 
 from config import get_config
 from halonet import build_halonet
-from tools import export
-from tools.deployed import deployed, look_windows_up
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SMALL = ['DATA.IMAGE_SIZE', 32, 'MODEL.NUM_CLASSES', 7, 'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STEM_POOL', False,

@@ -1,6 +1,8 @@
 """tools/port_weights.py: every format into ours, PaddleViT's and timm's, verified, or nothing at all."""
 import pickle
 
+from tools import port_weights
+
 import numpy as np
 import paddle
 import pytest
@@ -12,7 +14,6 @@ from tiny_models import build_tiny, paddlevit_name
 from config import get_config
 from halonet import build_halonet
 from model import weights
-from tools import port_weights
 from training import checkpoint
 
 

@@ -8,6 +8,8 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+from tools import report
+
 import browser
 import numpy as np
 import pytest
@@ -18,7 +20,6 @@ from config import flatten, get_config
 from reporting import charts, page
 from reporting.report import write
 from reporting.runs import Run, read_run
-from tools import report
 from training import engine
 from training import records as run_records
 

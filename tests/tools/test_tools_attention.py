@@ -1,4 +1,6 @@
 """The attention maps are the probabilities that the model uses: by the formula written out, and by the layer's own output."""
+from tools.attention_maps import attention_maps, attention_probabilities
+
 import numpy as np
 import paddle
 import pytest
@@ -7,7 +9,6 @@ from runs import TINY
 from config import get_config
 from halonet import build_halonet
 from model.attention import HaloAttention
-from tools.attention_maps import attention_maps, attention_probabilities
 
 CASES = [                                           # heads, block, halo, stride, height, width
     (2, 4, 1, 1, 8, 12), (4, 4, 2, 2, 8, 8), (1, 2, 3, 1, 4, 6), (2, 3, 1, 2, 6, 6), (2, 4, 0, 1, 4, 8), (1, 2, 5, 2, 2, 2)]

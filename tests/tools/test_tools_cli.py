@@ -2,12 +2,13 @@
 import subprocess
 import sys
 
+from tools import cli
+
 import pytest
 from pages import TOOLS
 from runs import ROOT
 
 from dev import bench_pipeline, model_table
-from tools import cli
 
 ALL = {**TOOLS, 'bench_pipeline': bench_pipeline, 'model_table': model_table}
 

@@ -2,6 +2,8 @@
 import csv
 import re
 
+from tools import cli, eval_all
+
 import numpy as np
 import paddle
 import pytest
@@ -11,7 +13,6 @@ from runs import TINY, make_images, options, program
 from config import get_config
 from halonet import build_halonet
 from model import weights
-from tools import cli, eval_all
 from training import engine, results
 
 

@@ -2,13 +2,13 @@
 import os
 import shutil
 
+from tools import make_lists
+
 import numpy as np
 import pytest
 from PIL import Image, features
 from runs import program
 from test_tools_lists import entries, tool
-
-from tools import make_lists
 
 
 def save(path, kind='JPEG', value=0):

@@ -5,13 +5,14 @@ import shutil
 import sys
 from collections import Counter
 
+from tools import check_data, cli, make_lists
+
 import numpy as np
 import pytest
 from PIL import Image
 from runs import make_images, program
 
 import datasets
-from tools import check_data, cli, make_lists
 
 
 def tool(module, *words):

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+from tools import cli, fonts, predict, visualize
+from tools.attention_maps import attention_maps
+
 import browser
 import numpy as np
 import paddle
@@ -19,8 +22,6 @@ from runs import TINY, make_images, program
 import datasets
 from config import get_config
 from halonet import build_halonet
-from tools import cli, fonts, predict, visualize
-from tools.attention_maps import attention_maps
 
 NAMES = ['red <b>', 'green', 'blue "&"', 'grey']
 

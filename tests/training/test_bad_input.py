@@ -10,6 +10,8 @@ import struct
 import zlib
 from pathlib import Path
 
+from system import stopping
+
 import numpy as np
 import pytest
 from hostile_files import HOSTILE
@@ -17,7 +19,6 @@ from PIL import Image
 from runs import ROOT, TINY, make_images
 
 import datasets
-import utils
 from config import parse_args
 from training import checkpoint, engine
 
@@ -315,7 +316,7 @@ def test_broken_input(what, how, good, tmp_path, monkeypatch, capsys, request):
     before = {path: path.read_bytes() for path in data.glob('good/**/*.pd*')}
     named = what in ('data worker', 'config') or how == 'too few images for a batch'     # or by its path
     if ' stops: ' in f' {outcome}':
-        with pytest.raises((*utils.MISTAKES, utils.Failure, SystemExit)) as stop:
+        with pytest.raises((*stopping.MISTAKES, stopping.Failure, SystemExit)) as stop:
             train(data, *words)
         message = capsys.readouterr().err if stop.type is SystemExit else str(stop.value)
         assert outcome.split('stops: ')[1] in message and len(message) < 2000

@@ -3,11 +3,13 @@ import hashlib
 import os
 import pickle
 
+from system import files
+import utils
+
 import numpy as np
 import paddle
 import pytest
 
-import utils
 from training import checkpoint
 
 
@@ -122,13 +124,13 @@ def test_values_of_a_file_are_shown_on_one_line():
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / 'file'
-    utils.atomic_write(path, lambda file: file.write(b'old'))
+    files.atomic_write(path, lambda file: file.write(b'old'))
 
     def fail(file):
         file.write(b'half')
         raise OSError(28, 'No space left on device')
     with pytest.raises(OSError, match='No space'):
-        utils.atomic_write(path, fail)
+        files.atomic_write(path, fail)
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['file']
 
 
@@ -158,9 +160,9 @@ def test_totals_sum_what_is_added():
     totals.add(paddle.to_tensor([1., 2., 3.]), logits, paddle.to_tensor([0, 1, 0]))
     totals.add(paddle.to_tensor([6.]), logits[:1], paddle.to_tensor([5]))
     assert totals.reduce() == {'loss': 3.0, 'acc1': 25.0, 'acc5': 50.0, 'images': 4}
-    assert totals.bad_place() is None
+    assert totals.first_nonfinite() is None
     again = utils.Totals.merged([totals.state(), {'sums': [1, 1, 1, 1], 'seconds': 100.0}])
     assert again.sums.tolist() == [13, 2, 3, 5] and 100 <= again.seconds() < 101
     totals.add(paddle.to_tensor([float('nan')]), logits[:1], paddle.to_tensor([5]), step=7)
     totals.add(paddle.to_tensor([float('inf')]), logits[:1], paddle.to_tensor([5]), step=8)
-    assert totals.bad_place() == (7, 0)
+    assert totals.first_nonfinite() == (7, 0)

@@ -7,13 +7,14 @@ import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import utils
+
 import numpy as np
 import paddle
 import pytest
 from runs import TINY, make_images, options, program, records
 
 import datasets
-import utils
 from config import get_config
 from halonet import build_halonet
 from training import builders, checkpoint, engine, optim
@@ -224,7 +225,7 @@ SAYS_THREADS = '''
 import atexit, sys
 def say():
     if 'system.paddle_import' in sys.modules:
-        print('threads', sys.modules['system.paddle_import'].USER_THREADS, file=sys.stderr)
+        print('threads', sys.modules['system.cpu'].user_threads(), file=sys.stderr)
 atexit.register(say)
 '''
 

@@ -1,10 +1,11 @@
 """A start that a mistake of the user ends before training leaves nothing behind, and removes nothing that was there."""
 import os
 
+from system import stopping
+
 import pytest
 from runs import TINY, make_images, options, program
 
-import utils
 from config import get_config
 from training import checkpoint, engine
 
@@ -32,7 +33,7 @@ def content(folder):
 @pytest.mark.parametrize('where', [['OUTPUT', 'new/run'], ['SAVE', 'new/output']])
 def test_no_folder_is_left(images, tmp_path, monkeypatch, how, where):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(utils.MISTAKES):
+    with pytest.raises(stopping.MISTAKES):
         start(images, *MISTAKES[how], *where)
     assert content(tmp_path) == {}
 
@@ -48,7 +49,7 @@ def test_nothing_that_was_there_is_removed(images, tmp_path, monkeypatch, how):
         (tmp_path / 'run' / name).write_text(f'an earlier {name}\n')
     before = content(tmp_path)
     for name in ('empty', 'notes', 'run'):
-        with pytest.raises(utils.MISTAKES):
+        with pytest.raises(stopping.MISTAKES):
             start(images, *MISTAKES[how], 'OUTPUT', name)
     after = content(tmp_path)
     assert after.pop('run/log.txt').startswith(before.pop('run/log.txt'))

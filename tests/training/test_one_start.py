@@ -2,13 +2,14 @@
 import csv
 import logging
 
+from tools import cli, eval_all, predict
+
 import pytest
 import yaml
 from runs import TINY, make_images, options, program, records
 
 from config import OF_ONE_START, dump_run, flatten, get_config, parse_args
 from reporting import page, runs
-from tools import cli, eval_all, predict
 from training import checkpoint, engine
 
 

@@ -3,11 +3,12 @@ import contextlib
 import io
 import re
 
+import utils
+
 import paddle
 import pytest
 from runs import TINY, make_images, options, program
 
-import utils
 from training import engine, progress
 from training.checkpoint import Progress
 

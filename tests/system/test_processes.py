@@ -1,0 +1,84 @@
+"""How main_multi_gpu.py watches the processes that it has started."""
+import multiprocessing
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from runs import wait_until
+
+import main_multi_gpu
+
+fork = multiprocessing.get_context('fork')
+
+
+def work(signals, end, code):
+    """Count each SIGTERM in `signals`; exit with `code` at the first one if `end` is 'asked', at once if it is 'at once'."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def count(*_):
+        signals.value += 1
+    signal.signal(signal.SIGTERM, count)
+    signals.value = 0                               # it listens
+    while not (end == 'at once' or end == 'asked' and signals.value):
+        time.sleep(0.01)
+    os._exit(code)
+
+
+@pytest.fixture
+def started():
+    """A function that starts processes (end, exit code), and returns them with the numbers of their SIGTERMs."""
+    processes = []
+
+    def start(*kinds):
+        counts = [fork.Value('i', -1) for _ in kinds]
+        for count, (end, code) in zip(counts, kinds):
+            processes.append(fork.Process(target=work, args=(count, end, code), daemon=True))
+            processes[-1].start()
+        wait_until(lambda: all(count.value >= 0 for count in counts), 10, 'all listen')
+        return processes, counts
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def supervise(processes, requested='', grace=60):
+    main_multi_gpu.supervise(processes, SimpleNamespace(requested=requested))
+    return [process.exitcode for process in processes]
+
+
+def test_all_processes_are_asked_once_when_one_fails(started):
+    processes, counts = started(('asked', 75), ('at once', 3), ('asked', 0))
+    assert supervise(processes) == [75, 3, 0]
+    assert [counts[0].value, counts[2].value] == [1, 1]
+
+
+def test_request_to_stop_is_passed_on_once(started, capsys):
+    processes, counts = started(('asked', 75), ('asked', 1))
+    assert supervise(processes, 'SIGINT') == [75, 1]
+    assert [count.value for count in counts] == [1, 1] and capsys.readouterr().err == ''
+
+
+def test_processes_that_do_not_stop_are_killed(started, monkeypatch):
+    monkeypatch.setattr(main_multi_gpu, 'GRACE', 0.3)
+    processes, counts = started(('never', 0), ('at once', 1))
+    assert supervise(processes) == [-signal.SIGKILL, 1]
+    assert counts[0].value == 1
+
+
+def test_process_that_was_killed_is_reported(started, capsys):
+    processes, _ = started(('asked', 75), ('never', 0))
+    processes[1].kill()
+    assert supervise(processes) == [75, -signal.SIGKILL]
+    assert capsys.readouterr().err == ('error: process 1 was ended by SIGKILL; if nobody did that, look at the free '
+                                       'memory (dmesg)\n')
+
+
+@pytest.mark.parametrize('codes, requested, expected', [
+    ([0, 0], '', 0), ([0, 0], 'SIGTERM', 0), ([0, 2], '', 2), ([-9, 75], '', 75), ([75, 75], 'SIGTERM', 75),
+    ([-9, 0], '', 1), ([-15, -15], 'SIGTERM', 75), ([-15, 1], 'SIGTERM', 1)])
+def test_exit_code_of_several_processes(codes, requested, expected):
+    processes = [SimpleNamespace(exitcode=code) for code in codes]
+    assert main_multi_gpu.exit_code_of(processes, SimpleNamespace(requested=requested)) == expected
