@@ -1,6 +1,4 @@
 """Find a weight file: on the disk, or as a model of the Hugging Face hub, which is fetched into its cache."""
-from __future__ import annotations
-
 import http.client
 import logging
 import os

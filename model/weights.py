@@ -2,8 +2,6 @@
 
 model/hub.py finds the file and model/weight_files.py reads it.
 """
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,21 +1,30 @@
-"""A HaloNet as inference runtimes like it: batch norms folded, and windows by one lookup where the map's size is known.
+"""Rewrite a HaloNet for inference runtimes: batch norms folded, halo windows as one lookup of rows.
 
-The same function as the model's own evaluation up to rounding; weights are folded in float64.
+The outputs equal those of the model in evaluation up to rounding. Weights are folded in float64.
 """
+from dataclasses import dataclass
+
+from system import paddle_internals
+
 import numpy as np
 import paddle
 from paddle import nn
 
 from model.attention import HaloAttention
 
+# ---- folding batch norms
 
-def deployed(model):
-    """Fold the batch norms of `model`, built with MODEL.ATTENTION composed, into its weights. It is for evaluation only then."""
+def deployed(model: nn.Layer) -> None:
+    """Fold the batch norms of `model` into its weights, in place, for evaluation.
+
+    The model must be built with MODEL.ATTENTION composed.
+    """
     for layer in model.sublayers(include_self=True):
         parts = dict(layer.named_children())
         if isinstance(parts.get('conv'), nn.Conv2D) and isinstance(parts.get('bn'), nn.BatchNorm2D):
             scale, shift = affine(layer.bn)
-            layer.conv = convolution(layer.conv, layer.conv.weight.numpy() * scale[:, None, None, None], shift)
+            weight = layer.conv.weight.numpy() * scale[:, None, None, None]
+            layer.conv = convolution(layer.conv, weight, shift)
             layer.bn = nn.Identity()
         if isinstance(parts.get('self_attn'), HaloAttention):
             scale, shift = affine(layer.post_attn)
@@ -24,130 +33,190 @@ def deployed(model):
     model.eval()
 
 
-def look_windows_up(model):
-    """Give `model`, whose maps then have a known size when it is traced, WindowLookup for its HaloAttention."""
-    for layer in model.sublayers():
-        if isinstance(getattr(layer, 'self_attn', None), HaloAttention):
-            layer.self_attn = WindowLookup(layer.self_attn)
-    model.eval()
+def affine(norm: nn.BatchNorm2D) -> tuple[np.ndarray, np.ndarray]:
+    """Return a batch norm in evaluation as (scale, shift) of each channel, (C,) each, in float64."""
+    mean, variance = paddle_internals.norm_statistics(norm)
+    _, epsilon, _ = paddle_internals.norm_settings(norm)
+    scale = float64(norm.weight) / np.sqrt(float64(variance) + epsilon)
+    return scale, float64(norm.bias) - float64(mean) * scale
 
 
-def affine(norm):
-    """A batch norm as (scale, shift) of each channel, in float64."""
-    weight, bias, mean, variance = (value.numpy().astype('float64')
-                                    for value in (norm.weight, norm.bias, norm._mean, norm._variance))
-    scale = weight / np.sqrt(variance + norm._epsilon)
-    return scale, bias - mean * scale
+def float64(value: paddle.Tensor) -> np.ndarray:
+    """Return a tensor as an array of float64."""
+    return value.numpy().astype('float64')
 
 
-def convolution(conv, weight, bias=None):
-    """A convolution as `conv`, with other weights (and output channels) and a bias or none."""
-    made = nn.Conv2D(conv._in_channels, len(weight), conv._kernel_size, conv._stride, conv._padding,
-                     dilation=conv._dilation, groups=conv._groups, padding_mode=conv._padding_mode,
-                     bias_attr=None if bias is not None else False)
-    made.weight.set_value(weight.astype('float32'))
-    if bias is not None:
-        made.bias.set_value(bias.astype('float32'))
-    return made
+def convolution(conv: nn.Conv2D, weight: np.ndarray, bias: np.ndarray) -> nn.Conv2D:
+    """Make a convolution with the settings of `conv` from `weight` (K, C, h, w) and `bias` (K,)."""
+    settings = paddle_internals.convolution_settings(conv)
+    folded = nn.Conv2D(
+        settings.in_channels, len(weight), settings.kernel_size, settings.stride, settings.padding,
+        dilation=settings.dilation, groups=settings.groups, padding_mode=settings.padding_mode)
+    folded.weight.set_value(weight.astype('float32'))
+    folded.bias.set_value(bias.astype('float32'))
+    return folded
 
 
-def matrix(weight):
-    """A 1x1 convolution's weights (outputs, C) as a layer that takes channels last: (..., C) -> (..., outputs)."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias_attr=False)
-    made.weight.set_value(weight.T.astype('float32'))
-    return made
-
-
-def scale_values(attn, scale):
-    """Let a HaloAttention give `scale` (N*v,) times its output: that is linear in the values."""
+def scale_values(attn: HaloAttention, scale: np.ndarray) -> None:
+    """Multiply the output of a HaloAttention by `scale` (N*v,). The output is linear in the values."""
     d, heads = attn.pos_embed.height_rel.shape[1], attn.num_heads
-    weight = attn.kv.weight.numpy().astype('float64')                       # (N*(d+v), C, 1, 1)
+    weight = float64(attn.kv.weight)                                        # (N*(d+v), C, 1, 1)
     heads_first = weight.reshape(heads, -1, weight.shape[1])                # (N, d+v, C)
     heads_first[:, d:] *= scale.reshape(heads, -1, 1)
     attn.kv.weight.set_value(weight.astype('float32'))
 
 
 class Shift(nn.Layer):
-    """A number added to each channel: what is left of a batch norm."""
+    """Add a number to each channel: the rest of a batch norm whose scale is folded elsewhere."""
 
-    def __init__(self, shift):
+    def __init__(self, shift: np.ndarray):
         super().__init__()
         self.shift = self.create_parameter([1, len(shift), 1, 1], is_bias=True)
         self.shift.set_value(shift.astype('float32').reshape(1, -1, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return x + self.shift
 
 
-class WindowLookup(nn.Layer):
-    """HaloAttention for maps of a known size, its letters as in model/attention.py, with P = Y*X.
+# ---- halo windows as a lookup
 
-    Channels come last, as runtimes keep them, so that a pixel's head is a row of numbers and blocks, windows and padding
-    are one lookup of rows each: nothing is cut and transposed.
+def look_windows_up(model: nn.Layer) -> None:
+    """Replace each HaloAttention of `model` by a WindowLookup, whose image size is fixed when traced."""
+    for layer in model.sublayers():
+        if isinstance(getattr(layer, 'self_attn', None), HaloAttention):
+            layer.self_attn = WindowLookup(layer.self_attn)
+    model.eval()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Square windows that cover a feature map, row by row: Y rows of X windows.
+
+    Blocks are windows whose side equals their step.
     """
 
-    def __init__(self, attn):
-        super().__init__()
-        self.heads, self.block, self.halo, self.stride, self.pool = (attn.num_heads, attn.block_size, attn.halo_size,
-                                                                     attn.stride, attn.pool)
-        d, w, b = attn.pos_embed.height_rel.shape[1], attn.block_size + 2 * attn.halo_size, attn.block_size // attn.stride
-        kv = attn.kv.weight.numpy().reshape([self.heads, -1, attn.kv.weight.shape[1]])      # (N, d+v, C)
-        self.q = matrix(attn.q.weight.numpy()[:, :, 0, 0])
-        self.k = matrix(kv[:, :d].reshape([-1, kv.shape[2]]) * np.float64(d) ** -0.5)
-        self.v = matrix(kv[:, d:].reshape([-1, kv.shape[2]]))
-        offset = np.arange(w) - np.arange(b)[:, None] + w - 1                # (b, w)
-        for name in ('height_rel', 'width_rel'):
-            table = getattr(attn.pos_embed, name).numpy()[offset]            # (b, w, d)
-            self.register_buffer(name, paddle.to_tensor(table.transpose(0, 2, 1).copy()))       # (b, d, w)
+    height: int                                     # of the feature map, pixels
+    width: int
+    step: int                                       # from one window to the next
+    side: int                                       # of a window
+    halo: int = 0                                   # pixels by which a window begins before its block
 
-    def forward(self, x):
-        H, W, N = x.shape[2], x.shape[3], self.heads
-        Y, X, b, w = -(-H // self.block), -(-W // self.block), self.block // self.stride, self.block + 2 * self.halo
-        h, width = -(-H // self.stride), -(-W // self.stride)
-        x = x.transpose([0, 2, 3, 1])                                                            # (B, H, W, C)
-        queries = lookup(Y, X, b, b, 0, h, width, N)
-        q = self.rows(self.q(x[:, ::self.stride, ::self.stride]), queries)
-        q = q.reshape([-1, Y * X * N, b, b, q.shape[-1]])                                        # (B, P*N, b, b, d)
-        windows = lookup(Y, X, self.block, w, self.halo, H, W, N)
-        k = self.rows(self.k(x), windows).reshape([-1, Y * X * N, w * w, q.shape[-1]])           # (B, P*N, w*w, d)
-        value = self.rows(self.v(x), windows)
-        value = value.reshape([-1, Y * X * N, w * w, value.shape[-1]])                           # (B, P*N, w*w, v)
-        position = q.matmul(self.height_rel).unsqueeze(-1)                                       # (B, P*N, b, b, w, 1)
-        columns = q.transpose([0, 1, 3, 2, 4]).matmul(self.width_rel).transpose([0, 1, 3, 2, 4])
-        position = (position + columns.unsqueeze(-2)).reshape([-1, Y * X * N, b * b, w * w])
-        hidden = beyond(Y, X, self.block, w, self.halo, H, W, N)
+    @property
+    def count(self) -> int:
+        """The number of windows, Y*X."""
+        return len(self.rows()) * len(self.columns())
+
+    def rows(self) -> np.ndarray:
+        """Return the row of each pixel of a window, (Y, side), from -halo on."""
+        return self._along(self.height)
+
+    def columns(self) -> np.ndarray:
+        """Return the column of each pixel of a window, (X, side)."""
+        return self._along(self.width)
+
+    def _along(self, size: int) -> np.ndarray:
+        first: np.ndarray = np.arange(0, size, self.step)[:, None] - self.halo
+        return first + np.arange(self.side)
+
+    def row_numbers(self, heads: int) -> np.ndarray:
+        """Number the rows of all pixels and heads, pixel * N + head, in the order of the windows.
+
+        Returns (Y*X*N*side*side,). A pixel outside the feature map has the number H*W*N.
+        """
+        y = self.rows()[:, None, None, :, None]                             # (Y, 1, 1, side, 1)
+        x = self.columns()[None, :, None, None, :]                          # (1, X, 1, 1, side)
+        head = np.arange(heads)[:, None, None]                              # (N, 1, 1)
+        inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
+        pixel = y * self.width + x
+        return np.where(inside, pixel * heads + head, self.height * self.width * heads).flatten()
+
+    def is_hidden(self, heads: int) -> np.ndarray:
+        """Mark the keys that are masked: those further beyond the feature map than the halo.
+
+        Returns (Y*X*N, 1, side*side).
+        """
+        y = self.rows() >= self.height + self.halo                          # (Y, side)
+        x = self.columns() >= self.width + self.halo                        # (X, side)
+        hidden = y[:, None, :, None] | x[None, :, None, :]                  # (Y, X, side, side)
+        return np.repeat(hidden.reshape(self.count, 1, self.side ** 2), heads, axis=0)
+
+
+class WindowLookup(nn.Layer):
+    """HaloAttention for feature maps of a fixed size, with the letters of model/attention.py and P = Y*X.
+
+    Channels come last, as runtimes store them, so that a pixel's head is a row of numbers. Blocks,
+    windows and padding are one lookup of rows each; no feature map is cut and transposed.
+    """
+
+    def __init__(self, attn: HaloAttention):
+        super().__init__()
+        self.heads, self.pool = attn.num_heads, attn.pool
+        self.block, self.halo, self.stride = attn.block_size, attn.halo_size, attn.stride
+        self.block_queries = self.block // self.stride                      # b
+        self.window = self.block + 2 * self.halo                            # w
+        d = attn.pos_embed.height_rel.shape[1]
+        kv = attn.kv.weight.numpy().reshape([self.heads, -1, attn.kv.weight.shape[1]])      # (N, d+v, C)
+        self.q = linear(attn.q.weight.numpy()[:, :, 0, 0])
+        self.k = linear(kv[:, :d].reshape([-1, kv.shape[2]]) * np.float64(d) ** -0.5)
+        self.v = linear(kv[:, d:].reshape([-1, kv.shape[2]]))
+        key, query = np.arange(self.window), np.arange(self.block_queries)
+        offset = key - query[:, None] + self.window - 1                     # (b, w)
+        for name in ('height_rel', 'width_rel'):
+            table = getattr(attn.pos_embed, name).numpy()[offset]           # (b, w, d)
+            self.register_buffer(name, paddle.to_tensor(table.transpose(0, 2, 1).copy()))   # (b, d, w)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Map (B, C, H, W) to (B, N*v, ceil(H/stride), ceil(W/stride))."""
+        H, W, N, b, w = x.shape[2], x.shape[3], self.heads, self.block_queries, self.window
+        height, width = -(-H // self.stride), -(-W // self.stride)
+        blocks = Windows(height, width, step=b, side=b)
+        windows = Windows(H, W, step=self.block, side=w, halo=self.halo)
+        P = windows.count
+
+        x = x.transpose([0, 2, 3, 1])                                       # (B, H, W, C)
+        queries = blocks.row_numbers(N)
+        q = self.take_rows(self.q(x[:, ::self.stride, ::self.stride]), queries)
+        q = q.reshape([-1, P * N, b, b, q.shape[-1]])                       # (B, P*N, b, b, d)
+        keys = windows.row_numbers(N)
+        k = self.take_rows(self.k(x), keys).reshape([-1, P * N, w * w, q.shape[-1]])        # (B, P*N, w*w, d)
+        value = self.take_rows(self.v(x), keys)
+        value = value.reshape([-1, P * N, w * w, value.shape[-1]])          # (B, P*N, w*w, v)
+
+        bias = self.position_logits(q)                                      # (B, P*N, b*b, w*w)
+        hidden = windows.is_hidden(N)
         if hidden.any():
-            position = position + paddle.to_tensor(np.where(hidden, -np.inf, 0).astype('float32'))
-        q = q.reshape([-1, Y * X * N, b * b, q.shape[-1]])
-        out = nn.functional.softmax(q.matmul(k, transpose_y=True) + position).matmul(value)     # (B, P*N, b*b, v)
-        out = out.reshape([-1, Y * X * N * b * b, out.shape[-1]])
-        back = np.full(h * width * N + 1, -1)
-        back[queries] = np.arange(Y * X * N * b * b)                  # rows of padding share the last
-        out = out.gather(paddle.to_tensor(back[:-1]), axis=1).reshape([-1, h, width, N * out.shape[-1]])
+            bias = bias + paddle.to_tensor(np.where(hidden, -np.inf, 0).astype('float32'))
+        q = q.reshape([-1, P * N, b * b, q.shape[-1]])                      # (B, P*N, b*b, d)
+        out = nn.functional.softmax(q.matmul(k, transpose_y=True) + bias).matmul(value)     # (B, P*N, b*b, v)
+
+        out = out.reshape([-1, P * N * b * b, out.shape[-1]])
+        row_of = np.full(height * width * N + 1, -1)               # the last is for padding
+        row_of[queries] = np.arange(P * N * b * b)
+        out = out.gather(paddle.to_tensor(row_of[:-1]), axis=1)             # (B, height*width*N, v)
+        out = out.reshape([-1, height, width, N * out.shape[-1]])
         return self.pool(out.transpose([0, 3, 1, 2]))
 
-    def rows(self, x, index):
-        """x (B, H, W, N*d) -> its rows (B, len(index), d) at pixel * N + head; row H*W*N is zero."""
+    def position_logits(self, q: paddle.Tensor) -> paddle.Tensor:
+        """Return the logits of the relative positions: (B, P*N, b, b, d) -> (B, P*N, b*b, w*w)."""
+        rows = q.matmul(self.height_rel).unsqueeze(-1)                      # (B, P*N, b, b, w, 1)
+        columns = q.transpose([0, 1, 3, 2, 4]).matmul(self.width_rel)       # (B, P*N, b, b, w), transposed
+        columns = columns.transpose([0, 1, 3, 2, 4]).unsqueeze(-2)          # (B, P*N, b, b, 1, w)
+        return (rows + columns).reshape([-1, q.shape[1], self.block_queries ** 2, self.window ** 2])
+
+    def take_rows(self, x: paddle.Tensor, numbers: np.ndarray) -> paddle.Tensor:
+        """Look up rows: x (B, H, W, N*d), numbers as Windows.row_numbers -> (B, len(numbers), d).
+
+        The row H*W*N is zero.
+        """
         size = x.shape[1] * x.shape[2] * self.heads
         x = x.reshape([-1, size, x.shape[3] // self.heads])
-        if index.max() == size:
+        if numbers.max() == size:
             x = nn.functional.pad(x, [0, 0, 0, 1, 0, 0])
-        return x.gather(paddle.to_tensor(index), axis=1)
+        return x.gather(paddle.to_tensor(numbers), axis=1)
 
 
-def lookup(Y, X, step, side, before, H, W, N):
-    """Row numbers pixel * N + head of squares of `side` pixels, `step` apart, the first `before` pixels beyond the corner of
-    a map of H x W pixels: (Y*X*N*side*side,); H*W*N for a pixel beyond the map."""
-    y = np.arange(Y)[:, None] * step + np.arange(side) - before             # (Y, side)
-    x = np.arange(X)[:, None] * step + np.arange(side) - before             # (X, side)
-    y, x = y[:, None, None, :, None], x[None, :, None, None, :]             # (Y, 1, 1, side, 1), (1, X, 1, 1, side)
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    return np.where(inside, (y * W + x) * N + np.arange(N)[:, None, None], H * W * N).flatten()
-
-
-def beyond(Y, X, step, w, halo, H, W, N):
-    """Which keys of the windows lie further beyond the map than the halo, and take no part: (P*N, 1, w*w)."""
-    y = np.arange(Y)[:, None] * step + np.arange(w) - halo >= H + halo      # (Y, w)
-    x = np.arange(X)[:, None] * step + np.arange(w) - halo >= W + halo
-    hidden = y[:, None, :, None] | x[None, :, None, :]                      # (Y, X, w, w)
-    return np.repeat(hidden.reshape(Y * X, 1, w * w), N, axis=0)
+def linear(weight: np.ndarray) -> nn.Linear:
+    """Make a 1x1 convolution's weight (K, C) a layer for channels last: (..., C) -> (..., K)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias_attr=False)
+    layer.weight.set_value(weight.T.astype('float32'))
+    return layer

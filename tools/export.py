@@ -1,48 +1,83 @@
-"""Write a model for inference runtimes: Paddle Inference and ONNX, checked against the model itself.
+"""Write a model for inference runtimes, Paddle Inference and ONNX, and compare each file with the model.
 
-  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams -output exported
-  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams -output exported -dynamic
+  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained W.pdparams -output exported
+  python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained W.pdparams -output exported -dynamic
 
-Batch norms are folded, and any batch size may be given. DIR gets model.json and model.pdiparams (Paddle), model.onnx and
-meta.json: how images are prepared, and the class names (null if they are not known). The logits of each file are compared with
-the model's for 1, 3 and 8 images; where they differ by more than 1e-4 of the largest, nothing is written. ONNX needs
-requirements-export.txt.
+Batch norms are folded, and the batch size is free. DIR gets model.json and model.pdiparams (Paddle),
+model.onnx, and meta.json with the preparation of images and the class names (null if they are not known). The
+logits of each file are compared with the model's for 1, 3 and 8 images. If they differ by more than 1e-4 of
+the largest, nothing is written. ONNX needs requirements-export.txt.
 Exit status: 0, 1 if the check fails, or 2 for a mistake in the command.
 """
+import argparse
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Callable, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli, runtimes
 
-LIMIT = 1e-4
+LIMIT = 1e-4                                        # of the largest logit
 BATCHES = (1, 3, 8)
 OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 ends the process for higher ones
 NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'sympy', 'onnx', 'onnxruntime')
-FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': lambda folder: runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))}
+STDOUT, STDERR = 1, 2                               # file descriptors
 
 
-def parser():
+def open_onnx(folder: str) -> runtimes.Runtime:
+    """Open folder/model.onnx in ONNX Runtime."""
+    return runtimes.onnxruntime(os.path.join(folder, 'model.onnx'))
+
+
+FORMATS = {'paddle': runtimes.paddle_inference, 'onnx': open_onnx}
+
+
+def parser() -> cli.Parser:
     options = cli.Parser(__doc__)
     options.add_model()
     options.add('output', 'the folder to make', metavar='DIR', required=True)
     options.add('size', 'the same as -image_size', dest='image_size', metavar='N')
-    options.add('dynamic', 'let images have any size too; slower in ONNX, and for networks of conv and halo blocks only',
+    options.add('dynamic', 'allow images of any size: slower in ONNX, and for conv and halo blocks only',
                 action='store_true')
     options.add('format', 'what to write', nargs='+', choices=FORMATS, default=list(FORMATS))
     options.add('opset', f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}', type=int, default=17)
     return options
 
 
-def main(args):
-    args.opts = [*args.opts, 'MODEL.ATTENTION', 'composed']                 # runtimes know no operators of ours
+def main(args: argparse.Namespace) -> int:
+    args.opts = [*args.opts, 'MODEL.ATTENTION', 'composed']     # runtimes have no operators of ours
     config = cli.config_of(args)
-    if args.dynamic and any(kind in stage for stage in config.MODEL.STAGES for kind in ('bot', 'lambda')):
+    check_arguments(args, config)
+    names = cli.find_class_names(config, args.classes)
+    if names is None and config.MODEL.NUM_CLASSES:
+        print('no class names are known: "classes" in meta.json will be null (-classes FILE gives names)',
+              file=sys.stderr)
+    parent = os.path.dirname(os.path.abspath(args.output))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
+        differences = write_and_compare(config, args, folder)
+        for name, value in differences.items():
+            print(f'{name}: differs from the model by {value:.1e} of the largest logit')
+        if not all(value <= LIMIT for value in differences.values()):       # NaN fails too
+            print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
+            return 1
+        meta = metadata(config, args.dynamic, names, differences)
+        cli.write_text(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=1) + '\n')
+        move_content(folder, args.output)
+    print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
+    return 0
+
+
+def check_arguments(args: argparse.Namespace, config: Any) -> None:
+    """Raise ValueError for arguments that cannot work, before the model is built."""
+    kinds = {kind for stage in config.MODEL.STAGES for kind in ('bot', 'lambda') if kind in stage}
+    if args.dynamic and kinds:
         raise ValueError('-dynamic: bot and lambda blocks are built for one size; give it by -size')
     if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
         raise ValueError(f'-output {args.output} exists and is not an empty folder; choose another')
@@ -52,81 +87,87 @@ def main(args):
         with quiet():
             for name in NEEDED:
                 runtimes.need(name)
-    names = cli.find_class_names(config, args.classes)
-    if names is None and config.MODEL.NUM_CLASSES:
-        print('no class names are known: "classes" in meta.json will be null (-classes FILE gives names)', file=sys.stderr)
-    parent = os.path.dirname(os.path.abspath(args.output))
-    os.makedirs(parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
-        model, _ = cli.load_model(config)
-        expected = [(x, run(model, x)) for x in images(config.DATA.IMAGE_SIZE, args.dynamic)]
-        with quiet():
-            write(model, config.DATA.IMAGE_SIZE, args, folder)
-            differences = {name: difference(FORMATS[name](folder), expected) for name in args.format}
-        for name, value in differences.items():
-            print(f'{name}: differs from the model by {value:.1e} of the largest logit')
-        if not all(value <= LIMIT for value in differences.values()):       # not a number fails too
-            print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
-            return 1
-        cli.write_text(os.path.join(folder, 'meta.json'), json.dumps(metadata(config, args, names, differences), indent=1) + '\n')
-        ready = os.path.join(folder, 'ready')
-        os.mkdir(ready)
-        for name in os.listdir(folder):
-            if name != 'ready':
-                shutil.move(os.path.join(folder, name), ready)
-        os.replace(ready, args.output)
-    print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
-    return 0
+
+
+def write_and_compare(config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Write the files of args.format into `folder`. Returns the `difference` of each format."""
+    size = config.DATA.IMAGE_SIZE
+    model, _ = cli.load_model(config)
+    expected = [(x, run(model, x)) for x in images(size, args.dynamic)]
+    with quiet():
+        write(model, size, args, folder)
+        return {name: difference(FORMATS[name](folder), expected) for name in args.format}
+
+
+def move_content(folder: str, target: str) -> None:
+    """Move the files of `folder` to the folder `target`, all at once."""
+    ready = os.path.join(folder, 'ready')
+    names = os.listdir(folder)
+    os.mkdir(ready)
+    for name in names:
+        shutil.move(os.path.join(folder, name), ready)
+    os.replace(ready, target)
 
 
 @contextmanager
-def quiet():
-    """Hold back what libraries print within, from C++ too. An exception other than ValueError shows it."""
+def quiet() -> Iterator[None]:
+    """Hide the output of libraries, from C++ too. An exception other than ValueError shows it."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
         stream.flush()
-    saved = [os.dup(number) for number in (1, 2)]
-    with tempfile.TemporaryFile() as held:
+    copies = {descriptor: os.dup(descriptor) for descriptor in (STDOUT, STDERR)}
+    with tempfile.TemporaryFile() as hidden:
         try:
-            for number in (1, 2):
-                os.dup2(held.fileno(), number)
+            for descriptor in copies:
+                os.dup2(hidden.fileno(), descriptor)
             yield
         except ValueError:
             raise
         except BaseException:
-            held.seek(0)
-            os.write(saved[1], held.read())
+            hidden.seek(0)
+            os.write(copies[STDERR], hidden.read())
             raise
         finally:
             for stream in streams:
                 stream.flush()
-            for number, copy in zip((1, 2), saved):
-                os.dup2(copy, number)
+            for descriptor, copy in copies.items():
+                os.dup2(copy, descriptor)
                 os.close(copy)
 
 
-def images(size, dynamic):
-    """Standard normal images to compare on: of each batch size, and with `dynamic` of other sides as well."""
+# ---- comparing
+
+def images(size: int, dynamic: bool) -> list:
+    """Draw standard normal images of each batch size to compare on; with `dynamic` of other sides as well."""
     import numpy as np
     random = np.random.default_rng(0)
-    sides = [(size, size), (size + 32, size), (size - min(13, size // 2), size + 5)] if dynamic else [(size, size)] * len(BATCHES)
+    sides = [(size, size)] * len(BATCHES)
+    if dynamic:
+        smaller = size - min(13, size // 2)
+        sides = [(size, size), (size + 32, size), (smaller, size + 5)]
     return [random.standard_normal((batch, 3, *side), dtype='float32') for batch, side in zip(BATCHES, sides)]
 
 
-def run(model, x):
+def run(model: Callable, x: Any) -> Any:
+    """Return the logits of images (B, 3, H, W) as an array."""
     import paddle
     with paddle.no_grad():
         return model(paddle.to_tensor(x)).numpy()
 
 
-def difference(runtime, expected):
-    """The largest difference from the expected logits, over the largest of these; not a number where one of them is none."""
+def difference(runtime: runtimes.Runtime, expected: list) -> float:
+    """Return the largest difference from the expected logits over the largest of these, or NaN.
+
+    expected: pairs (images, logits).
+    """
     import numpy as np
     return float(np.max([np.abs(runtime(x) - y).max() / np.abs(y).max() for x, y in expected]))
 
 
-def write(model, size, args, folder):
-    """Put the files of args.format into the folder; the model is folded by it."""
+# ---- writing
+
+def write(model: Any, size: int, args: argparse.Namespace, folder: str) -> None:
+    """Write the files of args.format into `folder`. The batch norms of `model` are folded in place."""
     from tools.deployed import deployed, look_windows_up
     deployed(model)
     side = None if args.dynamic else size
@@ -134,52 +175,67 @@ def write(model, size, args, folder):
         save(model, side, os.path.join(folder, 'model'))
     if 'onnx' in args.format:
         if not args.dynamic:
-            look_windows_up(model)                                          # Paddle Inference 3.3.1 crashes on these lookups
+            look_windows_up(model)                  # only for ONNX: Paddle Inference 3.3.1 crashes on these
         with tempfile.TemporaryDirectory() as temporary:
-            save(model, side, os.path.join(temporary, 'model'))
-            to_onnx(os.path.join(temporary, 'model'), os.path.join(folder, 'model.onnx'), args.opset)
+            program = os.path.join(temporary, 'model')
+            save(model, side, program)
+            to_onnx(program, os.path.join(folder, 'model.onnx'), args.opset)
 
 
-def save(model, side, path):
+def save(model: Any, side: Optional[int], path: str) -> None:
+    """Save a model as Paddle's static program, path.json and path.pdiparams; a `side` of None is free."""
     import paddle
     spec = paddle.static.InputSpec([None, 3, side, side], 'float32', 'images')
     paddle.jit.save(paddle.jit.to_static(model.forward, input_spec=[spec], full_graph=True), path)
 
 
-def to_onnx(path, target, opset):
-    """A saved program -> an ONNX file with constants folded.
-
-    Its padding is made zero: paddle2onnx 2.1.0 writes memory that it never set there.
-    """
-    import numpy as np
+def to_onnx(path: str, target: str, opset: int) -> None:
+    """Convert a saved static program into an ONNX file, and fold its constants."""
     import onnx
     import paddle2onnx
     import polygraphy.config
     from polygraphy.backend.onnx import fold_constants
     polygraphy.config.AUTOINSTALL_DEPS = False
-    # folded here: paddle2onnx would let polygraphy install packages, and not fold if that fails
+    # paddle2onnx could fold as well, but lets polygraphy install packages and hides a failure
     paddle2onnx.export(f'{path}.json', f'{path}.pdiparams', target, opset_version=opset, optimize_tool='None')
     model = fold_constants(onnx.load(target), error_ok=False)
-    zero = onnx.numpy_helper.from_array(np.zeros([], 'float32'), 'pad.zero')
-    model.graph.initializer.append(zero)
-    for node in model.graph.node:
-        if node.op_type == 'Pad':
-            node.input[2:3] = [zero.name]
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [value for value in model.graph.initializer if value.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    set_padding_to_zero(model.graph)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, target)
 
 
-def metadata(config, args, names, differences):
+def set_padding_to_zero(graph: Any) -> None:
+    """Let every Pad of an ONNX graph pad with zero: paddle2onnx 2.1.0 writes uninitialised memory there."""
+    import numpy as np
+    import onnx
+    zero = onnx.numpy_helper.from_array(np.zeros([], 'float32'), 'pad.zero')
+    graph.initializer.append(zero)
+    for node in graph.node:
+        if node.op_type == 'Pad':
+            node.input[2:3] = [zero.name]
+    used = {name for node in graph.node for name in node.input}
+    kept = [value for value in graph.initializer if value.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def metadata(config: Any, dynamic: bool, names: Optional[list[str]], differences: dict[str, float]) -> dict:
+    """Return the content of meta.json: how to prepare images, and what was checked."""
     data = config.DATA
-    return {'model': config.MODEL.NAME, 'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
-            'size': data.IMAGE_SIZE, 'dynamic_size': args.dynamic, 'crop_pct': data.CROP_PCT, 'interpolation': 'bicubic',
-            'background': data.BACKGROUND,         # of transparent pixels, as DATA.BACKGROUND
-            'resize': 'the shorter side to size / crop_pct, then the centre size x size', 'mean': list(data.MEAN),
-            'std': list(data.STD), 'difference_from_model': differences, 'classes': names}
+    return {
+        'model': config.MODEL.NAME,
+        'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
+        'size': data.IMAGE_SIZE,
+        'dynamic_size': dynamic,
+        'crop_pct': data.CROP_PCT,
+        'interpolation': 'bicubic',
+        'background': data.BACKGROUND,              # of transparent pixels
+        'resize': 'the shorter side to size / crop_pct, then the centre size x size',
+        'mean': list(data.MEAN),
+        'std': list(data.STD),
+        'difference_from_model': differences,
+        'classes': names,
+    }
 
 
 if __name__ == '__main__':

@@ -1,69 +1,91 @@
-"""What runs an exported model, each as a function images (B, 3, H, W) float32 -> logits (B, K).
+"""Open exported models in inference runtimes.
 
-A package that is absent is a ValueError that names the command to install it.
+Each is a function from images (B, 3, H, W) float32 to logits (B, K). An absent package raises ValueError
+with the command that installs it.
 """
 import functools
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, Callable
 
 INSTALL = 'python -m pip install -r requirements-export.txt'
+PIECE = 4                                           # images that a thread of ONNX Runtime takes at once
+
+Runtime = Callable[[Any], Any]                      # images -> logits, numpy arrays
 
 
-def need(name):
-    """The package `name`. Raises ValueError where it is not installed."""
+def need(name: str) -> ModuleType:
+    """Import the package `name`. Raises ValueError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'{name} cannot be imported ({error}); {INSTALL}') from None
 
 
-def paddle_inference(folder, threads=2):
-    """Paddle Inference with oneDNN, on folder/model.json."""
+def paddle_inference(folder: str, threads: int = 2) -> Runtime:
+    """Open folder/model.json in Paddle Inference with oneDNN."""
     from paddle import inference
     config = inference.Config(os.path.join(folder, 'model.json'), os.path.join(folder, 'model.pdiparams'))
     config.disable_glog_info()
     config.set_cpu_math_library_num_threads(threads)
     predictor = inference.create_predictor(config)
-    given, result = predictor.get_input_names()[0], predictor.get_output_names()[0]
+    input_name = predictor.get_input_names()[0]
+    output_name = predictor.get_output_names()[0]
 
-    def run(images):
-        predictor.get_input_handle(given).copy_from_cpu(images)
+    def run(images: Any) -> Any:
+        predictor.get_input_handle(input_name).copy_from_cpu(images)
         predictor.run()
-        return predictor.get_output_handle(result).copy_to_cpu()
+        return predictor.get_output_handle(output_name).copy_to_cpu()
 
     return run
 
 
-def onnxruntime(path, threads=2):
-    """Of a model for any batch, the threads take a few images each at a time where there are enough: so none of them waits for
-    the others in every layer."""
+def onnxruntime(path: str, threads: int = 2) -> Runtime:
+    """Open an ONNX file in ONNX Runtime.
+
+    If the batch size is free and there are enough images, each thread computes a few of them at a time.
+    Then no thread waits for the others in every layer.
+    """
     import numpy as np
     ort = need('onnxruntime')
 
     @functools.lru_cache(None)
-    def session(threads):
+    def session(threads: int) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         return ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])
 
-    given = session(threads).get_inputs()[0]
+    model_input = session(threads).get_inputs()[0]
+    has_fixed_batch = isinstance(model_input.shape[0], int)
     pool = ThreadPoolExecutor(threads)
 
-    def run(images):
-        if isinstance(given.shape[0], int) or len(images) < 2 * threads:
-            return session(threads).run(None, {given.name: images})[0]
-        size, alone = min(4, len(images) // threads), session(1)
+    def run_once(images: Any, threads: int) -> Any:
+        return session(threads).run(None, {model_input.name: images})[0]
+
+    def run(images: Any) -> Any:
+        if has_fixed_batch or len(images) < 2 * threads:
+            return run_once(images, threads)
+        session(1)                                  # made here, not by several threads
+        size = min(PIECE, len(images) // threads)
         pieces = [images[i:i + size] for i in range(0, len(images), size)]
-        return np.concatenate(list(pool.map(lambda piece: alone.run(None, {given.name: piece})[0], pieces)))
+        return np.concatenate(list(pool.map(functools.partial(run_once, threads=1), pieces)))
 
     return run
 
 
-def openvino(path, threads=2, precision='f32'):
-    """On processors with bfloat16 OpenVINO takes that by itself, with errors of 4e-3; so the precision is said."""
+def openvino(path: str, threads: int = 2, precision: str = 'f32') -> Runtime:
+    """Open an ONNX file in OpenVINO.
+
+    The precision is explicit: on processors with bfloat16 OpenVINO uses that by default, with errors of 4e-3.
+    """
     core = need('openvino').Core()
-    compiled = core.compile_model(core.read_model(path), 'CPU',
-                                  {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision})
+    options = {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision}
+    compiled = core.compile_model(core.read_model(path), 'CPU', options)
     request = compiled.create_infer_request()
-    return lambda images: request.infer([images])[compiled.output(0)].copy()
+
+    def run(images: Any) -> Any:
+        return request.infer([images])[compiled.output(0)].copy()
+
+    return run
