@@ -38,6 +38,7 @@ def build_loss(config: CfgNode) -> Loss:
     """Return the loss that TRAIN.LOSS names: logits (B, K), targets (B, K) -> (B,)."""
     if config.TRAIN.LOSS == 'bce':
         return partial(binary_cross_entropy, threshold=config.TRAIN.BCE_THRESHOLD)
+    assert config.TRAIN.LOSS == 'ce', config.TRAIN.LOSS
     return cross_entropy
 
 
@@ -160,6 +161,7 @@ def build_optimizer(config: CfgNode, model: nn.Layer) -> Optimizer:
         return paddle.optimizer.Momentum(0.0, train.MOMENTUM, parameters=groups, use_nesterov=True)
     if train.OPTIMIZER == 'lamb':
         return lamb(groups, train.WEIGHT_DECAY, train.BETAS, train.EPS)
+    assert train.OPTIMIZER == 'rmsprop', train.OPTIMIZER
     return paddle_internals.RMSProp(0.0, train.RMSPROP_ALPHA, train.EPS, train.MOMENTUM, parameters=groups)
 
 

@@ -54,7 +54,8 @@ def save_result(path, config, model, weights, result, device):
     if utils.rank() != 0:
         return
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    line = _line(row(config, model, weights, result, device).values())
+    values = row(config, model, weights, result, device)
+    line = _line(values[column] for column in COLUMNS)
     with files.appending(path, is_whole=_is_row) as file:
         file.seek(0)
         heading = file.readline()

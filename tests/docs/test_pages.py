@@ -14,6 +14,7 @@ from pages import PAGES, TOOLS, commands, text_of
 from runs import ROOT, records
 
 import config
+from training import results
 
 OTHER = {                                           # programs of others, and those without arguments
     'mkdir', 'cp', 'cd', 'git', 'python3', 'tools/make_digits.py', 'dev/bench_pipeline.py',
@@ -74,6 +75,12 @@ def test_readme_shows_the_end_of_the_demo():
     for variable, value in values.items():
         end = end.replace(f'${variable}', value)
     assert f'\n{end}\n```' in text and '$' not in end
+
+
+def test_evaluation_page_lists_the_columns():
+    words = re.findall(r'\w+', text_of('docs/evaluation.md').split('Its columns are')[1])
+    at = [words.index(column) for column in results.COLUMNS]
+    assert at == sorted(at)
 
 
 def graph_of_rooms():

@@ -112,8 +112,16 @@ class Parameters(paddle.nn.Layer):
             (self._parameters[name] * paddle.to_tensor(gradient)).sum().backward()
 
 
+def test_every_optimizer_is_compared():
+    with pytest.raises(ValueError, match='it can be') as error:
+        get_config(None, ['TRAIN.OPTIMIZER', 'other'])
+    choices = str(error.value).split('it can be ')[1].split(' or ')
+    assert choices == [*OPTIMIZERS]
+
+
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_optimizers_equal_timm_s(name):
+    assert timm_recipes(f'optimizer.{name}.5'), 'add it to tests/helpers/make_timm_recipes.py and run that'
     model = Parameters()
     opts = ['TRAIN.OPTIMIZER', name, 'TRAIN.WEIGHT_DECAY', 0.1, *OPTIMIZERS[name]]
     optimizer = optim.build_optimizer(get_config(None, opts), model)
