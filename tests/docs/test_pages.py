@@ -60,7 +60,7 @@ def with_existing_config(words):
 def test_files_of_a_page_exist(page):
     """Links and pictures, paths of the rooms, and modules and scripts of the root."""
     text = text_of(page)
-    links = re.findall(r'\]\(([^):]+)\)', text)
+    links = re.findall(r'\]\(([^):#]+)[^):]*\)', text)
     paths = [os.path.join(os.path.dirname(page), link) for link in links]
     paths += re.findall(PATH, text) + re.findall(ROOT_FILE, text)
     missing = [path for path in paths if not os.path.exists(os.path.join(ROOT, path))]
