@@ -1,37 +1,46 @@
-"""Line charts as inline SVG: pure functions from points to text. Colours and dark mode are the page's (style.css).
+"""Draw line charts as inline SVG. The page's style.css gives them their colours, also in dark mode.
 
-A chart is 400 x 240 units, the width of a phone, and as wide on a desktop, where three stand side by side: the text keeps its
-size. Series differ by colour and by dash and marker.
+A chart is 400 x 240 units, the width of a phone. On a desktop three of them fit side by side, so the text
+keeps its size. Series differ by colour, dash and marker.
 """
 import json
 import math
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
+
+from markupsafe import Markup
+
+from reporting.templates import render
+
+Points = list[tuple[float, float]]                  # [(x, y)]
+Band = list[tuple[float, float, float]]             # [(x, lowest, highest)]
 
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 38           # margins
-BUCKETS = 120                                       # of many points: means of so many stretches, with a band around them
+BUCKETS = 120                                       # of many points, which become the means of the buckets
 MARKED = 40                                         # most points of a series that get markers
 DASHES = ('', '6 3', '2 3', '9 3 2 3')
-MARKERS = (
-    'M{x} {y}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0', 'M{x} {y}m-2.7 -2.7h5.4v5.4h-5.4z', 'M{x} {y}m0 -3.6l3.4 6h-6.8z',
-    'M{x} {y}m0 -3.7l3.7 3.7l-3.7 3.7l-3.7 -3.7z')
+MARKERS = (                                         # paths from the centre: circle, square, triangle, diamond
+    'm-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0', 'm-2.7 -2.7h5.4v5.4h-5.4z', 'm0 -3.6l3.4 6h-6.8z',
+    'm0 -3.7l3.7 3.7l-3.7 3.7l-3.7 -3.7z')
 
 
 @dataclass
 class Series:
-    """A curve: its label, its points [(x, y)], y perhaps not finite, and its colour, dash and marker by number."""
+    """One curve. Its colour, dash and marker are numbers; its values may be not finite."""
     label: str
-    points: list
+    points: Points
     colour: int = 0
     dash: int = 0
-    marker: int = 0                                 # -1: none, but for a point on its own
-    band: list = field(default_factory=list)        # [(x, lowest, highest)] where the points are means
-    last: float = math.nan                          # value of the last point before means were taken
+    marker: int = 0                                 # -1: none, except for a point between two gaps
+    band: Band = field(default_factory=list)        # the range of each bucket
+    last: float = math.nan                          # value of the last point, before thinning
 
 
-def number(value, digits=4):
-    """A value as a person writes it: 0.0012, 98.61, 1,437, 5e-06."""
+# ---- numbers and axes
+
+def number(value: Optional[float], digits: int = 4) -> str:
+    """Format a value for people: 0.0012, 98.61, 1,437, 5e−06."""
     if value is None:
         return '–'
     if not math.isfinite(value):
@@ -43,8 +52,8 @@ def number(value, digits=4):
     return f'{float(mantissa):g}e{int(exponent)}'.replace('-', '−')
 
 
-def tick_texts(marks):
-    """The marks of an axis with as many decimals each."""
+def tick_texts(marks: list[float]) -> list[str]:
+    """Format the marks of an axis, each with the same number of decimals."""
     texts = [number(mark) for mark in marks]
     if any('e' in text for text in texts):
         return texts
@@ -52,8 +61,11 @@ def tick_texts(marks):
     return [f'{mark:,.{decimals}f}'.replace('-', '−') for mark in marks]
 
 
-def ticks(low, high, count=6):
-    """Round numbers, 1, 2 or 5 times a power of ten apart, from at most `low` to at least `high`; about `count` of them."""
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Return about `count` round numbers, from at most `low` to at least `high`.
+
+    They are 1, 2 or 5 times a power of ten apart.
+    """
     if high <= low:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     raw = (high - low) / (count - 1)
@@ -63,145 +75,179 @@ def ticks(low, high, count=6):
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def log_ticks(low, high):
-    """Powers of ten, evenly apart and about five of them, from at most `low` to at least `high`."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return about five powers of ten, evenly apart, from at most `low` to at least `high`."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = max(1, math.ceil((last - first) / 5))
     return [10.0 ** i for i in range(first, last + step, step)]
 
 
-def thin(points, buckets=BUCKETS):
-    """Many points as the means of about `buckets` stretches, and [(x, lowest, highest)] of each; few as they are, and [].
+def thin(points: Points, buckets: int = BUCKETS) -> tuple[Points, Band]:
+    """Average many points in about `buckets` buckets; return the means and the band.
 
-    A stretch with values that are not finite ends in a point that is not.
+    Few points are returned as they are, with []. Of values that are not finite, each bucket keeps the last.
     """
     if len(points) <= 2 * buckets:
         return points, []
     size = math.ceil(len(points) / buckets)
     means, band = [], []
     for i in range(0, len(points), size):
-        part = [(x, y) for x, y in points[i:i + size] if math.isfinite(y)]
-        if part:
-            x, values = sum(x for x, _ in part) / len(part), [y for _, y in part]
+        bucket = points[i:i + size]
+        finite = [(x, y) for x, y in bucket if math.isfinite(y)]
+        if finite:
+            x = sum(x for x, _ in finite) / len(finite)
+            values = [y for _, y in finite]
             means.append((x, sum(values) / len(values)))
             band.append((x, min(values), max(values)))
-        means += [point for point in points[i:i + size] if not math.isfinite(point[1])][-1:]
+        means += [point for point in bucket if not math.isfinite(point[1])][-1:]
     return means, band
 
 
-def prepared(s):
-    points, band = thin(s.points)
-    return Series(s.label, points, s.colour, s.dash, s.marker, band, s.points[-1][1])
+def prepared(series: Series) -> Series:
+    """Thin the points of a series, and keep its last value."""
+    points, band = thin(series.points)
+    return replace(series, points=points, band=band, last=series.points[-1][1])
 
 
 class Scale:
-    """Data -> place: linear, or logarithmic."""
+    """Map values to coordinates of the chart, linearly or by their logarithm."""
 
-    def __init__(self, marks, start, end, log=False):
-        self.marks, self.log, self.start, self.end = marks, log, start, end
-        self.low, self.high = self.of(marks[0]), self.of(marks[-1])
+    def __init__(self, marks: list[float], start: float, end: float, log: bool = False) -> None:
+        self.marks = marks
+        self.log = log
+        self.start = start
+        self.end = end
+        self.low = self.level(marks[0])
+        self.high = self.level(marks[-1])
 
-    def of(self, value):
+    def level(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
-    def __call__(self, value):
-        return round(self.start + (self.of(value) - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+    def __call__(self, value: float) -> float:
+        fraction = (self.level(value) - self.low) / (self.high - self.low)
+        return round(self.start + fraction * (self.end - self.start), 1)
 
 
-def line_chart(title, series, *, x_label='epoch', unit='', top=None, digits=4, linear=False):
-    """A <figure> with title, legend (with the last values) and chart. Values that are not finite are gaps, marked below.
+# ---- the chart
 
-    `top`: a value that the axis need not exceed, such as 100 for percent. The axis is logarithmic, unless `linear`, where the
-    largest value is more than 100 times the smallest.
+def line_chart(title: str, series: list[Series], *, x_label: str = 'epoch', unit: str = '',
+               top: Optional[float] = None, digits: int = 4, linear: bool = False) -> Markup:
+    """Draw a <figure> with title, legend (with the last values) and chart.
+
+    Values that are not finite are gaps, with a cross below. The axis ends at `top`, such as 100 for percent.
+    It is logarithmic where the largest value exceeds 100 times the smallest, unless `linear`.
     """
     last_x = max((x for s in series for x, _ in s.points), default=0)
     series = [prepared(s) for s in series if s.points]
-    values = [y for s in series for _, y in s.points if math.isfinite(y)]
-    values += [y for s in series for _, *spread in s.band for y in spread]
-    head = f'<figcaption><h3>{escape(title)}</h3>{legend(series, unit, digits)}</figcaption>'
+    legend = [legend_entry(s, unit, digits) for s in series]
+    values = drawn_values(series)
     if not values:
-        return f'<figure class="chart">{head}<p class="none">nothing recorded yet</p></figure>'
-    log = min(values) > 0 and max(values) > 100 * min(values) and not linear
-    marks = log_ticks(min(values), max(values)) if log else ticks(min(values), max(values))
-    marks = [mark for mark in marks if top is None or mark <= top] or marks
-    if min(values) >= 0 and not log:
+        return render('chart.html', title=title, legend=legend, drawn=None)
+    x = Scale([0, max(last_x, 1e-9)], LEFT, WIDTH - RIGHT)
+    y = value_axis(values, top, linear)
+    y_texts = [number(mark) for mark in y.marks] if y.log else tick_texts(y.marks)
+    drawn = {
+        'size': (WIDTH, HEIGHT),
+        'left': LEFT, 'right': WIDTH - RIGHT, 'bottom': HEIGHT - BOTTOM,
+        'x_label': x_label,
+        'x_ticks': [(x(mark), number(mark)) for mark in ticks(0, last_x) if mark <= last_x * 1.0001],
+        'y_ticks': [(y(mark), text + unit) for mark, text in zip(y.marks, y_texts)],
+        'curves': [curve(s, x, y) for s in series],
+        'words': describe(series, unit, digits, x_label),
+        'hover': hover_data(series, x_label, unit, last_x),
+    }
+    return render('chart.html', title=title, legend=legend, drawn=drawn)
+
+
+def drawn_values(series: list[Series]) -> list[float]:
+    """Return all finite values of the curves and their bands."""
+    values = []
+    for s in series:
+        values += [y for _, y in s.points if math.isfinite(y)]
+        for _, lowest, highest in s.band:
+            values += [lowest, highest]
+    return values
+
+
+def value_axis(values: list[float], top: Optional[float], linear: bool) -> Scale:
+    """Choose the vertical axis for some values, as described at `line_chart`."""
+    low, high = min(values), max(values)
+    log = low > 0 and high > 100 * low and not linear
+    marks = log_ticks(low, high) if log else ticks(low, high)
+    if top is not None:
+        marks = [mark for mark in marks if mark <= top] or marks
+    if low >= 0 and not log:
         marks = [mark for mark in marks if mark >= 0]
     if len(marks) < 2:
         marks = [marks[0] - 1, marks[0]]
-    x_marks = ticks(0, last_x)
-    x = Scale([0, max(last_x, 1e-9)], LEFT, WIDTH - RIGHT)
-    y = Scale(marks, HEIGHT - BOTTOM, TOP, log)
-    body = [axes(x, y, [mark for mark in x_marks if mark <= last_x * 1.0001], x_label, unit)]
-    body += [curve(s, x, y) for s in series]
-    return (f'<figure class="chart">{head}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-            f'aria-label="{escape(title)}: {escape(describe(series, unit, digits, x_label))}" '
-            f"data-chart='{escape(hover_data(series, x_label, unit, last_x), quote=True)}'>"
-            f'{"".join(body)}</svg></figure>')
+    return Scale(marks, HEIGHT - BOTTOM, TOP, log)
 
 
-def legend(series, unit, digits):
-    items = []
-    for s in series:
-        sample = f'<path class="line s{s.colour}" d="M0 7H24"{dash(s)}/>' + (mark(s, 12, 7) if s.marker >= 0 else '')
-        items.append(f'<li><svg class="key" viewBox="0 0 24 14" aria-hidden="true">{sample}</svg>{escape(s.label)} '
-                     f'<b>{number(s.last, digits)}{unit if math.isfinite(s.last) else ""}</b></li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def legend_entry(series: Series, unit: str, digits: int) -> dict[str, Any]:
+    """Return the label, the sample of the line and the last value of a series."""
+    last = number(series.last, digits)
+    if math.isfinite(series.last):
+        last += unit
+    sample = marker(series, 12, 7) if series.marker >= 0 else ''
+    return {'colour': series.colour, 'dash': dash(series), 'mark': sample,
+            'label': series.label, 'last': last}
 
 
-def axes(x, y, x_marks, x_label, unit):
-    parts = []
-    for value, text in zip(y.marks, [number(mark) for mark in y.marks] if y.log else tick_texts(y.marks)):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(value)}H{WIDTH - RIGHT}"/>'
-                     f'<text class="tick" x="{LEFT - 7}" y="{y(value) + 4}" text-anchor="end">{text}{unit}</text>')
-    for value in x_marks:
-        parts.append(f'<path class="grid short" d="M{x(value)} {HEIGHT - BOTTOM}v4"/>'
-                     f'<text class="tick" x="{x(value)}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(value)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
-                 f'<text class="tick name" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
-                 f'{escape(x_label)}</text>')
-    return ''.join(parts)
-
-
-def curve(s, x, y):
-    """The pieces of a series between values that are not finite, its markers, and a cross below each such value."""
-    pieces, lost = [[]], []
-    for px, py in s.points:
-        if math.isfinite(py):
-            pieces[-1].append((x(px), y(py)))
+def curve(series: Series, x: Scale, y: Scale) -> dict[str, Any]:
+    """Place a series in the chart: its band, its lines between gaps, its markers, and the gaps themselves."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    gaps = []
+    for x_value, y_value in series.points:
+        if math.isfinite(y_value):
+            pieces[-1].append((x(x_value), y(y_value)))
         else:
-            lost.append(x(px))
+            gaps.append(x(x_value))
             pieces.append([])
-    outline = [(x(a), y(high)) for a, _, high in s.band] + [(x(a), y(low)) for a, low, _ in reversed(s.band)]
-    parts = [f'<polygon class="band s{s.colour}" points="{" ".join(f"{a},{b}" for a, b in outline)}"/>'] if outline else []
-    parts += [f'<polyline class="line s{s.colour}" points="{" ".join(f"{a},{b}" for a, b in piece)}"{dash(s)}/>'
-             for piece in pieces if len(piece) > 1]
-    marked = s.marker >= 0 and len(s.points) <= MARKED
-    parts += [mark(s, a, b) for piece in pieces for a, b in piece if marked or len(piece) == 1]
-    parts += [f'<path class="lost s{s.colour}" d="M{a - 4} {HEIGHT - BOTTOM - 8}l8 8m0 -8l-8 8"/>' for a in lost]
-    return ''.join(parts)
+    outline = [(x(at), y(highest)) for at, _, highest in series.band]
+    outline += [(x(at), y(lowest)) for at, lowest, _ in reversed(series.band)]
+    all_marked = series.marker >= 0 and len(series.points) <= MARKED
+    marks = []
+    for piece in pieces:
+        if all_marked or len(piece) == 1:           # a point between two gaps has no line
+            marks += [marker(series, *point) for point in piece]
+    lines = [polygon(piece) for piece in pieces if len(piece) > 1]
+    return {'colour': series.colour, 'dash': dash(series), 'band': polygon(outline), 'lines': lines,
+            'marks': marks, 'gaps': gaps}
 
 
-def dash(s):
-    pattern = DASHES[s.dash % len(DASHES)]
-    return f' stroke-dasharray="{pattern}"' if pattern else ''
+def polygon(points: list[tuple[float, float]]) -> str:
+    """Write points as SVG does: 'x,y x,y'."""
+    return ' '.join(f'{x},{y}' for x, y in points)
 
 
-def mark(s, a, b):
-    return f'<path class="mark s{s.colour}" d="{MARKERS[s.marker % len(MARKERS)].format(x=a, y=b)}"/>'
+def dash(series: Series) -> str:
+    return DASHES[series.dash % len(DASHES)]
 
 
-def describe(series, unit, digits, x_label):
-    """The chart in words."""
+def marker(series: Series, x: float, y: float) -> str:
+    """Return the path of a series' marker around (x, y)."""
+    return f'M{x} {y}{MARKERS[series.marker % len(MARKERS)]}'
+
+
+def describe(series: list[Series], unit: str, digits: int, x_label: str) -> str:
+    """Describe the chart in words."""
     words = []
     for s in series:
         values = [y for _, y in s.points if math.isfinite(y)]
-        spread = f'from {number(min(values), digits)} to {number(max(values), digits)}{unit}' if values else 'none finite'
+        spread = 'none finite'
+        if values:
+            spread = f'from {number(min(values), digits)} to {number(max(values), digits)}{unit}'
         words.append(f'{s.label}, {len(s.points)} points, {spread}, last {number(s.last, digits)} '
                      f'at {x_label} {number(s.points[-1][0])}')
     return '; '.join(words)
 
 
-def hover_data(series, x_label, unit, last_x):
-    points = [[[round(a, 4), float(f'{b:.6g}') if math.isfinite(b) else None] for a, b in s.points] for s in series]
-    return json.dumps({'x': x_label, 'unit': unit, 'last': last_x, 'plot': [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
-                       'series': [[s.label, s.colour, p] for s, p in zip(series, points)]}, separators=(',', ':'))
+def hover_data(series: list[Series], x_label: str, unit: str, last_x: float) -> str:
+    """Return the JSON that hover.js reads: the plot's edges and the points, null for what is not finite."""
+    drawn = []
+    for s in series:
+        points = [(round(x, 4), float(f'{y:.6g}') if math.isfinite(y) else None) for x, y in s.points]
+        drawn.append((s.label, s.colour, points))
+    plot = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
+    content = {'x': x_label, 'unit': unit, 'last': last_x, 'plot': plot, 'series': drawn}
+    return json.dumps(content, separators=(',', ':'))

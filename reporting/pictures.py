@@ -1,21 +1,37 @@
-"""Pictures that a page carries in itself."""
+"""Embed pictures in a page as data URIs."""
 import base64
 import io
+from typing import NamedTuple, Optional
+
+from PIL import Image
 
 from data import image_files
 
-SIDE = 160                                          # longest side of a thumbnail, pixels: twice as sharp as it is shown
-TINY = 64                                           # images up to this side are kept as they are and shown with their pixels
+SIDE = 160                                          # longest side of a thumbnail: two pixels per CSS pixel
+TINY = 64                                           # up to this side a page shows every pixel, as a square
+QUALITY = 85                                        # of the JPEGs
 
 
-def thumbnail(path):
-    """(data URI, whether to show it pixel by pixel) of an image file; ('', False) where it cannot be read."""
+class Embedded(NamedTuple):
+    """A picture as the `src` of an <img>; a `tiny` one is shown pixel by pixel."""
+    uri: str
+    tiny: bool
+
+
+def embed(image: Image.Image) -> Embedded:
+    """Encode an image: PNG if it is tiny, else JPEG."""
+    tiny = max(image.size) <= TINY
+    kind = 'png' if tiny else 'jpeg'
+    file = io.BytesIO()
+    image.save(file, kind, quality=QUALITY)
+    return Embedded(f'data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}', tiny)
+
+
+def thumbnail(path: str) -> Optional[Embedded]:
+    """Embed an image file, at most SIDE pixels wide and high. Returns None if it cannot be read."""
     try:
         image = image_files.read(path)
     except Exception:                               # Pillow may raise nearly anything for a damaged file
-        return '', False
-    tiny = max(image.size) <= TINY
+        return None
     image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, 'PNG' if tiny else 'JPEG', quality=82)
-    return f'data:image/{"png" if tiny else "jpeg"};base64,{base64.b64encode(buffer.getvalue()).decode()}', tiny
+    return embed(image)

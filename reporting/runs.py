@@ -1,161 +1,207 @@
-"""Reading a run folder for its page: whatever is there, however the run ended."""
+"""Read a run folder for its page: all files that exist, however the run ended."""
 import glob
 import json
+import logging
 import math
 import os
 import re
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-from utils import log
+from typing import Any, Optional
 
 import numpy as np
 import yaml
 
 import config as options
-import datasets
 from data import class_names
+from data.list_file import ImageList, read_list
+
+log = logging.getLogger('halonet')
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # as in metrics.jsonl -> as in the page
-WHERE = ('DATA.DATA_PATH', *(key for key in options.OF_ONE_START if key != 'MODEL.PRETRAINED'))  # these change no result
+SPLITS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}             # in metrics.jsonl -> on the page
+ARRAYS = ('index', 'label', 'top1', 'probability', 'label_probability')      # of a predictions_*.npz
+NO_RESULT = {'DATA.DATA_PATH', *options.OF_ONE_START} - {'MODEL.PRETRAINED'}   # options that change no result
+ANY_LABEL = 1 << 40                                 # classes, where the config does not give their number
+STARTED_FROM = 'starting from the weights of '
+TIME = '%Y-%m-%d %H:%M:%S'                          # at the start of a line of log.txt
+
+Record = dict[str, Any]                             # a line of metrics.jsonl
+Predictions = dict[str, np.ndarray]                 # name in ARRAYS -> array (n,), in the order of the list
 
 
 @dataclass
 class Run:
-    """What is known of a run."""
+    """The contents of a run folder."""
     folder: str
-    records: list                                   # of metrics.jsonl, evaluations on their own left out
+    records: list[Record]                           # of metrics.jsonl, without evaluations on their own
     torn: int                                       # lines of metrics.jsonl that are no records
-    config: dict                                    # 'GROUP.KEY' -> value
-    base: dict                                      # of the file in configs/ that is nearest to it, or {}
+    config: dict[str, Any]                          # 'GROUP.KEY' -> value
+    base: dict[str, Any]                            # the nearest file in configs/, or {}
     base_name: str
-    machine: dict
-    log: dict                                       # what log.txt tells: first, last, seconds, resumed, steps_per_epoch
-    predictions: dict                               # split -> {'index': ..., 'label': ..., ...}
+    machine: dict[str, Any]
+    log: dict[str, Any]                             # of log.txt, as `_log` returns them
+    predictions: dict[str, Predictions]             # split -> predictions
     finished: bool
-    classes: list = field(default_factory=list)     # names by label
-    samples: object = None                          # the ImageList of the evaluation, or None
+    classes: list[str] = field(default_factory=list)         # names by label
+    samples: Optional[ImageList] = None             # of the evaluation, if its list file is unchanged
 
     @property
-    def name(self):
+    def name(self) -> str:
         return os.path.basename(os.path.abspath(self.folder))
 
     @property
-    def model(self):
+    def model(self) -> str:
         return self.config.get('MODEL.NAME') or self.name
 
     @property
-    def data(self):
-        """The name of the data folder, or ''."""
-        return os.path.basename(os.path.abspath(str(self.config['DATA.DATA_PATH']))) if 'DATA.DATA_PATH' in self.config else ''
+    def data(self) -> str:
+        """Name of the data folder, or ''."""
+        if 'DATA.DATA_PATH' not in self.config:
+            return ''
+        return os.path.basename(os.path.abspath(str(self.config['DATA.DATA_PATH'])))
 
     @property
-    def title(self):
+    def title(self) -> str:
         return f'{self.model} on {self.data}' if self.data else self.model
 
     @property
-    def steps_per_epoch(self):
-        """By the evaluations, which are at the ends of epochs; else by the log; None if neither tells."""
-        ends = [r['step'] / r['epoch'] for r in self.records if r['split'] != 'train' and r.get('epoch')]
-        return ends[-1] if ends else self.log.get('steps_per_epoch')
+    def steps_per_epoch(self) -> Optional[float]:
+        """Steps per epoch by the evaluations, which end epochs, else by the log, else None."""
+        for record in reversed(self.records):
+            if record['split'] != 'train' and record['epoch']:
+                return record['step'] / record['epoch']
+        return self.log.get('steps_per_epoch')
 
-    def curve(self, split, key):
-        """[(epoch, or step where epochs are not known, value)] of a split; a value may be not finite."""
-        per = self.steps_per_epoch or 1
-        return [(r['step'] / per, float(r[key])) for r in self.records if r['split'] == split and r.get(key) is not None]
+    @property
+    def median_speed(self) -> Optional[float]:
+        """Images per second of the training, or None."""
+        speeds = [value for _, value in self.curve('train', 'images_per_s')]
+        return float(np.median(speeds)) if speeds else None
 
-    def best(self, split):
-        """(top-1, epoch) of the best evaluation of a split, or None."""
+    def curve(self, split: str, key: str) -> list[tuple[float, float]]:
+        """Return [(epoch, value)] of a split; steps if epochs are not known. Values may be not finite."""
+        per_epoch = self.steps_per_epoch or 1
+        return [(record['step'] / per_epoch, float(record[key])) for record in self.records
+                if record['split'] == split and record.get(key) is not None]
+
+    def best(self, split: str) -> Optional[tuple[float, int]]:
+        """Return (top-1, epoch) of the best evaluation of a split, the first of equal ones, or None."""
         values = [(value, -epoch) for epoch, value in self.curve(split, 'acc1') if math.isfinite(value)]
-        return (max(values)[0], round(-max(values)[1])) if values else None
+        if not values:
+            return None
+        value, epoch = max(values)
+        return value, round(-epoch)
 
-    def last(self, split, key):
+    def last(self, split: str, key: str) -> Optional[float]:
+        """Return the last value of `key`, or None."""
         values = self.curve(split, key)
         return values[-1][1] if values else None
 
-    def at(self, split, key, epoch):
-        """The value of `key` in the evaluation of a split after `epoch`, or None."""
+    def at(self, split: str, key: str, epoch: int) -> Optional[float]:
+        """Return the value of `key` in the evaluation of a split after `epoch`, or None."""
         return next((value for x, value in self.curve(split, key) if round(x) == epoch), None)
 
     @property
-    def judged(self):
-        """(split, predictions) that the page's confusions and mistakes are of: the best weights at the end of the run."""
-        kept = {split: p for split, p in self.predictions.items() if len(p['index'])}
-        trained = {split: p for split, p in kept.items() if split != 'eval'} or kept
-        return max(trained.items(), key=lambda item: np.mean(item[1]['label'] == item[1]['top1']), default=(None, None))
+    def judged(self) -> tuple[str, Optional[Predictions]]:
+        """(split, predictions) that confusions and errors are of: the better weights at the end."""
+        found = {split: arrays for split, arrays in self.predictions.items() if len(arrays['index'])}
+        if len(found) > 1:
+            found.pop('eval', None)                 # an evaluation in the folder of a training
+        if not found:
+            return '', None
+        return max(found.items(), key=lambda item: np.mean(item[1]['label'] == item[1]['top1']))
 
 
-def read_run(folder, classes=None):
-    """The Run in a folder. Raises ValueError where the folder holds none."""
-    config = _yaml(folder, 'config.yaml') or _yaml(folder, 'config_eval.yaml')
+def read_run(folder: str, classes: Optional[str] = None) -> Run:
+    """Read the run in a folder; `classes` is a file of class names.
+
+    Raises ValueError if the folder holds no run.
+    """
+    config = _config(folder)
     if not config and not os.path.exists(os.path.join(folder, 'metrics.jsonl')):
         raise ValueError(f'{folder}: no run folder (neither config.yaml nor metrics.jsonl in it)')
     records, torn = _records(os.path.join(folder, 'metrics.jsonl'))
-    log = _log(os.path.join(folder, 'log.txt'))
+    facts = _log(os.path.join(folder, 'log.txt'))
     if config:
-        config['MODEL.PRETRAINED'] = log.get('pretrained') or config.get('MODEL.PRETRAINED', '')
+        config['MODEL.PRETRAINED'] = facts.get('pretrained') or config.get('MODEL.PRETRAINED', '')
     base_name, base = nearest_config(config)
-    run = Run(folder=folder, records=[r for r in records if r['step']], torn=torn, config=config, base=base,
-              base_name=base_name, machine=_json(folder, 'machine.json') or _json(folder, 'machine_eval.json'),
-              log=log, predictions=_predictions(folder),
-              finished=os.path.exists(os.path.join(folder, 'final.pdparams')))
+    run = Run(
+        folder=folder,
+        records=[record for record in records if record['step']],
+        torn=torn,
+        config=config,
+        base=base,
+        base_name=base_name,
+        machine=_json(folder, 'machine.json') or _json(folder, 'machine_eval.json'),
+        log=facts,
+        predictions=_predictions(folder),
+        finished=os.path.exists(os.path.join(folder, 'final.pdparams')),
+    )
     _, judged = run.judged
-    if judged:
+    if judged is not None:
         run.samples = _samples(run, judged)
         run.classes = names_of_classes(run, judged, classes)
     return run
 
 
-def defaults():
-    return options.flatten(options._C)
+def nearest_config(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return (name, flat options) of the file in configs/ with the same model and the fewest differences.
 
-
-def nearest_config(config):
-    """(name, flat options) of the file in configs/ for the same model with the fewest differences; ('', {}) without one."""
+    The result is ('', {}) if no file has this model.
+    """
+    model = config.get('MODEL.NAME')
     found = []
     for path in sorted(glob.glob(os.path.join(ROOT, 'configs', '[!_]*.yaml'))):
         with open(path, encoding='utf-8') as file:
-            likely = str(config.get('MODEL.NAME')) in file.read()            # reading all of them takes a while
-        flat = options.flatten(options.get_config(path)) if likely else {}
-        if likely and flat['MODEL.NAME'] == config.get('MODEL.NAME'):
+            if str(model) not in file.read():       # quick: reading all of them as configs takes a while
+                continue
+        flat = options.flatten(options.get_config(path))
+        if flat['MODEL.NAME'] == model:
             found.append((len(differences(config, flat)), os.path.relpath(path, ROOT), flat))
-    return min(found, key=lambda item: item[:2])[1:] if found else ('', {})
+    if not found:
+        return '', {}
+    _, name, flat = min(found, key=lambda item: item[:2])
+    return name, flat
 
 
-def differences(config, other):
-    """The keys whose values differ, those of WHERE left out, sorted."""
-    return sorted(key for key in config.keys() | other.keys()
-                  if key not in WHERE and key != 'BASE' and config.get(key) != other.get(key))
+def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return the sorted keys whose values differ, without those of NO_RESULT."""
+    keys = (config.keys() | other.keys()) - NO_RESULT - {'BASE'}
+    return sorted(key for key in keys if config.get(key) != other.get(key))
 
 
-def names_of_classes(run, judged, file=None):
-    """Return the class names of a run in the order of the labels; labels as numbers, where names are not known.
+def names_of_classes(run: Run, judged: Predictions, file: Optional[str] = None) -> list[str]:
+    """Return the class names of a run in the order of the labels; numbers, where names are not known.
 
     Raises as class_names.find, for `file`.
     """
-    count = max(run.config.get('MODEL.NUM_CLASSES', 0), int(max(judged['label'].max(), judged['top1'].max())) + 1)
-    names = class_names.find(count, file=file, run_folder=run.folder, data_path=_data_path(run), warn=log.warning)
+    largest = int(max(judged['label'].max(), judged['top1'].max()))
+    count = max(run.config.get('MODEL.NUM_CLASSES', 0), largest + 1)
+    names = class_names.find(
+        count, file=file, run_folder=run.folder, data_path=_data_path(run), warn=log.warning)
     return names or [str(label) for label in range(count)]
 
 
 # ---- files
 
-def _yaml(folder, name):
-    """A config file of a run as flat options, read as it stands: the options may be those of another version."""
-    def flatten(node, prefix=''):
-        for key, value in node.items():
-            yield from flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else [(f'{prefix}{key}', value)]
-    try:
-        with open(os.path.join(folder, name), encoding='utf-8') as file:
-            content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return dict(flatten(content)) if isinstance(content, dict) else {}
+def _config(folder: str) -> dict[str, Any]:
+    """Read the config of a run as flat options, or {}. They may be those of another version."""
+    for name in ('config.yaml', 'config_eval.yaml'):
+        try:
+            with open(os.path.join(folder, name), encoding='utf-8') as file:
+                content = yaml.safe_load(file)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
+        if isinstance(content, dict):
+            return options.flatten(content)
+    return {}
 
 
-def _json(folder, name):
+def _json(folder: str, name: str) -> dict[str, Any]:
+    """Read a JSON object; {} if there is none."""
     try:
         with open(os.path.join(folder, name), encoding='utf-8') as file:
             content = json.load(file)
@@ -164,64 +210,93 @@ def _json(folder, name):
     return content if isinstance(content, dict) else {}
 
 
-def _records(path):
-    """The records of metrics.jsonl in the order of their steps, and how many lines are none."""
-    records, torn = [], 0
+def _lines(path: str) -> Iterator[str]:
+    """Yield the lines of a text file that may be missing or damaged."""
     if os.path.exists(path):
         with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    good = isinstance(record['step'], int) and isinstance(record['epoch'], int) and record['split'] in SPLITS
-                except (ValueError, KeyError, TypeError):
-                    good = False
-                records, torn = records + [record] if good else records, torn + (not good and bool(line.strip()))
+            yield from file
+
+
+def _records(path: str) -> tuple[list[Record], int]:
+    """Read metrics.jsonl: its records in the order of their steps, and the number of lines that are none."""
+    records = []
+    torn = 0
+    for line in _lines(path):
+        record = _record(line)
+        if record:
+            records.append(record)
+        elif line.strip():
+            torn += 1
     return sorted(records, key=lambda record: record['step']), torn
 
 
-def _log(path):
-    facts, start = {'resumed': 0}, 'starting from the weights of '
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                if re.match(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d', line):
-                    facts.setdefault('first', line[:19])
-                    facts['last'] = line[:19]
-                facts['resumed'] += ' resumed from ' in line
-                if 'starting from' in line:
-                    facts['pretrained'] = line.partition(start)[2].rstrip('\n')
-                found = re.search(r'training: (\d+) steps per epoch', line)
-                facts.update({'steps_per_epoch': int(found[1])} if found else {})
-    if 'first' in facts:
-        first, last = (time.mktime(time.strptime(facts[key], '%Y-%m-%d %H:%M:%S')) for key in ('first', 'last'))
-        facts['seconds'] = last - first
+def _record(line: str) -> Optional[Record]:
+    """Parse a line of metrics.jsonl, or return None if it is no record."""
+    try:
+        record = json.loads(line)
+        whole = isinstance(record['step'], int) and isinstance(record['epoch'], int)
+        return record if whole and record['split'] in SPLITS else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _log(path: str) -> dict[str, Any]:
+    """Read log.txt: times, number of resumptions, first weights, steps per epoch, as far as it has them."""
+    facts: dict[str, Any] = {'resumed': 0}
+    times = []
+    for line in _lines(path):
+        seconds = _seconds(line[:19])
+        if seconds is not None:
+            times.append((seconds, line[:19]))
+        if ' resumed from ' in line:
+            facts['resumed'] += 1
+        if 'starting from' in line:
+            facts['pretrained'] = line.partition(STARTED_FROM)[2].rstrip('\n')
+        found = re.search(r'training: (\d+) steps per epoch', line)
+        if found:
+            facts['steps_per_epoch'] = int(found[1])
+    if times:
+        (start, first), (end, last) = times[0], times[-1]
+        facts.update(first=first, last=last, seconds=end - start)
     return facts
 
 
-def _predictions(folder):
+def _seconds(text: str) -> Optional[float]:
+    """Parse a time of log.txt, or return None."""
+    try:
+        return time.mktime(time.strptime(text, TIME))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _predictions(folder: str) -> dict[str, Predictions]:
+    """Read every predictions_SPLIT.npz that is not damaged."""
     found = {}
-    for path in sorted(glob.glob(os.path.join(folder, 'predictions_*.npz'))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), 'predictions_*.npz'))):
         try:
             with np.load(path) as file:
-                arrays = {key: file[key] for key in ('index', 'label', 'top1', 'probability', 'label_probability')}
+                arrays = {key: file[key] for key in ARRAYS}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
         found[os.path.basename(path)[len('predictions_'):-len('.npz')]] = arrays
     return found
 
 
-def _data_path(run):
-    """The data folder of a run; a relative one is relative to where the run was started, or to the repository."""
+def _data_path(run: Run) -> str:
+    """Return the data folder; relative to where the run was started, or to the repository."""
     path = str(run.config.get('DATA.DATA_PATH', ''))
-    places = [os.path.join(place, path) for place in (run.machine.get('folder', ''), '', ROOT)]
-    return next((place for place in places if os.path.isdir(place)), path)
+    for start in (run.machine.get('folder', ''), '', ROOT):
+        if os.path.isdir(os.path.join(start, path)):
+            return os.path.join(start, path)
+    return path
 
 
-def _samples(run, judged):
-    """The list that was evaluated, or None where it is not there or not the same any more."""
+def _samples(run: Run, judged: Predictions) -> Optional[ImageList]:
+    """Read the list file of the evaluation; None if it is missing or has changed."""
     folder = _data_path(run)
     try:
-        samples = datasets.read_list(os.path.join(folder, 'val_list.txt'), folder, run.config.get('MODEL.NUM_CLASSES', 1 << 40))
+        samples = read_list(
+            os.path.join(folder, 'val_list.txt'), folder, run.config.get('MODEL.NUM_CLASSES', ANY_LABEL))
     except (ValueError, OSError):
         return None
     index = judged['index']

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages, spoken to through a pipe: no driver, no package, no port."""
+"""Control a headless Chromium through a pipe, for the tests of pages. Needs no driver, package or port."""
 import base64
 import json
 import os
@@ -9,26 +9,30 @@ import tempfile
 import time
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync', '--hide-scrollbars', '--remote-debugging-pipe']
+FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+         '--disable-background-networking', '--disable-component-update', '--hide-scrollbars',
+         '--remote-debugging-pipe']
+BAD_EVENTS = {
+    'Runtime.exceptionThrown', 'Runtime.consoleAPICalled', 'Log.entryAdded', 'Network.loadingFailed'}
 
 
 def find():
-    """The path of a Chromium on PATH, or None."""
+    """Return the path of a Chromium on PATH, or None."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
 
 
 class Browser:
-    """with Browser() as browser: browser.open(path, width=375, dark=True); browser.evaluate('document.title')"""
+    """A running Chromium: with Browser() as browser: browser.open(path); browser.evaluate('1 + 1')."""
 
     def __enter__(self):
         self.profile = tempfile.mkdtemp(prefix='chromium')
         to_read, self.write_end = os.pipe()
         self.read_end, to_write = os.pipe()
         # Chromium reads its commands from descriptor 3 and answers on 4
-        command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
-        self.process = subprocess.Popen(['bash', '-c', command, find(), *FLAGS, f'--user-data-dir={self.profile}', 'about:blank'],
-                                        pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shell = ['bash', '-c', f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}']
+        command = [find(), *FLAGS, f'--user-data-dir={self.profile}', 'about:blank']
+        self.process = subprocess.Popen(shell + command, pass_fds=(to_read, to_write),
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(to_read)
         os.close(to_write)
         self.count, self.buffer, self.events, self.session = 0, b'', [], None
@@ -51,7 +55,9 @@ class Browser:
 
     def send(self, method, **params):
         self.count += 1
-        message = {'id': self.count, 'method': method, 'params': params, **({'sessionId': self.session} if self.session else {})}
+        message = {'id': self.count, 'method': method, 'params': params}
+        if self.session:
+            message['sessionId'] = self.session
         os.write(self.write_end, json.dumps(message).encode() + b'\0')
         while (answer := self.receive()).get('id') != self.count:
             self.events.append(answer)
@@ -70,9 +76,10 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, width=1280, height=900, dark=False):
-        """Load a file and wait until it is there; its console messages and requests are in `problems()`."""
+        """Load a file and wait for it; `problems()` has its console messages and requests."""
         self.events = []
-        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
         scheme = {'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}
         self.send('Emulation.setEmulatedMedia', features=[scheme])
         self.send('Page.navigate', url=f'file://{os.path.abspath(path)}')
@@ -85,14 +92,19 @@ class Browser:
         return result['result'].get('value')
 
     def problems(self):
-        """Exceptions, console messages, and requests for anything but the file itself and data in it."""
-        bad = [event for event in self.events if event['method'] in ('Runtime.exceptionThrown', 'Runtime.consoleAPICalled',
-                                                                     'Log.entryAdded', 'Network.loadingFailed')]
-        urls = [event['params']['request']['url'] for event in self.events if event['method'] == 'Network.requestWillBeSent']
-        return bad + [url for url in urls if not url.startswith(('file:', 'data:'))]
+        """Return exceptions, console messages, and requests for anything but files and data URIs."""
+        found = []
+        for event in self.events:
+            if event['method'] in BAD_EVENTS:
+                found.append(event)
+            elif event['method'] == 'Network.requestWillBeSent':
+                url = event['params']['request']['url']
+                if not url.startswith(('file:', 'data:')):
+                    found.append(url)
+        return found
 
     def screenshot(self, path):
-        """The whole page as a PNG file."""
+        """Write the whole page as a PNG file."""
         data = self.send('Page.captureScreenshot', captureBeyondViewport=True)['data']
         with open(path, 'wb') as file:
             file.write(base64.b64decode(data))

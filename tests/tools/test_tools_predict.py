@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 from tools import cli, fonts, predict, visualize
 from tools.attention_maps import attention_maps
@@ -16,6 +15,7 @@ import browser
 import numpy as np
 import paddle
 import pytest
+from html_page import open_page
 from PIL import Image
 from runs import TINY, make_images, program
 
@@ -125,41 +125,19 @@ def test_unreadable_pictures_are_told_and_the_others_done(run, tmp_path, capsys)
     assert (tmp_path / 'a.html').read_text().count('<b>cannot be read</b>') == 3
 
 
-class Page(HTMLParser):
-    """Open tags must be closed in order; collects the tags and the texts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open += [] if tag in ('img', 'meta', 'br') else [tag]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
 def test_the_page_shows_the_pictures_with_their_bars(run, tmp_path):
     data = run[0] / 'data'
     words = [data / 'val_list.txt', '-html', tmp_path / 'a.html', '-html_most', 6]
     assert call(predict, '-pretrained', weights_of(run), *words) == 0
-    text = (tmp_path / 'a.html').read_text()
-    page = Page(text)
-    images = [attrs['src'] for tag, attrs in page.tags if tag == 'img']
-    assert len(images) == 6 and 'The first 6 of 9 are shown.' in text
-    assert not re.search(r'(src|href)="(?!data:)|url\(|@import', text)        # nothing is fetched
+    page = open_page(tmp_path / 'a.html')
+    images = [image[1]['src'] for image in page.find('img')]
+    assert len(images) == 6 and 'The first 6 of 9 are shown.' in page.text
     assert '<b>' not in ''.join(page.texts).replace('red <b>', '') and 'red <b>' in page.texts
     for i, src in enumerate(images):
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(src.split(',')[1]))))
         with Image.open(data / 'val' / f'{i}.png') as file:
             np.testing.assert_array_equal(shown, datasets.eval_pixels(file, 16, 0.8))
-    widths = [float(attrs['style'][4:-1]) for tag, attrs in page.tags if tag == 'i']
+    widths = [float(bar[1]['style'][4:-1]) for bar in page.find('i')]
     for i in range(6):
         p = np.sort(expected(run, data / 'val' / f'{i}.png'))[::-1]
         np.testing.assert_allclose(widths[4 * i:4 * i + 4], 100 * p, atol=0.006)
@@ -197,9 +175,9 @@ def test_the_page_filters_and_sorts(run, tmp_path, width):
             return [re.search(r'\w+\.png', text)[0] for text in texts]
         assert shown('all', 'listed') == names
         assert shown('wrong', 'listed') == [names[i] for i in wrong]
-        assert shown('wrong', 'surest') == [names[i] for i in by_confidence]
-        assert shown('wrong', 'unsurest') == [names[i] for i in by_confidence[::-1]]
-        assert shown('broken', 'surest') == ['none.png'] and shown('all', 'listed') == names
+        assert shown('wrong', 'most') == [names[i] for i in by_confidence]
+        assert shown('wrong', 'least') == [names[i] for i in by_confidence[::-1]]
+        assert shown('broken', 'most') == ['none.png'] and shown('all', 'listed') == names
         assert not opened.evaluate("document.querySelector('form').hidden")
 
 
