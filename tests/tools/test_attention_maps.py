@@ -40,7 +40,7 @@ def written_out(layer, x, head, row, column):
 
 
 @pytest.mark.parametrize('heads, block, halo, stride, height, width', CASES)
-def test_maps_equal_the_formula_and_give_the_layer_s_output(heads, block, halo, stride, height, width):
+def test_probabilities_equal_the_formula_and_give_the_output(heads, block, halo, stride, height, width):
     layer = HaloAttention(8, 8, heads, block, halo, stride)
     layer.eval()
     x = np.random.default_rng(1).normal(size=(1, 8, height, width)).astype('float32')
@@ -59,7 +59,7 @@ def test_maps_equal_the_formula_and_give_the_layer_s_output(heads, block, halo, 
                 np.testing.assert_allclose(out[head * len(value):(head + 1) * len(value), row, column], value, atol=2e-5)
 
 
-def test_the_layer_is_left_as_it_was():
+def test_layer_is_unchanged_afterwards():
     layer = HaloAttention(8, 8, 2, 4, 1)
     x = paddle.randn([2, 8, 8, 8])
     before, names = layer(x).numpy(), list(layer.state_dict())
@@ -70,7 +70,7 @@ def test_the_layer_is_left_as_it_was():
     assert list(layer.state_dict()) == names and np.array_equal(layer(x).numpy(), before)
 
 
-def test_the_maps_of_a_model():
+def test_model_gives_a_map_per_layer():
     model = build_halonet(get_config(None, [*TINY, 'MODEL.STAGES', ['halo', 'conv halo*2'], 'MODEL.HEADS', [4, 2]]))
     model.eval()
     images = paddle.randn([1, 3, 16, 16])
