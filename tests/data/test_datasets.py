@@ -1,4 +1,4 @@
-"""datasets.py: list files, timm's evaluation pixels, the order of samples, and loaders that never hang."""
+"""datasets.py: evaluation pixels as timm's, and loaders that never hang."""
 import collections
 import faulthandler
 import hashlib
@@ -21,7 +21,7 @@ from PIL import Image
 
 import datasets
 from config import get_config
-from data import augment, list_file
+from data import augment
 from data.operations import PILLOW
 
 FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
@@ -38,68 +38,6 @@ def no_hang():
 
 def picture(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
-
-
-# list files
-
-def write(folder, content, name='list.txt'):
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def test_list_with_all_that_is_tolerated(tmp_path):
-    content = '\ufeffa/x 1.JPEG 3\r\n\r\n# a comment 7\r\n  b/ü..y.png\t0  \r\nc/../d.png 9'
-    samples = datasets.read_list(write(tmp_path, content), '/data', 10)
-    assert [samples.name(i) for i in range(3)] == ['a/x 1.JPEG', 'b/ü..y.png', 'c/../d.png'] and len(samples) == 3
-    assert samples.labels.tolist() == [3, 0, 9] and samples.labels.dtype == np.int64
-    assert [samples.where(i)[-2:] for i in range(3)] == [':1', ':4', ':5']
-    assert samples.path(0) == '/data/a/x 1.JPEG'
-
-
-@pytest.mark.parametrize('line, reason', [
-    ('a.png', 'no label'), ('17', 'no label'), ('a b.png', "label 'b.png' is not a whole number"), ('a.png 1.0', "label '1.0'"),
-    ('a.png 1_0', "label '1_0'"), ('a.png ١', r"label '\\u0661'"), ('a.png 10', r'label 10 is not in 0\.\.9'),
-    ('a.png -1', r'label -1 is not in 0\.\.9'), ('/a.png 1', 'absolute'), ('../a.png 1', 'leaves DATA.DATA_PATH'),
-    ('a/../../b.png 1', 'leaves DATA.DATA_PATH')])
-def test_bad_lines_are_named(tmp_path, line, reason):
-    path = write(tmp_path, f'good.png 1\n\n{line}\n')
-    with pytest.raises(ValueError, match=re.escape(f'{path}:3: ') + f'.*{reason}'):
-        datasets.read_list(path, '/data', 10)
-
-
-def test_bad_lines_are_reported_together(tmp_path):
-    for count, words in ((1, '1 bad line'), (9, '9 bad lines'), (10, 'at least 10 bad lines'), (23, 'at least 10 bad lines')):
-        with pytest.raises(ValueError, match=f': {words}\n') as error:
-            datasets.read_list(write(tmp_path, 'good.png 1\n' + 'bad.png x\n' * count), '/data', 10)
-        assert str(error.value).count('is not a whole number') == min(count, 10) and 'list.txt:2:' in str(error.value)
-
-
-@pytest.mark.parametrize('line', ['bad.png x', 'bad.png 99', '/bad.png 1', 'ü'])
-def test_reading_stops_at_the_tenth_bad_line(tmp_path, monkeypatch, line):
-    calls = []
-    parse = list_file._parse_line
-    monkeypatch.setattr(list_file, '_parse_line', lambda *args: calls.append(1) or parse(*args))
-    monkeypatch.setattr(list_file, 'CHUNK', 1000)
-    with pytest.raises(ValueError, match='at least 10 bad lines'):
-        datasets.read_list(write(tmp_path, f'{line}\n' * 2000), '/data', 10)
-    assert len(calls) == 10
-
-
-@pytest.mark.parametrize('content, reason', [
-    ('', 'empty'), ('# nothing\n\n', 'empty'), (b'\xff\xd8\xff\xe0 1\n', 'UTF-8'), ('a.png 1\n'.encode('utf-16'), 'UTF-8'),
-    (bytes(1000), 'no label')])
-def test_files_that_are_no_lists(tmp_path, content, reason):
-    with pytest.raises(ValueError, match=reason) as error:
-        datasets.read_list(write(tmp_path, content), '/data', 10)
-    assert 'list.txt' in str(error.value) and not isinstance(error.value, UnicodeError)
-    assert len(str(error.value)) < 1000 and '\0' not in str(error.value)
-
-
-def test_missing_list(tmp_path):
-    for path in (tmp_path / 'none.txt', tmp_path):
-        with pytest.raises(FileNotFoundError, match='relative/path label'):
-            datasets.read_list(str(path), '/data', 10)
 
 
 # pixels
@@ -174,97 +112,6 @@ def test_normalise():
     assert np.array_equal(tensor.numpy(), images)
 
 
-# order
-
-def train_batches(num_samples, batch_size, world, epoch=0, seed=0, start=0):
-    """[rank][k] -> [index, ...]"""
-    samplers = [datasets.TrainSampler(num_samples, batch_size, seed, rank, world) for rank in range(world)]
-    batches = [list(sampler.batches(epoch, start)) for sampler in samplers]
-    assert all(name[0] == epoch for rank in batches for batch in rank for name in batch)
-    assert all(len(rank) == len(sampler) - start for rank, sampler in zip(batches, samplers))
-    return [[[index for _, index in batch] for batch in rank] for rank in batches]
-
-
-@pytest.mark.parametrize('world', [1, 2, 4])
-def test_training_order_does_not_depend_on_the_processes(world):
-    ranks = train_batches(103, 8 // world, world)
-    order = [index for step in zip(*ranks) for batch in step for index in batch]
-    assert len(order) == 96 and len(set(order)) == 96 and set(order) <= set(range(103))
-    assert order == [index for batch in train_batches(103, 8, 1)[0] for index in batch]
-    assert order != sorted(order)
-
-
-def test_training_order_is_a_function_of_seed_and_epoch():
-    orders = {(seed, epoch): str(train_batches(50, 5, 1, epoch, seed)) for seed in (0, 1) for epoch in (0, 1)}
-    np.random.seed(1)
-    assert len(set(orders.values())) == 4
-    assert orders[1, 1] == str(train_batches(50, 5, 1, 1, 1))
-
-
-def test_every_sample_comes_over_the_epochs():
-    seen = {index for epoch in range(6) for rank in train_batches(11, 4, 2, epoch) for batch in rank for index in batch}
-    assert len(seen) == 11                                    # the tail that is left out is another one in each epoch
-
-
-@pytest.mark.parametrize('repeats, num_samples, step_size', [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
-def test_repeated_order(repeats, num_samples, step_size):
-    order = datasets.repeated_order(num_samples, repeats, step_size, np.random.default_rng(0))
-    images, copies = order % num_samples, order // num_samples
-    assert len(order) == num_samples and len(set(order)) == num_samples and copies.max() == repeats - 1
-    counts = collections.Counter(images)
-    assert len(counts) == -(-num_samples // repeats)                                  # others have their turn in other epochs
-    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)               # the end may cut one short
-    steps = [images[first:first + step_size] for first in range(0, num_samples, step_size)]
-    parted = sum(len({*step} & {*following}) for step, following in zip(steps, steps[1:]))
-    assert parted <= len(steps) - 1                                                   # at most one image at each step's end
-    for first in range(0, num_samples, step_size):
-        assert (np.diff(copies[first:first + step_size]) >= 0).all()                  # all first copies, then all second, ...
-        distinct = images[first:first + step_size][copies[first:first + step_size] == 0]
-        assert len({*distinct}) == len(distinct)
-
-
-def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
-    def steps(batch, world, accum):
-        opts = ['DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accum, 'TRAIN.AUG_REPEATS', 3]
-        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1)) for rank in range(world)]
-        batches = [batch for batches in zip(*ranks) for batch in batches]             # in the order of the images
-        size = world * accum
-        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])] for i in range(0, len(batches), size)]
-
-    whole = steps(8, 1, 1)
-    assert equal(steps(4, 2, 1), whole) and equal(steps(2, 2, 2), whole) and equal(steps(4, 1, 2), whole)
-    order = np.concatenate([indices for _, _, indices in whole])
-    assert sorted(collections.Counter(order % 24).values()) == [3] * 8 and len({*order}) == 24
-    for images, labels, indices in whole:
-        assert (labels == indices % 24 % 10).all()
-        for i in {*(indices % 24)}:                                                   # each copy is another crop
-            copies = images[indices % 24 == i]
-            assert len({copy.tobytes() for copy in copies}) == len(copies)
-    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3, 'DATA.NUM_WORKERS', 2))
-    assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
-
-
-def test_training_starts_at_any_batch():
-    assert train_batches(40, 3, 2, start=4)[1] == train_batches(40, 3, 2)[1][4:]
-
-
-def test_a_list_too_short_for_one_batch_is_an_error():
-    with pytest.raises(ValueError, match='15 training images do not fill one batch of 8 on each of 2 .*DATA.BATCH_SIZE to 7'):
-        datasets.TrainSampler(15, 8, seed=0, rank=0, world=2)
-    assert len(datasets.TrainSampler(16, 8, seed=0, rank=0, world=2)) == 1
-
-
-@pytest.mark.parametrize('num_samples, world', [(23, 1), (23, 2), (23, 4), (3, 5)])
-def test_evaluation_takes_each_sample_once(num_samples, world):
-    samplers = [datasets.EvalSampler(num_samples, 4, rank, world) for rank in range(world)]
-    batches = [[[index for _, index in batch] for batch in sampler.batches(0)] for sampler in samplers]
-    assert sorted(sum((batch for rank in batches for batch in rank), [])) == list(range(num_samples))
-    for rank, (sampler, own) in enumerate(zip(samplers, batches)):
-        assert len(sampler) == len(own) and all(len(batch) == 4 for batch in own[:-1])
-        assert sum(own, []) == list(range(rank, num_samples, world))
-        assert [[index for _, index in batch] for batch in sampler.batches(0, start=1)] == own[1:]
-
-
 # loaders
 
 BAD = {'gone.png': 'No such file', 'empty.png': 'the file is empty', 'text.png': 'not an image', 'cut.png': 'truncated',
@@ -323,6 +170,27 @@ def test_a_sample_is_another_crop_in_each_epoch(data):
     assert (label, index) == (3, 3) and not np.array_equal(first, second) and np.array_equal(first, dataset[0, 3][0])
 
 
+def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
+    def steps(batch, world, accum):
+        opts = ['DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accum, 'TRAIN.AUG_REPEATS', 3]
+        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1)) for rank in range(world)]
+        batches = [batch for batches in zip(*ranks) for batch in batches]             # in the order of the images
+        size = world * accum
+        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])] for i in range(0, len(batches), size)]
+
+    whole = steps(8, 1, 1)
+    assert equal(steps(4, 2, 1), whole) and equal(steps(2, 2, 2), whole) and equal(steps(4, 1, 2), whole)
+    order = np.concatenate([indices for _, _, indices in whole])
+    assert sorted(collections.Counter(order % 24).values()) == [3] * 8 and len({*order}) == 24
+    for images, labels, indices in whole:
+        assert (labels == indices % 24 % 10).all()
+        for i in {*(indices % 24)}:                                                   # each copy is another crop
+            copies = images[indices % 24 == i]
+            assert len({copy.tobytes() for copy in copies}) == len(copies)
+    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3, 'DATA.NUM_WORKERS', 2))
+    assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_evaluation_batches(data, workers):
     batches = [arrays(datasets.build_eval(config(data, 'DATA.NUM_WORKERS', workers), rank, 2).epoch(0)) for rank in (0, 1)]
@@ -343,6 +211,16 @@ def loader_of_bad(data, make=datasets.build_train, batch_size=4, **options):
     else:
         loader.sampler = datasets.TrainSampler(29, batch_size, seed=0)
     return loader
+
+
+def test_batch_holds_its_samples(data):
+    dataset = loader_of_bad(data).dataset
+    images, labels, indices, texts = dataset.batch([(3, 5), (3, 12), (3, 2)])
+    assert images.shape == (3, 3, 16, 16) and images.dtype == np.uint8 and images.flags['C_CONTIGUOUS']
+    assert labels.tolist() == indices.tolist() == [5, 0, 2]
+    assert [bool(text) for text in texts] == [False, True, False]
+    assert all(np.array_equal(images[k], dataset[3, i][0]) for k, i in ((0, 5), (2, 2)))
+    assert not images[1].any()
 
 
 @pytest.mark.parametrize('workers', [0, 2])

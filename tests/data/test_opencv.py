@@ -1,7 +1,6 @@
-"""data/list_file.py against reading line by line; data/opencv.py against Pillow: the same draws, pixels within stated bounds."""
+"""data/opencv.py against Pillow: the same draws, pixels within stated bounds, the same errors."""
 import io
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image, ImageFilter
 
 import datasets
 from config import get_config
-from data import augment, image_files, list_file, operations
+from data import augment, image_files, operations
 
 try:
     from data import opencv
@@ -26,95 +25,6 @@ needs_cv2 = pytest.mark.skipif(bool(missing), reason=missing)
 
 PHOTO = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels' / 'portrait_333x500.jpg'
 FILL = (124, 116, 104)
-
-
-# list files
-
-def read_by_lines(path, num_classes):
-    """The rules of a list file, one line at a time: [(name, label, line number)], or the error's text."""
-    rows, bad = [], 0
-    with open(path, encoding='utf-8-sig') as file:
-        for number, line in enumerate(file, 1):
-            words = re.fullmatch(r'(?:(.*\S)\s+)?([^\s]+)', line.strip(), re.DOTALL)
-            if not line.strip() or line.strip()[0] == '#':
-                continue
-            name, label = words.groups() if words else (None, '')
-            good = (name is not None and re.fullmatch('[+-]?[0-9]{1,18}', label) and 0 <= int(label) < num_classes
-                    and name[0] != '/' and os.path.normpath(name).split('/')[0] != '..')
-            bad += not good
-            rows.append((name, int(label) if good else None, number))
-    if bad:
-        return f'{bad} bad lines?' if bad < 10 else 'at least 10 bad lines'
-    return rows or 'the list is empty'
-
-
-NAMES = ['a.png', 'a b.png', 'ü.png', '\u3000x', 'x\u00a0', 'x\x1c', 'a\tb', '.', '..a', 'a..', 'a/../b', '#a', 'a#', '7',
-         'a 7', 'é', 'a\x0bb']
-BAD_NAMES = ['/a', '../a', '', '..']
-LABELS = ['0', '7', '007', '+3', '000000000000001', '5 ', '5\u00a0', '5\x0c']
-BAD_LABELS = ['10', '-1', 'x', '1.0', '', '1234567890', '99999999999999999999', '\u0661']
-BETWEEN = [' ', '\t', '  ', ' \t', '\u00a0', '\u3000']
-OTHER = ['', '  ', '# no sample 7', ' #', '\x0c', '\t', '\u3000']
-ENDS = ['\n', '\r\n', '\r', '\n\n']
-
-
-@pytest.mark.parametrize('seed', range(60))
-def test_a_list_reads_as_line_by_line(tmp_path, monkeypatch, seed):
-    rng = np.random.default_rng(seed)
-    usual, bad = rng.choice([0.0, 0.5, 0.9]), rng.choice([0.0, 0.0, 0.3])
-    content = '\ufeff' if seed % 3 == 0 else ''
-    for _ in range(rng.integers(1, 40)):
-        name = rng.choice(BAD_NAMES if rng.random() < bad else NAMES)
-        label = rng.choice(BAD_LABELS if rng.random() < bad else LABELS)
-        line = f'n/{rng.integers(99)}.png {rng.integers(10)}' if rng.random() < usual else f'{name}{rng.choice(BETWEEN)}{label}'
-        content += (rng.choice(OTHER) if rng.random() < 0.2 else line) + (rng.choice(ENDS) if seed % 2 else '\n')
-    content = content.rstrip('\n') if seed % 5 == 0 else content
-    path = tmp_path / 'list.txt'
-    path.write_bytes(content.encode())
-    expected = read_by_lines(path, 10)
-    for chunk in (1, 50, 1 << 24):
-        monkeypatch.setattr(list_file, 'CHUNK', chunk)
-        if isinstance(expected, str):
-            with pytest.raises(ValueError, match=expected):
-                list_file.read_list(str(path), '/data', 10)
-            continue
-        samples = list_file.read_list(str(path), '/data', 10)
-        lines = [int(samples.where(i).rpartition(':')[2]) for i in range(len(samples))]
-        assert list(zip(map(samples.name, range(len(samples))), samples.labels.tolist(), lines)) == expected
-
-
-def test_bad_lines_keep_their_numbers_over_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(list_file, 'CHUNK', 8)
-    (tmp_path / 'list.txt').write_text('a.png 1\n\n# x\nb.png 2\nbad\nc.png 3\n\nd.png 10\n')
-    with pytest.raises(ValueError, match=r'2 bad lines\n.*list.txt:5: no label.*\n.*list.txt:8: label 10 is not in 0..9'):
-        list_file.read_list(str(tmp_path / 'list.txt'), '/data', 10)
-
-
-def private_bytes():
-    text = Path('/proc/self/smaps_rollup').read_text()
-    return 1024 * sum(int(number) for number in re.findall(r'^Private_\w+: +(\d+) kB', text, re.M))
-
-
-@pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='needs /proc/self/smaps_rollup (Linux)')
-def test_data_processes_share_the_list(tmp_path):
-    """A forked process that reads every name in random order gets hardly any memory of its own."""
-    count = 200_000
-    path = tmp_path / 'list.txt'
-    path.write_text(''.join(f'train/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG {i % 1000}\n' for i in range(count)))
-    samples = list_file.read_list(str(path), '/data', 1000)
-    size = len(samples.text) + sum(array.nbytes for array in (samples.starts, samples.lengths, samples.labels, samples.gaps))
-    assert size <= path.stat().st_size + 20 * count
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        before = private_bytes()
-        for i in range(count):
-            i = i * 7919 % count                    # a prime: every sample, all over the list
-            samples.path(i), samples.labels[i]
-        os.write(writer, str(private_bytes() - before).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert int(os.read(reader, 100)) < size / 4
 
 
 # reading with OpenCV
@@ -368,14 +278,6 @@ def test_batches_by_opencv_do_not_depend_on_workers_or_ranks(data, caplog):
     halves = [batches(datasets.build_train(two, rank, 2)) for rank in (0, 1)]
     assert {**halves[0][1], **halves[1][1]} == alone[1]
     assert batches(datasets.build_train(config(data)))[0] == alone[0]
-
-
-def test_a_batch_is_its_samples(data):
-    dataset = datasets.build_train(config(data)).dataset
-    images, labels, indices, texts = dataset.batch([(3, 5), (3, 7), (3, 2)])
-    assert images.shape == (3, 3, 16, 16) and images.dtype == np.uint8 and images.flags['C_CONTIGUOUS']
-    assert labels.tolist() == indices.tolist() == [5, 0, 2] and [bool(text) for text in texts] == [False, True, False]
-    assert all(np.array_equal(images[k], dataset[3, i][0]) for k, i in ((0, 5), (2, 2))) and not images[1].any()
 
 
 @needs_cv2

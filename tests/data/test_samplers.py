@@ -1,0 +1,75 @@
+"""data/samplers.py: the order of samples, for any number of processes and any start."""
+import collections
+
+import numpy as np
+import pytest
+
+from data.samplers import EvalSampler, TrainSampler, repeated_order
+
+
+def train_batches(num_samples, batch_size, world, epoch=0, seed=0, start=0):
+    """[rank][k] -> [index, ...]"""
+    samplers = [TrainSampler(num_samples, batch_size, seed, rank, world) for rank in range(world)]
+    batches = [list(sampler.batches(epoch, start)) for sampler in samplers]
+    assert all(name[0] == epoch for rank in batches for batch in rank for name in batch)
+    assert all(len(rank) == len(sampler) - start for rank, sampler in zip(batches, samplers))
+    return [[[index for _, index in batch] for batch in rank] for rank in batches]
+
+
+@pytest.mark.parametrize('world', [1, 2, 4])
+def test_training_order_does_not_depend_on_the_processes(world):
+    ranks = train_batches(103, 8 // world, world)
+    order = [index for step in zip(*ranks) for batch in step for index in batch]
+    assert len(order) == 96 and len(set(order)) == 96 and set(order) <= set(range(103))
+    assert order == [index for batch in train_batches(103, 8, 1)[0] for index in batch]
+    assert order != sorted(order)
+
+
+def test_training_order_is_a_function_of_seed_and_epoch():
+    orders = {(seed, epoch): str(train_batches(50, 5, 1, epoch, seed)) for seed in (0, 1) for epoch in (0, 1)}
+    np.random.seed(1)
+    assert len(set(orders.values())) == 4
+    assert orders[1, 1] == str(train_batches(50, 5, 1, 1, 1))
+
+
+def test_every_sample_comes_over_the_epochs():
+    seen = {index for epoch in range(6) for rank in train_batches(11, 4, 2, epoch) for batch in rank for index in batch}
+    assert len(seen) == 11                                    # the tail that is left out is another one in each epoch
+
+
+@pytest.mark.parametrize('repeats, num_samples, step_size', [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
+def test_repeated_order(repeats, num_samples, step_size):
+    order = repeated_order(num_samples, repeats, step_size, np.random.default_rng(0))
+    images, copies = order % num_samples, order // num_samples
+    assert len(order) == num_samples and len(set(order)) == num_samples and copies.max() == repeats - 1
+    counts = collections.Counter(images)
+    assert len(counts) == -(-num_samples // repeats)                                  # others have their turn in other epochs
+    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)               # the end may cut one short
+    steps = [images[first:first + step_size] for first in range(0, num_samples, step_size)]
+    parted = sum(len({*step} & {*following}) for step, following in zip(steps, steps[1:]))
+    assert parted <= len(steps) - 1                                                   # at most one image at each step's end
+    for first in range(0, num_samples, step_size):
+        assert (np.diff(copies[first:first + step_size]) >= 0).all()                  # all first copies, then all second, ...
+        distinct = images[first:first + step_size][copies[first:first + step_size] == 0]
+        assert len({*distinct}) == len(distinct)
+
+
+def test_training_starts_at_any_batch():
+    assert train_batches(40, 3, 2, start=4)[1] == train_batches(40, 3, 2)[1][4:]
+
+
+def test_a_list_too_short_for_one_batch_is_an_error():
+    with pytest.raises(ValueError, match='15 training images do not fill one batch of 8 on each of 2 .*DATA.BATCH_SIZE to 7'):
+        TrainSampler(15, 8, seed=0, rank=0, world=2)
+    assert len(TrainSampler(16, 8, seed=0, rank=0, world=2)) == 1
+
+
+@pytest.mark.parametrize('num_samples, world', [(23, 1), (23, 2), (23, 4), (3, 5)])
+def test_evaluation_takes_each_sample_once(num_samples, world):
+    samplers = [EvalSampler(num_samples, 4, rank, world) for rank in range(world)]
+    batches = [[[index for _, index in batch] for batch in sampler.batches(0)] for sampler in samplers]
+    assert sorted(sum((batch for rank in batches for batch in rank), [])) == list(range(num_samples))
+    for rank, (sampler, own) in enumerate(zip(samplers, batches)):
+        assert len(sampler) == len(own) and all(len(batch) == 4 for batch in own[:-1])
+        assert sum(own, []) == list(range(rank, num_samples, world))
+        assert [[index for _, index in batch] for batch in sampler.batches(0, start=1)] == own[1:]
