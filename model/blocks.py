@@ -5,6 +5,9 @@ stride does not divide is rounded up: H/stride stands for ceil(H/stride).
 """
 import math
 from dataclasses import dataclass
+from typing import Callable, Optional
+
+from system import paddle_internals
 
 import paddle
 import paddle.nn.functional as F
@@ -16,59 +19,72 @@ from model.layers import ACTIVATIONS, ConvNormAct, can_fuse, norm_act, pixel_mea
 
 
 class SqueezeExcite(nn.Layer):
-    """Channels weighted by a small network of their means: (B, C, H, W) -> (B, C, H, W). Hu et al. 2018, arXiv 1709.01507."""
+    """Channel attention: scales channels by a small network of their means. (B, C, H, W) -> (B, C, H, W).
 
-    def __init__(self, width, ratio):
+    Hu et al. 2018, 'Squeeze-and-Excitation Networks', arXiv 1709.01507.
+    """
+
+    def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
         inner = nearest_8(width * ratio)
         self.fc1 = nn.Conv2D(width, inner, 1, weight_attr=Normal(std=math.sqrt(2 / inner)))
         self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
 
-    def forward(self, x):
-        return x * F.sigmoid(self.fc2(F.relu(self.fc1(pixel_mean(x).unsqueeze([2, 3])))))
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        means = pixel_mean(x).unsqueeze([2, 3])                             # (B, C, 1, 1)
+        return x * F.sigmoid(self.fc2(F.relu(self.fc1(means))))
 
 
 class EfficientChannelAttention(nn.Layer):
-    """Channels weighted by a convolution over their neighbours' means: (B, C, H, W) -> (B, C, H, W). Wang et al. 2020,
-    arXiv 1910.03151."""
+    """Channel attention: scales channels by a 1D convolution over the means of all. (B, C, H, W) -> (B, C, H, W).
 
-    def __init__(self, width):
+    Wang et al. 2020, 'ECA-Net', arXiv 1910.03151.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        kernel_size = max(int((math.log2(width) + 1) / 2) // 2 * 2 + 1, 3)  # the odd number at or above half of log2 + 1
-        # PyTorch's default, which timm leaves as it is
-        self.conv = nn.Conv1D(1, 1, kernel_size, padding=kernel_size // 2, bias_attr=False,
-                              weight_attr=KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu'))
+        size = int((math.log2(width) + 1) / 2)
+        kernel_size = max(size // 2 * 2 + 1, 3)                             # odd, size or size + 1
+        # PyTorch's default initialisation, which timm does not change
+        init = KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu')
+        self.conv = nn.Conv1D(1, 1, kernel_size, padding=kernel_size // 2, bias_attr=False, weight_attr=init)
 
-    def forward(self, x):
-        share = self.conv(pixel_mean(x).unsqueeze(1))                       # (B, 1, C)
-        return x * F.sigmoid(share).transpose([0, 2, 1]).unsqueeze(-1)      # (B, C, H, W) times (B, C, 1, 1)
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        weight = F.sigmoid(self.conv(pixel_mean(x).unsqueeze(1)))           # (B, 1, C)
+        return x * weight.transpose([0, 2, 1]).unsqueeze(-1)                # (B, C, H, W) times (B, C, 1, 1)
 
 
 class DropPath(nn.Layer):
-    """Stochastic depth: in training drops the whole branch of a sample with probability `rate`."""
+    """Stochastic depth: in training drops the whole branch of a sample with probability `rate`.
 
-    def __init__(self, rate):
+    Huang et al. 2016, 'Deep Networks with Stochastic Depth', arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(paddle.ones_like(x[:, :1, :1, :1]), self.rate)      # (B, 1, 1, 1), 0 or 1 / (1 - rate)
+        keep = F.dropout(paddle.ones_like(x[:, :1, :1, :1]), self.rate)     # (B, 1, 1, 1), 0 or 1 / (1 - rate)
         return x * keep
 
 
 class Bottleneck(nn.Layer):
-    """1x1 convolution, spatial operator, 1x1 convolution, beside a shortcut: (B, C, H, W) -> (B, width, H/stride, W/stride).
+    """The residual block: 1x1 convolution, spatial operator, 1x1 convolution, added to a shortcut.
 
-    `spatial` maps timm's names to the layers between the two convolutions, in order; `spatial_width` is what they give.
-    `shortcut` is None in a block without one.
+    (B, C, H, W) -> (B, width, H/stride, W/stride).
+
+    `spatial` is {timm's name: layer} of the layers between the two convolutions, in their order; the last gives
+    `spatial_width` channels. `shortcut` is None in a block without one.
     """
 
     operators = 'auto'
 
-    def __init__(self, in_width, inner_width, width, spatial, spatial_width, *, stride=1, act=nn.ReLU, drop_path=0.0,
-                 projection=True, linear_out=False):
+    def __init__(self, in_width: int, inner_width: int, width: int, spatial: dict[str, nn.Layer], spatial_width: int,
+                 *, stride: int = 1, act: Callable[[], nn.Layer] = nn.ReLU, drop_path: float = 0.0,
+                 projection: bool = True, linear_out: bool = False) -> None:
         super().__init__()
         if stride == 1 and in_width == width:
             self.shortcut = nn.Identity()
@@ -78,14 +94,14 @@ class Bottleneck(nn.Layer):
         self.spatial = tuple(spatial)
         for name, layer in spatial.items():
             self.add_sublayer(name, layer)
-        self.post_act = act() if 'post_attn' in spatial else None            # the activation after that norm
+        self.post_act = act() if 'post_attn' in spatial else None           # the activation after that norm
         self.conv3_1x1 = ConvNormAct(spatial_width, width, 1)
         if self.shortcut is not None:
-            Constant(0.0)(self.conv3_1x1.bn.weight)           # a new block is its shortcut
+            Constant(0.0)(self.conv3_1x1.bn.weight)                         # a new block returns its shortcut
         self.drop_path = DropPath(drop_path)
         self.act = nn.Identity() if linear_out else act()
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         out = self.conv1_1x1(x)
         for name in self.spatial:
             layer = getattr(self, name)
@@ -96,7 +112,7 @@ class Bottleneck(nn.Layer):
         out = self.drop_path(self.conv3_1x1(out))
         return self.act(out if shortcut is None else out + shortcut)
 
-    def can_fuse_end(self, x, shortcut):
+    def can_fuse_end(self, x: paddle.Tensor, shortcut: Optional[paddle.Tensor]) -> bool:
         """True if one compiled operator gives what the last convolution of x, shortcut and activation give."""
         last, drop_path = self.conv3_1x1, self.drop_path
         return (type(last) is ConvNormAct and type(last.act) is nn.Identity and supported_act(last.act)
@@ -108,14 +124,14 @@ class Bottleneck(nn.Layer):
 def can_add(conv: nn.Conv2D, x: paddle.Tensor, shortcut: paddle.Tensor) -> bool:
     """True if `shortcut` has the type and shape that the convolution `conv` of x (B, C, H, W) gives."""
     B, _, H, W = x.shape
-    stride = conv._stride[0]
+    stride = paddle_internals.stride_of(conv)
     shape = [B, conv.weight.shape[0], -(-H // stride), -(-W // stride)]
     return shortcut.dtype == x.dtype and shortcut.shape == shape
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The spatial operators of a network's blocks, and what they have in common. The fields are options of config.MODEL."""
+    """Builds the spatial operators of a network's blocks. The fields are options of config.MODEL."""
     block_size: int = 8
     halo_size: int = 2
     head_dim: int = 0
@@ -127,16 +143,18 @@ class Operators:
     se_ratio: float = 1 / 16
     act: str = 'relu'
 
-    def build(self, kind, width, num_heads, stride, map_size):
-        """What stands in a block of this kind where a ResNet has its 3x3 convolution: (layers by timm's names, width they give).
+    def build(self, kind: str, width: int, num_heads: int, stride: int, map_size: int
+              ) -> tuple[dict[str, nn.Layer], int]:
+        """Return ({timm's name: layer}, output width) of the layers that replace a ResNet's 3x3 convolution.
 
-        `map_size` is the side of the map that comes in. Raises ValueError for an unknown kind and for unfit widths.
+        `map_size` is the side of the input feature map in pixels. Raises ValueError for an unknown kind and for
+        widths that the heads or groups do not divide.
         """
         if kind == 'conv':
             return self.convolution(width, stride), width
         if kind == 'halo':
-            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride, head_dim=self.head_dim,
-                                  qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
+            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride,
+                                  head_dim=self.head_dim, qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
         elif kind == 'bot':
             layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
                                         qk_ratio=self.qk_ratio)
@@ -146,10 +164,16 @@ class Operators:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
         return {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}, layer.out_width
 
-    def convolution(self, width, stride):
-        groups = width // self.group_size if self.group_size else 1
+    def convolution(self, width: int, stride: int) -> dict[str, nn.Layer]:
+        """Return {timm's name: layer} of a 3x3 convolution and its channel attention, if it has one."""
         if self.group_size and width % self.group_size:
-            raise ValueError(f'MODEL.GROUP_SIZE is {self.group_size} and the inner width of a block {width}, no multiple of it')
-        attention = {'none': dict, 'se': lambda: {'attn': SqueezeExcite(width, self.se_ratio)},
-                     'eca': lambda: {'attn': EfficientChannelAttention(width)}}[self.channel_attn]
-        return {'conv2_kxk': ConvNormAct(width, width, 3, stride, ACTIVATIONS[self.act], groups), **attention()}
+            raise ValueError(f'MODEL.GROUP_SIZE is {self.group_size} and the inner width of a block {width}, '
+                             'no multiple of it')
+        groups = width // self.group_size if self.group_size else 1
+        layers: dict[str, nn.Layer] = {
+            'conv2_kxk': ConvNormAct(width, width, 3, stride, ACTIVATIONS[self.act], groups)}
+        if self.channel_attn == 'se':
+            layers['attn'] = SqueezeExcite(width, self.se_ratio)
+        elif self.channel_attn == 'eca':
+            layers['attn'] = EfficientChannelAttention(width)
+        return layers
