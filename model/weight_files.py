@@ -42,7 +42,7 @@ def read(path: str, ema: bool = False, limit: int = LIMIT) -> dict:
             content, find = weight_formats.open_file(file)
             if isinstance(content, (Global, Call)):
                 raise ValueError(f'it contains {_name(content)}, and a weight file may hold arrays only')
-            state = _choose(content, ema, path) if type(content) is dict else {}
+            state = choose(content, ema, path) if type(content) is dict else {}
             state = _take_arrays(state, _Arrays(file, find, limit), path)
         except Exception as error:                  # a damaged file may raise nearly anything
             raise ValueError(f'{path}: not a readable weight file: {_reason(error)}') from None
@@ -77,8 +77,8 @@ def _name(value) -> str:
 
 # ---- choosing the weights
 
-def _choose(content: dict, ema: bool, path: str) -> dict:
-    """The state dict in what a file holds: itself, or a checkpoint's weights or moving average."""
+def choose(content: dict, ema: bool, path: str) -> dict:
+    """Return the state dict in what a file holds: itself, or the weights or moving average of a checkpoint."""
     whole, averaged = (next((content[name] for name in names if type(content.get(name)) is dict and content[name]), None)
                        for names in (WHOLE, AVERAGED))
     if ema and not averaged:

@@ -80,6 +80,19 @@ def test_network_needs_only_paddle():
         assert {*imported(path)} <= allowed
 
 
+def test_training_reads_the_config_in_few_functions():
+    """In `run`, which `main` calls, and in the functions that build a part of a run. All others get plain values."""
+    readers = set()
+    for path in files_of('training'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                typed = {ast.unparse(argument.annotation) for argument in arguments if argument.annotation}
+                if 'config' in {argument.arg for argument in arguments} or 'CfgNode' in typed:
+                    readers.add(node.name)
+    assert {name for name in readers if not name.startswith('build_')} == {'main', 'run'}
+
+
 def test_every_option_is_read():
     """`.KEY` stands, as code, in some module besides config.py."""
     files = [path for room in ROOMS if room != 'config' for path in files_of(room)]

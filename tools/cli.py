@@ -94,10 +94,10 @@ def load_model(config):
     import utils
 
     from halonet import build_halonet
-    from training.builders import load_weights
+    from training.restoring import load_weights
     device = utils.start(config.DEVICE)
     model = build_halonet(config)
-    load_weights(config, model, config.MODEL.PRETRAINED)
+    load_weights(model, config.MODEL.PRETRAINED, ema=config.MODEL.PRETRAINED_EMA, options=options.flatten(config))
     model.eval()
     return model, device
 

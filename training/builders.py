@@ -1,10 +1,13 @@
-"""What a training or an evaluation consists of, built from the config: Evaluation, Training, Saver."""
-import os
+"""Build the parts of a run from its config: Start, Evaluation, Training, Saver, RunFolder.
+
+Below these functions nothing knows the config: everything else gets the values that it needs.
+"""
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Union
 
 from system.stopping import Stop
 import utils
@@ -12,16 +15,30 @@ from utils import log
 
 import paddle
 from paddle import nn
+from yacs.config import CfgNode
 
 import datasets
-from config import OF_ONE_START, changed, flatten, get_config
-from data import class_names, mixing
-from model import weights
+from config import dump_run, flatten
+from data import mixing
+from halonet import build_halonet, count_parameters
 from model.layers import Traced, synchronise_norms
 from training import checkpoint, optim, records
+from training.checkpoint import Progress
 from training.progress import Monitor
+from training.run_folder import RunFolder
 
-CHANGES_NO_SHAPE = {*OF_ONE_START, 'MODEL.ATTENTION', 'MODEL.DROPOUT', 'MODEL.DROPPATH', 'MODEL.FREEZE', 'MODEL.FREEZE_NORM'}
+Autocast = Callable[[], AbstractContextManager]     # makes the context of a forward pass
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint, at pretrained weights, or at fresh ones."""
+    resume: str                                     # a checkpoint; auto: the newest good one of the run folder; or ''
+    pretrained: str                                 # a weight file, a name of the hub, or ''
+    ema: bool                                       # take the moving average of the weights
+    force: bool                                     # resume although options or images have changed
+    last_epoch: int                                 # go on after this epoch; -1: after that of the checkpoint
+    options: dict                                   # all by their keys, to explain weights that do not fit
 
 
 @dataclass
@@ -29,27 +46,27 @@ class Evaluation:
     """What an evaluation needs beside the model."""
     loader: datasets.Loader
     to_input: Callable                              # uint8 images -> network input
-    autocast: Callable                              # -> the context of a forward pass
-    predictions: Any                                # keeps what the model says about each image
+    autocast: Autocast
+    predictions: Union[records.Predictions, records.NoPredictions]
     stop: Stop
 
 
 @dataclass
 class Training:
-    """What a training run consists of, and its derived numbers."""
+    """What a training run consists of, and the numbers that follow from it."""
     model: nn.Layer
     parallel: nn.Layer                              # the same network, reducing gradients over the processes
     optimizer: paddle.optimizer.Optimizer
     scaler: paddle.amp.GradScaler
-    ema: Any
+    ema: Union[optim.Ema, optim.NoEma]
     loader: datasets.Loader
     to_input: Callable                              # uint8 images, indices, epoch -> network input
     to_targets: Callable                            # labels -> soft targets
     mix: Callable                                   # input, targets, rng, indices -> input, targets
-    loss: Callable                                  # logits, targets -> losses
-    autocast: Callable
+    loss: optim.Loss
+    autocast: Autocast
     monitor: Monitor
-    lr_at: Callable                                 # optimizer step -> learning rate
+    lr_at: Callable[[int], float]                 # optimizer step -> learning rate
     seed: int
     epochs: int
     accum: int                                      # forward passes per optimizer step
@@ -58,12 +75,15 @@ class Training:
     validate_freq: int
 
     @property
-    def steps_per_epoch(self):
-        return -(-len(self.loader) // self.accum)   # the last step of an epoch may have fewer forward passes
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may have fewer forward passes."""
+        return steps_of(len(self.loader), self.accum)
 
-    def lr(self, progress, back=0):
-        """Learning rate of the next step, or of one `back` steps before it: it follows the epochs, however many steps they
-        had."""
+    def lr(self, progress: Progress, back: int = 0) -> float:
+        """Return the learning rate of the next step, or of one `back` steps before it.
+
+        It follows the epochs, however many steps those already done had.
+        """
         return self.lr_at(progress.epoch * self.steps_per_epoch + progress.steps_of_epoch - back)
 
 
@@ -74,73 +94,54 @@ class Saver:
     facts: dict                                     # what decides the results: options, images per step, the list
     older_facts: dict                               # those that earlier versions wrote differently
     stop: Stop
-    freq: int                                       # epochs
-    steps: int                                      # optimizer steps; 0: never within an epoch for their number
-    seconds: float                                  # 0: never for the time
-    keep: int
-    written: float                                  # when the last one was, or the start
+    freq: int                                       # epochs between checkpoints
+    steps: int                                      # optimizer steps between them; 0: only those of whole epochs
+    seconds: float                                  # between them; 0: likewise
+    keep: int                                       # the newest so many
+    written: float                                  # when the last one was written, or the run began
 
-    def wishes(self, step):
-        """(this process wishes to stop, it wishes a checkpoint after `step`); the time is rank 0's."""
-        late = self.seconds and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
-        return self.stop.requested, late or self.steps and step % self.steps == 0
-
-
-def settle_classes(config):
-    """Return the config with the number of classes that the data have, if MODEL.NUM_CLASSES is -1.
-
-    Raises ValueError for a class_names.txt with more names than outputs, and where the data do not say how many.
-    """
-    asked = config.MODEL.NUM_CLASSES
-    count, source = datasets.count_classes(config.DATA.DATA_PATH, read_lists=asked < 0)
-    if count > asked >= 0:
-        raise ValueError(f'{source} has {count} names and the model {asked} outputs (MODEL.NUM_CLASSES); {classes_hint(count)}')
-    if asked >= 0:
-        return config
-    log.info('%d classes, as %s says', count, source)
-    return changed(config, 'MODEL.NUM_CLASSES', count)
+    def requests(self, step: int) -> tuple[bool, bool]:
+        """Return (this process is asked to stop, it wants a checkpoint after `step`). The time is that of rank 0."""
+        late = bool(self.seconds) and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
+        due = self.steps > 0 and step % self.steps == 0
+        return bool(self.stop.requested), late or due
 
 
-def check_labels(config, *loaders):
-    """Log a line if class_names.txt, or the lists without one, has fewer classes than the model outputs."""
-    count, source = datasets.count_classes(config.DATA.DATA_PATH)
-    if not source:
-        lists = [loader.dataset.samples for loader in loaders]
-        count, source = max(samples.count_classes() for samples in lists), lists[0].list_file
-    if count < config.MODEL.NUM_CLASSES:
-        log.warning('%s has %d classes and the model %d outputs (MODEL.NUM_CLASSES); %s', source, count,
-                    config.MODEL.NUM_CLASSES, classes_hint(count))
+def steps_of(batches: int, accum: int) -> int:
+    """Return the optimizer steps of an epoch with so many batches, `accum` per step, rounded up."""
+    return -(-batches // accum)
 
 
-def classes_hint(count):
-    return f'set it to {count}, or to -1: as many classes as the data have'
+def build_model(config: CfgNode) -> nn.Layer:
+    """Return the network with fresh weights, which the seed decides."""
+    paddle.seed(config.SEED)
+    model = build_halonet(config)
+    log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
+    return model
 
 
-def load_weights(config, model, path, fine_tune=False):
-    """Load the weights at `path` as the config says. Raises as weights.load_pretrained, with the model that they are of."""
-    try:
-        weights.load_pretrained(model, path, ema=config.MODEL.PRETRAINED_EMA, fine_tune=fine_tune)
-    except ValueError as error:
-        hint = model_beside(config, path) if 'do not fit the model' in str(error) else ''
-        raise ValueError(f'{error}{hint}') from None
+def build_start(config: CfgNode) -> Start:
+    """Return where the run begins, as MODEL and TRAIN.LAST_EPOCH say."""
+    model = config.MODEL
+    return Start(resume=model.RESUME, pretrained=model.PRETRAINED, ema=model.PRETRAINED_EMA, force=model.RESUME_FORCE,
+                 last_epoch=config.TRAIN.LAST_EPOCH, options=flatten(config))
 
 
-def model_beside(config, path):
-    """Return in words how the config.yaml beside weights describes another model than `config`, or ''."""
-    beside = os.path.join(class_names.run_folder_of(path), 'config.yaml')
-    try:
-        theirs, ours = flatten(get_config(beside)), flatten(config)
-    except (ValueError, OSError):
-        return ''
-    keys = [key for key in ours if key.startswith('MODEL.') and key not in CHANGES_NO_SHAPE and ours[key] != theirs[key]]
-    if not keys:
-        return ''
-    shown = ', '.join(f'{key} {theirs[key]} there and {ours[key]} here' for key in keys[:3])
-    return f'\n  {beside} describes another model ({shown}); give that file by -cfg'
+def build_run_folder(config: CfgNode, device: str, path: str) -> RunFolder:
+    """Return the run folder at `path`, which exists."""
+    return RunFolder(path, device=device, config=dump_run(config), data_path=config.DATA.DATA_PATH,
+                     num_classes=config.MODEL.NUM_CLASSES)
 
 
-def build_autocast(config, device):
-    """A function that gives the context of a forward pass: mixed precision with AMP on a GPU, nothing otherwise."""
+def build_columns(config: CfgNode, device: str) -> dict[str, Any]:
+    """Return the columns of the table of results that are known before the evaluation, {name: value}."""
+    mixed = config.AMP and device == 'gpu'
+    return {'model': config.MODEL.NAME, 'data': config.DATA.DATA_PATH, 'image_size': config.DATA.IMAGE_SIZE,
+            'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': config.AMP_DTYPE if mixed else ''}
+
+
+def build_autocast(config: CfgNode, device: str) -> Autocast:
+    """Return what makes the context of a forward pass: mixed precision with AMP on a GPU, none otherwise."""
     if config.AMP and device == 'cpu':
         log.info('-amp: mixed precision needs a GPU; going on in float32')
     if not config.AMP or device == 'cpu':
@@ -148,58 +149,121 @@ def build_autocast(config, device):
     return partial(paddle.amp.auto_cast, level='O1', dtype=config.AMP_DTYPE)
 
 
-def build_evaluation(config, device, folder, stop):
-    return Evaluation(loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
-                      to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-                      autocast=build_autocast(config, device), stop=stop,
-                      predictions=records.Predictions(folder) if config.EVAL else records.NoPredictions())
+def build_evaluation(config: CfgNode, device: str, folder: str, stop: Stop) -> Evaluation:
+    """Return the evaluation of val_list.txt. Raises as datasets.build_eval."""
+    keep = records.Predictions(folder) if config.EVAL else records.NoPredictions()
+    return Evaluation(
+        loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
+        to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
+        autocast=build_autocast(config, device), predictions=keep, stop=stop)
 
 
-def build_training(config, model, device):
+def build_training(config: CfgNode, model: nn.Layer, device: str) -> Training:
+    """Return the training of `model` on train_list.txt. Raises as datasets.build_train."""
+    train = config.TRAIN
     world = utils.world_size()
     loader = datasets.build_train(config, utils.rank(), world)
-    train, data = config.TRAIN, config.DATA
-    log.info('%s: %d images to train on', data.DATA_PATH, len(loader.dataset))
-    passes = min(train.ACCUM_ITER, len(loader))
-    if passes < train.ACCUM_ITER:
-        log.warning('TRAIN.ACCUM_ITER is %d and an epoch has %d forward passes: it is one step', train.ACCUM_ITER, passes)
-    global_batch = data.BATCH_SIZE * world * passes
-    base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
-    steps_per_epoch = -(-len(loader) // train.ACCUM_ITER)
-    log.info('training: %d steps per epoch of %d images (%d per forward pass x %d processes x %d passes), learning rate %.3e',
-             steps_per_epoch, global_batch, data.BATCH_SIZE, world, passes, base_lr)
-
-    def to_input(images, indices, epoch):
-        images = datasets.normalise(images, data.MEAN, data.STD)
-        return mixing.erase_batch(images, indices, epoch, seed=config.SEED, probability=train.RANDOM_ERASE_PROB,
-                                   mode=train.RANDOM_ERASE_MODE)
-
+    log.info('%s: %d images to train on', config.DATA.DATA_PATH, len(loader.dataset))
+    steps_per_epoch = steps_of(len(loader), train.ACCUM_ITER)
+    lr_at = build_lr(config, len(loader), world)
     if train.SYNC_BN and device == 'cpu':
         log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
     elif train.SYNC_BN:
         synchronise_norms(model)
-    trained = Traced(model) if train.TO_STATIC else model
     utils.meet()                                    # some processes may take long to read the list
     return Training(
-        model=model, parallel=paddle.DataParallel(trained) if world > 1 else trained,
-        optimizer=optim.build_optimizer(config, model), ema=optim.build_ema(config, model),
-        scaler=paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16'),
-        loader=loader, to_input=to_input, autocast=build_autocast(config, device),
-        monitor=Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=data.NUM_WORKERS),
-        mix=mixing.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
-                             train.MIXUP_MODE),
+        model=model, parallel=build_parallel(config, model, world), optimizer=optim.build_optimizer(config, model),
+        ema=optim.build_ema(config, model), scaler=build_scaler(config, device), loader=loader,
+        to_input=build_input(config),
         to_targets=partial(mixing.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
-        lr_at=optim.build_schedule(config, base_lr, steps_per_epoch), loss=optim.build_loss(config),
+        mix=mixing.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
+                            train.MIXUP_MODE),
+        loss=optim.build_loss(config), autocast=build_autocast(config, device),
+        monitor=Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch,
+                        num_workers=config.DATA.NUM_WORKERS),
+        lr_at=lr_at, seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
         clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
-        seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
         report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ)
 
 
-def build_saver(config, training, folder, stop):
+def build_lr(config: CfgNode, batches: int, world: int) -> Callable[[int], float]:
+    """Return the schedule of a training with so many batches per epoch and process: step -> learning rate."""
+    train, batch_size = config.TRAIN, config.DATA.BATCH_SIZE
+    passes = min(train.ACCUM_ITER, batches)
+    if passes < train.ACCUM_ITER:
+        log.warning('TRAIN.ACCUM_ITER is %d and an epoch has %d forward passes: it is one step', train.ACCUM_ITER,
+                    passes)
+    global_batch = batch_size * world * passes
+    base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
+    steps_per_epoch = steps_of(batches, train.ACCUM_ITER)
+    log.info('training: %d steps per epoch of %d images (%d per forward pass x %d processes x %d passes), '
+             'learning rate %.3e', steps_per_epoch, global_batch, batch_size, world, passes, base_lr)
+    return optim.build_schedule(config, base_lr, steps_per_epoch)
+
+
+def build_parallel(config: CfgNode, model: nn.Layer, world: int) -> nn.Layer:
+    """Return the network that the training calls: traced with TRAIN.TO_STATIC, reducing gradients over processes."""
+    network = Traced(model) if config.TRAIN.TO_STATIC else model
+    return paddle.DataParallel(network) if world > 1 else network
+
+
+def build_scaler(config: CfgNode, device: str) -> paddle.amp.GradScaler:
+    """Return the loss scaler, which works for float16 on a GPU and else passes the loss on."""
+    return paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16')
+
+
+def build_input(config: CfgNode) -> Callable[[paddle.Tensor, paddle.Tensor, int], paddle.Tensor]:
+    """Return a function of uint8 images (B, 3, S, S), indices (B,) and the epoch: the input, normalised and erased."""
+    data, train, seed = config.DATA, config.TRAIN, config.SEED
+
+    def to_input(images: paddle.Tensor, indices: paddle.Tensor, epoch: int) -> paddle.Tensor:
+        images = datasets.normalise(images, data.MEAN, data.STD)
+        return mixing.erase_batch(images, indices, epoch, seed=seed, probability=train.RANDOM_ERASE_PROB,
+                                  mode=train.RANDOM_ERASE_MODE)
+
+    return to_input
+
+
+def build_saver(config: CfgNode, training: Training, folder: str, stop: Stop) -> Saver:
+    """Return when and where the checkpoints of `training` are written, and the facts that they hold."""
     samples = training.loader.dataset.samples
-    facts = checkpoint.facts(
-        config, **{'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)':
-                   config.DATA.BATCH_SIZE * utils.world_size() * training.accum,
-                   'train_list.txt': samples.digest()})
-    return Saver(folder, facts, {'train_list.txt': samples.file_digest()}, stop, freq=config.SAVE_FREQ,
-                 steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP, written=time.monotonic())
+    images_per_step = config.DATA.BATCH_SIZE * utils.world_size() * training.accum
+    derived = {'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)': images_per_step,
+               'train_list.txt': samples.digest()}
+    return Saver(
+        folder, facts=checkpoint.facts(flatten(config), **derived),
+        older_facts={'train_list.txt': samples.file_digest()}, stop=stop, freq=config.SAVE_FREQ,
+        steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP, written=time.monotonic())
+
+
+# ---- the number of classes
+
+def count_classes(num_classes: int, data_path: str) -> int:
+    """Return MODEL.NUM_CLASSES, or the number of classes that the data have if it is -1.
+
+    Raises ValueError for a class_names.txt with more names than outputs, and where the data do not say how many.
+    """
+    count, source = datasets.count_classes(data_path, read_lists=num_classes < 0)
+    if num_classes < 0:
+        log.info('%d classes, as %s says', count, source)
+        return count
+    if count > num_classes:
+        raise ValueError(f'{source} has {count} names and the model {num_classes} outputs (MODEL.NUM_CLASSES); '
+                         f'{_hint(count)}')
+    return num_classes
+
+
+def check_labels(num_classes: int, data_path: str, *loaders: datasets.Loader) -> None:
+    """Log a line if class_names.txt, or the lists without one, has fewer classes than the model outputs."""
+    count, source = datasets.count_classes(data_path)
+    if not source:
+        lists = [loader.dataset.samples for loader in loaders]
+        count = max(samples.count_classes() for samples in lists)
+        source = lists[0].list_file
+    if count < num_classes:
+        log.warning('%s has %d classes and the model %d outputs (MODEL.NUM_CLASSES); %s', source, count, num_classes,
+                    _hint(count))
+
+
+def _hint(count: int) -> str:
+    return f'set it to {count}, or to -1: as many classes as the data have'

@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin, features
 from runs import program
 
 import datasets
-from config import get_config
+from config import flatten, get_config
 from data import augment, image_files
 from training import checkpoint
 
@@ -275,7 +275,8 @@ def test_what_is_no_colour_is_refused(color):
 
 def test_a_checkpoint_from_before_an_option_resumes_with_its_default():
     config = get_config(None, [])
-    before = {key: value for key, value in checkpoint.facts(config, images=8).items() if key != 'DATA.BACKGROUND'}
-    assert checkpoint.differences(before, checkpoint.facts(config, images=8)) == []
-    black = checkpoint.facts(get_config(None, ['DATA.BACKGROUND', 'black']), images=8)
+    facts = checkpoint.facts(flatten(config), images=8)
+    before = {key: value for key, value in facts.items() if key != 'DATA.BACKGROUND'}
+    assert checkpoint.differences(before, facts) == []
+    black = checkpoint.facts(flatten(get_config(None, ['DATA.BACKGROUND', 'black'])), images=8)
     assert checkpoint.differences(before, black) == ['DATA.BACKGROUND was white, is black']

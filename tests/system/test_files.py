@@ -17,7 +17,7 @@ from runs import ROOT, TINY, make_images, options, processes, program, records, 
 
 from config import get_config
 from halonet import build_halonet
-from training import engine, results
+from training import builders, engine, results
 from training.records import Metrics
 
 NO_DISK = OSError(errno.ENOSPC, 'No space left on device')
@@ -148,7 +148,8 @@ def model():
 
 def save(path, model, weights='w'):
     result = {'acc1': 50.0, 'acc5': 75.0, 'loss': 1.0, 'images': 4, 'images_per_s': 8.0}
-    results.save_result(str(path), get_config(None, TINY), model, weights, result, 'cpu')
+    columns = builders.build_columns(get_config(None, TINY), 'cpu')
+    results.save_result(str(path), results.row(columns, model, weights, result))
 
 
 def test_the_table_of_results_survives_a_full_disk(tmp_path, model):

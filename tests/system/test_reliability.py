@@ -25,7 +25,7 @@ import halonet
 from config import flatten, get_config
 from halonet import build_halonet
 from model import layers
-from training import builders, checkpoint, engine
+from training import builders, checkpoint, engine, optim
 
 DRAW = random.Random(4)                             # the steps at which runs are killed
 CHANCE = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
@@ -225,7 +225,7 @@ def test_what_a_killed_writer_left_is_removed(images, tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(images, tmp_path, monkeypatch):
     """The loss is finite, and the step makes the weights infinite."""
-    clip = engine.optim.clip_gradients
+    clip = optim.clip_gradients
 
     def spoil(model, **kwargs):
         clip(model, **kwargs)
@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_are_not_saved(images, tmp_path, monkeypatch
             model.head.fc.bias.grad.set_value(paddle.full([4], float('nan')))
         spoil.steps += 1
     spoil.steps = 0
-    monkeypatch.setattr(engine.optim, 'clip_gradients', spoil)
+    monkeypatch.setattr(optim, 'clip_gradients', spoil)
     with pytest.raises(FloatingPointError, match='after step 3 the weights head.fc.bias are not finite'):
         run(images, tmp_path, 'SAVE_STEPS', 1, 'TRAIN.NUM_EPOCHS', 3)
     assert checkpoint.newest(tmp_path).endswith('step_00000002.pdckpt')

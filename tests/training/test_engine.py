@@ -17,6 +17,7 @@ from runs import TINY, make_images, options, program, records
 import datasets
 from config import get_config
 from halonet import build_halonet
+from model import safe_pickle
 from training import builders, checkpoint, engine, optim
 
 EVERYTHING = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
@@ -78,6 +79,16 @@ def test_evaluation_of_the_newest_checkpoint(images, full_run, tmp_path):
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     result = run(images, tmp_path, 'EVAL', True, 'MODEL.RESUME', 'auto')['val']
     assert result['loss'] == pytest.approx(records(full_run, 'val')[-1]['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize('resume', ['auto', 'step_00000012.pdckpt'])
+def test_an_evaluation_reads_its_checkpoint_once(images, full_run, tmp_path, monkeypatch, resume):
+    shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
+    read, load = [], safe_pickle.load
+    monkeypatch.setattr(safe_pickle, 'load', lambda file, *more: read.append(file.name) or load(file, *more))
+    path = str(tmp_path / 'checkpoints' / 'step_00000012.pdckpt')
+    run(images, tmp_path, 'EVAL', True, 'MODEL.RESUME', path if resume != 'auto' else resume)
+    assert read == [path]
 
 
 @pytest.mark.parametrize('ema, split', [(False, 'val'), (True, 'val_ema')])

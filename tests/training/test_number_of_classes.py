@@ -2,6 +2,8 @@
 import logging
 import os
 
+import utils
+
 import pytest
 import yaml
 from runs import TINY, make_images
@@ -70,7 +72,7 @@ def test_fewer_classes_than_outputs_are_one_line(images, tmp_path, caplog, monke
     if opts:
         start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', 10)
         opts = [*opts, 'MODEL.PRETRAINED', str(tmp_path / 'run/final.pdparams')]
-    monkeypatch.setattr(engine.utils, 'setup_logger', lambda folder: None)
+    monkeypatch.setattr(utils, 'setup_logger', lambda folder: None)
     caplog.clear()
     logging.getLogger('halonet').propagate = True
     with caplog.at_level(logging.WARNING, 'halonet'):

@@ -122,7 +122,6 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch, tmp_path):
     terminal = Terminal()
     monkeypatch.setattr(progress.Bar, '__init__', quick_bar(progress.Bar.__init__))
-    monkeypatch.setattr(progress.records, 'write_report', lambda folder: None)
     utils.setup_logger(tmp_path)
     utils.log.handlers[-1].setStream(terminal)
     yield terminal
@@ -134,10 +133,10 @@ def quick_bar(init):
     return lambda self, status, **more: init(self, status, mininterval=0, miniters=1, ncols=110, **more)
 
 
-def test_the_line_and_the_log_do_not_garble_each_other(terminal, tmp_path):
+def test_the_line_and_the_log_do_not_garble_each_other(terminal):
     clock = Clock()
     watch = make_monitor(clock, epochs=16, steps_per_epoch=44, terminal=terminal)
-    with watch.watch(tmp_path):
+    with watch.shown():
         for i, _ in enumerate(watch.batches(clock.loader(0.25, 6), Progress(epoch=2, step=88))):
             clock.now += 0.75
             watch.step(0.002, 4)
@@ -155,9 +154,9 @@ def test_the_line_and_the_log_do_not_garble_each_other(terminal, tmp_path):
     assert terminal in [getattr(handler, 'stream', None) for handler in utils.log.handlers]    # as it was
 
 
-def test_an_error_ends_the_line_first(terminal, tmp_path):
+def test_an_error_ends_the_line_first(terminal):
     watch = make_monitor(Clock(), terminal=terminal)
-    with utils_error(), watch.watch(tmp_path):
+    with utils_error(), watch.shown():
         for _ in watch.batches(Clock().loader(1, 3), Progress()):
             watch.step(0.1, 4)
             raise ValueError('what went wrong')
