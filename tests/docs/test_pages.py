@@ -2,6 +2,7 @@
 
 tests/docs/test_page_commands.py runs the commands.
 """
+import importlib
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ OTHER = {                                           # programs of others, and th
 MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
 ROOMS = 'configs|data|dev|docs|model|ops|reporting|system|tests|tools|training'
 PATH = rf'(?<![\w/.])(?:{ROOMS})/[\w/]+\.\w+'
+NAME = r'(?<![\w/.\'])(datasets|data|model|training|system|tools)\.(?!py)([a-z]\w*)((?:\.\w+)*)'
 ROOT_FILE = r'`(\w+\.(?:py|sh|toml))`'
 
 
@@ -66,6 +68,22 @@ def test_files_of_a_page_exist(page):
     paths = [path for path in paths if 'NAME' not in path]     # of a file that the reader adds
     missing = [path for path in paths if not os.path.exists(os.path.join(ROOT, path))]
     assert not missing
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_names_of_a_page_exist(page):
+    """Functions and classes that a page names with their module, such as data.image_files.read."""
+    for room, first, rest in re.findall(NAME, text_of(page)):
+        if room == 'datasets':
+            module, names = room, [first]
+        elif os.path.exists(f'{ROOT}/{room}/{first}.py'):
+            module, names = f'{room}.{first}', rest.split('.')[1:]
+        else:                                        # a method of a variable: model.eval
+            continue
+        found = importlib.import_module(module)
+        for name in names:
+            assert hasattr(found, name), f'{module}.{name}'
+            found = getattr(found, name)
 
 
 def test_readme_shows_the_end_of_the_demo():
