@@ -1,4 +1,4 @@
-"""main_multi_gpu.py with something broken: python -m paddle.distributed.launch tests/helpers/faulty.py FAULT options ..."""
+"""main_multi_gpu.py with a fault: python -m paddle.distributed.launch tests/helpers/faulty.py FAULT options ..."""
 import os
 import signal
 import sys

@@ -1,6 +1,7 @@
-"""Small runs for the tests: a list-file folder of noisy coloured squares, and a HaloNet that trains on it in seconds."""
+"""Small runs for the tests: a list-file folder of noisy coloured squares, and a HaloNet that trains on it."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,14 +10,15 @@ import numpy as np
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-TINY = ['DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 8, 'DATA.NUM_WORKERS', 0, 'DATA.CROP_PCT', 1.0, 'MODEL.NUM_CLASSES', 4,
-        'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STEM_POOL', False, 'MODEL.STAGES', ['conv', 'halo'],
-        'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2], 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1,
-        'MODEL.NAME', 'tiny', 'TRAIN.NUM_EPOCHS', 2, 'TRAIN.WARMUP_EPOCHS', 1, 'REPORT_FREQ', 1, 'DEVICE', 'cpu']
+TINY = ['DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 8, 'DATA.NUM_WORKERS', 0, 'DATA.CROP_PCT', 1.0,
+        'MODEL.NUM_CLASSES', 4, 'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STEM_POOL', False,
+        'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2],
+        'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NAME', 'tiny',
+        'TRAIN.NUM_EPOCHS', 2, 'TRAIN.WARMUP_EPOCHS', 1, 'REPORT_FREQ', 1, 'DEVICE', 'cpu']
 
 
 def make_images(folder, train=20, val=11, seed=0):
-    """PNG images of 4 classes in `folder`, with train_list.txt and val_list.txt; returns the folder as text."""
+    """Write PNG images of 4 classes to `folder`, with train_list.txt and val_list.txt; return it as text."""
     rng = np.random.default_rng(seed)
     for split, count in (('train', train), ('val', val)):
         os.makedirs(folder / split)
@@ -37,8 +39,9 @@ def options(values):
 
 def program(name, *words, check=True, timeout=120, **environment):
     """Run a main program as a user would; returns the finished process with its output as text."""
-    done = subprocess.run([sys.executable, name, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **environment})
+    command = [sys.executable, name, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+                          timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -53,9 +56,9 @@ def records(folder, split=None):
 def start(name, *words, log, prefix=(), **environment):
     """Start a main program, or a script, in a session of its own; its output goes to the file `log`."""
     command = [f'./{name}'] if name.endswith('.sh') else [sys.executable, name]
-    return subprocess.Popen([*prefix, *command, *map(str, words)], cwd=ROOT, stdout=log.open('w'), stderr=subprocess.STDOUT,
-                            start_new_session=True, env={**os.environ, 'PYTHON': sys.executable, 'RUN_OF_TEST': str(log),
-                                                         **environment})
+    environment = {**os.environ, 'PYTHON': sys.executable, 'RUN_OF_TEST': str(log), **environment}
+    return subprocess.Popen([*prefix, *command, *map(str, words)], cwd=ROOT, env=environment, stdout=log.open('w'),
+                            stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def processes(log):
@@ -71,6 +74,13 @@ def processes(log):
     return found
 
 
+def kill_all(*logs):
+    """Kill the living processes of the runs with these logs."""
+    for log in logs:
+        for pid in processes(log):
+            os.kill(pid, signal.SIGKILL)
+
+
 def wait_until(condition, seconds, what):
     """Poll until `condition()` is true; returns what it gave."""
     end = time.monotonic() + seconds
@@ -80,6 +90,13 @@ def wait_until(condition, seconds, what):
             return value
         time.sleep(0.01)
     raise AssertionError(f'{what}: not within {seconds} s')
+
+
+def leaves(process, log, seconds=40):
+    """The exit code of a program that must end within `seconds`, and with it all that it has started."""
+    code = process.wait(seconds)
+    wait_until(lambda: not processes(log), 10, f'no process left: {processes(log)}')
+    return code
 
 
 def wait_for_step(folder, step, process, seconds=90):

@@ -60,6 +60,7 @@ def test_system_without_cpuinfo(cpuinfo, monkeypatch):
 def test_threads_of_the_user_survive_the_import_of_paddle(monkeypatch, imports, given, found):
     """Paddle's import sets OMP_NUM_THREADS to 1 where it is missing, whatever was imported first."""
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    code = f'import os, {imports}; from system import cpu; print(cpu.user_threads(), os.environ.get("OMP_NUM_THREADS"))'
+    code = (f'import os, {imports}; from system import cpu\n'
+            'print(cpu.user_threads(), os.environ.get("OMP_NUM_THREADS"))')
     done = program('-c', code, **({'OMP_NUM_THREADS': given} if given else {}))
     assert done.stdout.split() == [str(found), str(found)]

@@ -13,7 +13,8 @@ from system import files, stopping
 import utils
 
 import pytest
-from runs import ROOT, TINY, make_images, options, processes, program, records, start, wait_for_step, wait_until
+from exact_runs import words
+from runs import ROOT, TINY, processes, program, records, start, wait_for_step, wait_until
 
 from config import get_config
 from halonet import build_halonet
@@ -220,15 +221,6 @@ def test_a_console_that_is_closed_ends_no_run(tmp_path):
 
 
 # ---- one writer per run folder
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
-
-
-def words(images, folder, *opts):
-    return ['-data_path', images, '-output', folder, *options([*TINY, *opts])]
-
 
 def hold(folder, pipe):
     with files.reserved(folder):

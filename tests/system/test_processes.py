@@ -14,7 +14,7 @@ fork = multiprocessing.get_context('fork')
 
 
 def work(signals, end, code):
-    """Count each SIGTERM in `signals`; exit with `code` at the first one if `end` is 'asked', at once if it is 'at once'."""
+    """Count SIGTERMs in `signals`, and exit with `code`: at the first one if `end` is 'asked', or 'at once', or never."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def count(*_):
@@ -72,8 +72,8 @@ def test_process_that_was_killed_is_reported(started, capsys):
     processes, _ = started(('asked', 75), ('never', 0))
     processes[1].kill()
     assert supervise(processes) == [75, -signal.SIGKILL]
-    assert capsys.readouterr().err == ('error: process 1 was ended by SIGKILL; if nobody did that, look at the free '
-                                       'memory (dmesg)\n')
+    message = 'error: process 1 was ended by SIGKILL; if nobody did that, look at the free memory (dmesg)\n'
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize('codes, requested, expected', [

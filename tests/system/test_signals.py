@@ -16,17 +16,6 @@ guarded = pytest.mark.skipif(subprocess.run(['setpriv', '--pdeathsig', 'KILL', '
                              if shutil.which('setpriv') else True, reason='no setpriv of util-linux 2.33')
 
 
-@pytest.fixture
-def log(tmp_path):
-    """The file for the output of started programs; none of their processes may be left at the end."""
-    path = tmp_path / 'output.txt'
-    yield path
-    left = processes(path)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
-
-
 def ends_with(process, log, seconds=10):
     """Kill `process`, and wait until all that it has started is gone."""
     process.kill()
@@ -120,6 +109,44 @@ def test_every_program_ends_at_sigterm_at_any_moment(trained, tmp_path, log, lin
 def test_every_tool_is_among_the_programs():
     tools = {f'tools/{path.name}' for path in Path(ROOT, 'tools').glob('*.py') if "__name__ == '__main__'" in path.read_text()}
     assert tools - {line.split()[0] for line in PROGRAMS} <= {'dev/bench_pipeline.py'}
+
+
+# ---- Stop
+
+def in_a_fork(work):
+    """The wait status of a forked process that calls `work`; 1 where it raises."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(work() or 0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_second_interrupt_ends_at_once():
+    def work():
+        stop = stopping.Stop().listen()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):       # what a terminal and a launcher send for one Ctrl-C
+            os.kill(os.getpid(), signum)
+        wait_until(lambda: stop.requested, 5, 'the first is noted')
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert in_a_fork(work) == 130
+
+
+def test_forked_process_is_ended_by_its_own_signals_only():
+    def work():
+        stopping.Stop().listen()
+
+        def worker():
+            os.kill(os.getpid(), signal.SIGTERM)     # before: nobody listens in the fork, and it waits
+            stopping.Stop.unlisten()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        return -in_a_fork(worker)
+    assert in_a_fork(work) == signal.SIGINT
 
 
 # ---- the end of a parent
