@@ -1,20 +1,27 @@
-"""A font for texts in any script: Pillow's own where it has all letters, else one of the system's; else escapes."""
+"""Choose a font for texts in any script, and escapes for the letters that it lacks."""
 import functools
 import subprocess
+from typing import Optional
 
 from PIL import ImageFont
 
-USUAL = ('DejaVuSans.ttf', 'NotoSansCJK-Regular.ttc', 'NotoSans-Regular.ttf')    # where fontconfig is not there
+USUAL = ('DejaVuSans.ttf', 'NotoSansCJK-Regular.ttc', 'NotoSans-Regular.ttf')    # tried without fontconfig
+
+
+Candidate = tuple[Optional[str], int]               # font file, index of the font in it
+PILLOWS: Candidate = (None, 0)                      # Pillow's own
 
 
 class Writer:
-    """Fonts of several sizes for a set of texts, and those texts as these fonts can show them."""
+    """Draw a set of texts in one font of several sizes, with escapes for the letters that it lacks."""
 
     def __init__(self, texts: list[str]):
         letters = sorted({letter for text in texts for letter in text})
-        candidates = [(None, 0)] + ([] if ''.join(letters).isascii() else system_fonts(letters))
+        candidates: list[Candidate] = [PILLOWS]
+        if not ''.join(letters).isascii():
+            candidates += system_fonts(letters)
         lacking = [missing(candidate, letters) for candidate in candidates]
-        best = min(range(len(candidates)), key=lambda i: len(lacking[i]))        # the first of equal ones
+        best = min(range(len(candidates)), key=lambda i: len(lacking[i]))        # the first of equals
         self.candidate = candidates[best]
         self.escapes = {ord(letter): letter.encode('unicode_escape').decode() for letter in lacking[best]}
 
@@ -26,27 +33,32 @@ class Writer:
         return text.translate(self.escapes)
 
 
-def system_fonts(letters: list[str]) -> list[tuple[str, int]]:
-    """Return fonts, as (file, number inside of it), that may have the letters, the most likely first."""
+def system_fonts(letters: list[str]) -> list[Candidate]:
+    """Return fonts of the system that may have the letters, the most likely first."""
     wanted = ' '.join(f'{ord(letter):x}' for letter in letters if not letter.isascii())
     command = ['fc-match', '--format=%{file}\n%{index}', f'sans:charset={wanted}']
-    found = []
+    found: list[Candidate] = []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         file, index = done.stdout.splitlines()
         found = [(file, int(index))]
-    except (OSError, ValueError, subprocess.SubprocessError):                    # no fontconfig, or it knows no font
+    except (OSError, ValueError, subprocess.SubprocessError):                    # no fontconfig, or no font
         pass
-    return [font for font in [*found, *((name, 0) for name in USUAL)] if loads(font)]
+    found += [(name, 0) for name in USUAL]
+    return [font for font in found if loads(font)]
 
 
 @functools.lru_cache(None)
-def load(candidate: tuple, size: int) -> ImageFont.FreeTypeFont:
+def load(candidate: Candidate, size: int) -> ImageFont.FreeTypeFont:
+    """Load a font in a size. Raises OSError where the file is absent or has no such size."""
     file, index = candidate
-    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size, index)
+    if file is None:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(file, size, index)
 
 
-def loads(candidate: tuple) -> bool:
+def loads(candidate: Candidate) -> bool:
+    """True if a font can be loaded."""
     try:
         load(candidate, 30)
     except OSError:                                 # not there, or without letters of this size
@@ -54,9 +66,17 @@ def loads(candidate: tuple) -> bool:
     return True
 
 
-def missing(candidate: tuple, letters: list[str]) -> list[str]:
-    """Return the letters that a font draws as it draws one that no font has, and those that are no letters to print."""
+def missing(candidate: Candidate, letters: list[str]) -> list[str]:
+    """Return the letters that a font lacks, and those that are not printable.
+
+    A font draws every letter that it lacks in the same way.
+    """
     font = load(candidate, 30)
     unknown = bytes(font.getmask('\U0010ffff'))     # a noncharacter
-    return [letter for letter in letters
-            if not letter.isprintable() or (not letter.isascii() and bytes(font.getmask(letter)) == unknown)]
+    lacking = []
+    for letter in letters:
+        if not letter.isprintable():
+            lacking.append(letter)
+        elif not letter.isascii() and bytes(font.getmask(letter)) == unknown:
+            lacking.append(letter)
+    return lacking

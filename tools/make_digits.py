@@ -1,12 +1,15 @@
 """Write scikit-learn's handwritten digits as an image folder with train_list.txt and val_list.txt.
 
-They are 1,797 real scans of 8x8 pixels (Alpaydin and Kaynak, UCI 1998) that come with scikit-learn: nothing is downloaded.
-The split is ours and random, so both parts hold digits of the same writers: it shows that training works, and is no benchmark.
+They are 1,797 real scans of 8x8 pixels (Alpaydin and Kaynak, UCI 1998) that come with scikit-learn; nothing
+is downloaded. The split is random, so both parts have digits of the same writers. It shows that training
+works, and is no benchmark.
 """
 import argparse
 import io
 import os
 import sys
+from collections.abc import Sequence
+from typing import Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -16,37 +19,47 @@ import numpy as np
 from PIL import Image
 
 
-def read_digits():
-    """scikit-learn's digits: images (1797, 8, 8) uint8, its 17 grey levels spread over 0 to 255, and labels (1797,)."""
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits: images (1797, 8, 8) uint8 and labels (1797,).
+
+    Its 17 grey levels are scaled to 0 to 255.
+    """
     from sklearn.datasets import load_digits
     digits = load_digits()
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
-def split(labels):
-    """Indices (train, val), each ascending: every fifth image of each class in a fixed random order is for validation."""
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices for training and validation, each ascending.
+
+    In a fixed random order, every fifth image of each class is for validation.
+    """
     order = np.random.RandomState(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')]
     return np.sort(np.delete(order, np.s_[::5])), np.sort(order[::5])
 
 
-def digit_files(images, labels):
-    """The folder's content, {relative path: bytes}: a PNG per image, named by its index in `images`, then the lists."""
-    files, lists = {}, {}
+def digit_files(images: np.ndarray, labels: np.ndarray) -> dict[str, bytes]:
+    """Return the folder's content, {relative path: bytes}: images, named by their index, and lists."""
+    pictures, lists = {}, {}
     for part, indices in zip(('train', 'val'), split(labels)):
         lines = []
         for i in indices:
             path = f'{part}/{labels[i]}/{i:04d}.png'
             buffer = io.BytesIO()
             Image.fromarray(images[i]).save(buffer, 'PNG')
-            files[path] = buffer.getvalue()
+            pictures[path] = buffer.getvalue()
             lines.append(f'{path} {labels[i]}\n')
         lists[f'{part}_list.txt'] = ''.join(lines).encode()
-    return {**files, **lists, 'class_names.txt': ''.join(f'{digit}\n' for digit in range(10)).encode()}
+    names = ''.join(f'{digit}\n' for digit in range(10))
+    return {**pictures, **lists, 'class_names.txt': names.encode()}
 
 
-def write_files(folder, contents):
-    """Make `folder` hold {name: content}; what is right already stays, so the next run finishes an interrupted one."""
+def write_files(folder: str, contents: dict[str, bytes]) -> None:
+    """Write {relative path: content} into `folder`.
+
+    Files that are right stay untouched, so the next run finishes an interrupted one.
+    """
     for name, content in contents.items():
         path = os.path.join(folder, name)
         try:
@@ -58,9 +71,11 @@ def write_files(folder, contents):
         files.atomic_write(path, lambda file, content=content: file.write(content))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', metavar='DIR', nargs='?', default='demo/digits', help='where to write (default: demo/digits)')
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', metavar='DIR', nargs='?', default='demo/digits',
+                        help='where to write (default: demo/digits)')
     folder = parser.parse_args(argv).folder
     try:
         contents = digit_files(*read_digits())
@@ -70,7 +85,8 @@ def main(argv=None):
         write_files(folder, contents)
     except OSError as error:
         parser.error(f'cannot write {folder}: {error}')
-    train, val = (contents[f'{part}_list.txt'].count(b'\n') for part in ('train', 'val'))
+    train = contents['train_list.txt'].count(b'\n')
+    val = contents['val_list.txt'].count(b'\n')
     print(f'{folder}: {train} training and {val} validation images of 10 digits')
 
 

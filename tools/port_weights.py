@@ -1,16 +1,19 @@
-"""Convert weights of any format that model/weights.py reads into Paddle's and PaddleViT's (.pdparams) or timm's (.safetensors).
+"""Convert a weight file into Paddle's and PaddleViT's (.pdparams) or timm's (.safetensors).
 
-SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's .safetensors or .pth.
-The copy is read back and compared with the source, number by number, before it gets its name; with -cfg a model loads it too.
+SRC is any file or hub name that -pretrained takes: ours, PaddleViT's, a training checkpoint, timm's
+.safetensors or .pth. The copy is read back and compared with the source, number by number, before it gets
+its name. With -cfg a model loads it too.
 
   python tools/port_weights.py timm/halonet26t.a1h_in1k halonet26t.pdparams -cfg configs/halonet_26t_256.yaml
   python tools/port_weights.py runs/26t/checkpoints/step_00001000.pdckpt model.safetensors -ema
 
 Exit status: 0, or 2 for a mistake in the command or a file that does not fit.
 """
+import argparse
 import os
 import pickle
 import sys
+from typing import BinaryIO, Callable
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -25,50 +28,72 @@ from halonet import build_halonet
 from model import hub, weights
 
 FORMATS = {'.pdparams': ('paddle', 'paddlevit'), '.safetensors': ('timm', 'paddle')}     # the default first
-NAMES = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
+NAMES: dict[str, Callable] = {'paddle': dict, 'paddlevit': weights.to_paddlevit, 'timm': weights.to_timm}
+SHOWN_KEYS = 20
+
+State = dict[str, np.ndarray]
 
 
-def encode(state, ending, to):
-    """A state dict of ours -> the bytes of a file with that ending, in the names and layout of NAMES[to]."""
+def encode(state: State, ending: str, to: str) -> bytes:
+    """Encode a state dict of ours as a file with that ending, in the names and layout of NAMES[to]."""
     state = {key: np.asarray(value, order='C') for key, value in NAMES[to](state).items()}
     if ending == '.safetensors':
         return save(state, {'format': 'pt' if to == 'timm' else 'np'})
     return pickle.dumps(state, protocol=4)
 
 
-def compare(state, copy):
-    """Raises ValueError unless two state dicts are equal in keys, types, shapes and every bit (NaN equals itself)."""
-    wrong = sorted(key for key in {*state, *copy} if key not in state or key not in copy or state[key].dtype != copy[key].dtype
-                   or state[key].shape != copy[key].shape or state[key].tobytes() != copy[key].tobytes())
+def compare(state: State, copy: State) -> None:
+    """Raise ValueError unless two state dicts have equal keys, dtypes, shapes and bits. NaN equals itself."""
+    wrong = []
+    for key in sorted({*state, *copy}):
+        if key not in state or key not in copy or not is_equal(state[key], copy[key]):
+            wrong.append(key)
     if wrong:
-        raise ValueError(f'the copy differs from the source in {len(wrong)} entries: ' + ', '.join(wrong[:20]))
+        raise ValueError(f'the copy differs from the source in {len(wrong)} entries: '
+                         + ', '.join(wrong[:SHOWN_KEYS]))
 
 
-def check_model(cfg, state):
-    """Raises ValueError unless the model of a config loads `state`, and then holds it."""
+def is_equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """True if two arrays have the same dtype, shape and bits."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def check_model(cfg: str, state: State) -> None:
+    """Raise ValueError unless the model of a config loads `state` and then holds it."""
     model = build_halonet(get_config(cfg))
     try:
-        model.set_state_dict(state)
+        weights.load_strictly(model, state)
     except ValueError as error:
         raise ValueError(f'-cfg {cfg}: {error}') from None
     compare({key: value.astype('float32') for key, value in state.items()},
             {key: value.numpy() for key, value in model.state_dict().items()})
 
 
-def port(source, target, *, cfg='', to='', ema=False, force=False):
-    """Convert `source` to the file `target`; returns how many arrays and numbers. Raises ValueError, FileNotFoundError."""
+def choose_names(target: str, to: str) -> tuple[str, str]:
+    """Return the ending of `target`, and `to` or its default. Raises ValueError where they do not match."""
     ending = os.path.splitext(target)[1]
     if ending not in FORMATS:
-        raise ValueError(f'{target}: the ending must be {" or ".join(FORMATS)}; timm and PyTorch read .safetensors')
+        raise ValueError(f'{target}: the ending must be {" or ".join(FORMATS)}; '
+                         'timm and PyTorch read .safetensors')
     to = to or FORMATS[ending][0]
     if to not in FORMATS[ending]:
         endings = ' or '.join(ending for ending, names in FORMATS.items() if to in names)
         raise ValueError(f'{target}: -to {to} writes {endings}, not {ending}')
+    return ending, to
+
+
+def port(source: str, target: str, *, cfg: str = '', to: str = '', ema: bool = False,
+         force: bool = False) -> tuple[int, int]:
+    """Convert `source` to the file `target`. Returns the counts of arrays and of numbers.
+
+    Raises ValueError and FileNotFoundError; then `target` is unchanged.
+    """
+    ending, to = choose_names(target, to)
     if os.path.exists(target) and not force:
         raise ValueError(f'{target} exists; -force overwrites it')
     state = weights.to_ours(weights.read(hub.find(source), ema))
 
-    def write(file):
+    def write(file: BinaryIO) -> None:
         file.write(encode(state, ending, to))
         file.flush()
         copy = weights.to_ours(weights.read(file.name))
@@ -80,22 +105,24 @@ def port(source, target, *, cfg='', to='', ema=False, force=False):
     return len(state), sum(value.size for value in state.values())
 
 
-def parser():
+def parser() -> cli.Parser:
     options = cli.Parser(__doc__)
-    options.add_argument('source', metavar='SRC', help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
+    options.add_argument('source', metavar='SRC',
+                         help='a weight file, a checkpoint, or a hub name (timm/halonet26t.a1h_in1k)')
     options.add_argument('target', metavar='DST', help='the file to write: NAME.pdparams or NAME.safetensors')
     options.add('cfg', 'config of the model; checks that it loads the copy', metavar='FILE', default='')
-    options.add('to', 'whose names: paddle (ours; default in .pdparams), paddlevit (in .pdparams, models like its two only) or '
-                'timm (default in .safetensors)', choices=NAMES, default='')
+    options.add('to', 'whose names: paddle (ours; default in .pdparams), paddlevit (in .pdparams, models '
+                'like its two only) or timm (default in .safetensors)', choices=NAMES, default='')
     options.add('ema', 'of a training checkpoint take the moving average of the weights', action='store_true')
     options.add('force', 'overwrite DST', action='store_true')
     return options
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     arrays, numbers = port(args.source, args.target, cfg=args.cfg, to=args.to, ema=args.ema, force=args.force)
-    print(f'{args.target}: {arrays} arrays, {numbers / 1e6:.2f} M numbers, equal to those of {args.source}'
-          + (f'; the model of {args.cfg} loads them' if args.cfg else ''))
+    loaded = f'; the model of {args.cfg} loads them' if args.cfg else ''
+    print(f'{args.target}: {arrays} arrays, {numbers / 1e6:.2f} M numbers, '
+          f'equal to those of {args.source}{loaded}')
     return 0
 
 
