@@ -1,13 +1,18 @@
 """Options: what overrides what, what is refused and how, the command line; and the shape that the code is held to."""
 import re
 
+from system.options import ON_RESUME
+
 import pytest
 import yaml
 
 import config as module
-from config import flatten, get_config, parse_args
+from config import OPTIONS, defaults, flatten, get_config, parse_args
 
-DEFAULTS = flatten(module._C)
+DEFAULTS = defaults()
+CHOICES = {option.key: option.choices for option in OPTIONS if option.choices}
+PATHS = [option.key for option in OPTIONS if option.path]
+SINGLE = [option for option in OPTIONS if type(option.default) in (int, float)]
 
 
 @pytest.fixture
@@ -189,22 +194,43 @@ def test_frozen():
             setattr(node, key, 1)
 
 
-def test_every_range_is_of_an_option():
-    tables = (module.CHOICES, module.AT_LEAST, module.AT_MOST, module.ABOVE, module.BELOW, module.PROBABILITIES,
-              module.PATHS, module.OF_ONE_START)
-    assert {key for table in tables for key in table} <= DEFAULTS.keys()
-    assert {*module.OLDEST_OF_ONE_START} <= {*module.OF_ONE_START}
+def test_options_are_those_that_were_decided(request):
+    """A new option, another default or another rule for resumed runs is a decision.
+
+    Who has taken it writes it into tests/fixtures/options.txt, in the order of the table in config.py.
+    """
+    lines = [f'{option.key} {option.default!r} {option.on_resume}' for option in OPTIONS]
+    path = request.config.rootpath / 'tests' / 'fixtures' / 'options.txt'
+    assert lines == path.read_text(encoding='utf-8').splitlines()
 
 
-# Every value of these types has a meaning, or is checked by what reads it
-WITHOUT_RANGE = {'DATA.MEAN', 'DATA.STD', 'TRAIN.CROP_SCALE', 'TRAIN.CROP_RATIO', 'TRAIN.BETAS', 'MODEL.WIDTHS', 'MODEL.STRIDES',
-                 'MODEL.HEADS', 'MODEL.LAMBDA_SIZE'}                         # have checks of their own
+def test_rows_are_well_formed():
+    assert len({option.key for option in OPTIONS}) == len(OPTIONS)
+    for option in OPTIONS:
+        assert option.comment and option.on_resume in ON_RESUME, option.key
+        assert option.path in ('', 'FILE', 'DIR'), option.key
+        assert not (option.ge is not None and option.gt is not None), option.key
+        assert not (option.le is not None and option.lt is not None), option.key
+        assert type(option.default) is list or (option.length, option.items) == (None, None), option.key
+        assert option.default == [] or option.items is None, option.key
 
 
-def test_every_number_has_a_range():
-    numbers = {key for key, value in DEFAULTS.items() if type(value) in (int, float)
-               or isinstance(value, list) and value and type(value[0]) in (int, float)}
-    assert numbers - WITHOUT_RANGE <= {*module.AT_LEAST, *module.ABOVE, *module.PROBABILITIES}
+def test_relations_are_between_options():
+    for relation in module.RELATIONS:
+        assert {*relation.keys.split()} <= DEFAULTS.keys() and relation.sentence
+
+
+def is_number(option):
+    """True for an option that is a number or a list of numbers."""
+    kind = type(option.default)
+    if kind is list:
+        kind = option.items or type(option.default[0])
+    return kind in (int, float)
+
+
+def test_every_number_has_a_lower_limit():
+    for option in OPTIONS:
+        assert is_number(option) == (option.ge is not None or option.gt is not None), option.key
 
 
 @pytest.mark.parametrize('key', [key for key, value in DEFAULTS.items() if type(value) in (int, float, list) and value])
@@ -219,10 +245,10 @@ def test_no_number_is_absurd(key):
 
 
 @pytest.mark.parametrize('opts, message', [
-    (['DATA.MEAN', [123.675, 116.28, 103.53]], r'DATA.MEAN is \[123.675, 116.28, 103.53\].* 0 to 1.*[Dd]ivide by 255'),
-    (['DATA.STD', [58.395, 57.12, 57.375]], r'DATA.STD is .* not above 1.*[Dd]ivide by 255'),
+    (['DATA.MEAN', [123.675, 116.28, 103.53]], r'DATA.MEAN is \[123.675, 116.28, 103.53\].* 0 to 1\. Divide by 255'),
+    (['DATA.STD', [58.395, 57.12, 57.375]], r'DATA.STD is .* above 0 and at most 1\. Divide by 255'),
     (['DATA.MEAN', [0.5, 0.5, -0.1]], 'DATA.MEAN is'), (['DATA.STD', [0.5, 0.5, 0]], 'DATA.STD is'),
-    (['TRAIN.LAST_EPOCH', 301], 'TRAIN.LAST_EPOCH is 301, after the last of TRAIN.NUM_EPOCHS 300')])
+    (['TRAIN.LAST_EPOCH', 301], 'TRAIN.LAST_EPOCH is 301, TRAIN.NUM_EPOCHS is 300; no epoch would be left')])
 def test_values_that_make_no_sense_say_what_to_do(opts, message):
     with pytest.raises(ValueError, match=message):
         get_config(None, opts)
@@ -233,34 +259,61 @@ def test_mean_and_std_of_other_projects_are_accepted():
         assert get_config(None, ['DATA.MEAN', mean, 'DATA.STD', std]).DATA.MEAN == mean
 
 
+def outside(option):
+    """Values just outside the limits of a number."""
+    if option.ge is not None:
+        yield option.ge - 1
+        yield option.ge - 0.01 if type(option.default) is float else option.ge - 2
+    if option.gt is not None:
+        yield option.gt
+    if option.le is not None:
+        yield option.le + 1
+    if option.lt is not None:
+        yield option.lt
+
+
 @pytest.mark.parametrize('key, value', [
-    *((key, 'other') for key in module.CHOICES), *((key, least - 1) for key, least in module.AT_LEAST.items()),
-    *((key, value) for key in module.PROBABILITIES for value in (-0.01, 1.01)),
-    ('TRAIN.BASE_LR', float('nan')), ('TRAIN.HFLIP', float('nan')), ('DATA.CROP_PCT', 0.0), ('DATA.CROP_PCT', 1.01),
+    *((key, 'other') for key in CHOICES), *((option.key, value) for option in SINGLE for value in outside(option)),
+    ('TRAIN.BASE_LR', float('nan')), ('TRAIN.HFLIP', float('nan')), ('DATA.CROP_PCT', 1.01), ('TRAIN.HFLIP', 1.01),
     ('DATA.MEAN', [0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', [0.5]), ('TRAIN.CROP_SCALE', [0.5, 0.4]),
     ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
-    ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5), ('TRAIN.EMA_DECAY', 1.0),
-    *((key, most + 1) for key, most in module.AT_MOST.items()), *module.ABOVE.items(), *module.BELOW.items(),
+    ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.CROP_RATIO', [0.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5),
     ('TRAIN.BETAS', [0.9]), ('TRAIN.BETAS', [0.9, 1.0]), ('MODEL.HEADS', [0, 0, -8, 8]), ('SEED', 2 ** 63),
     ('MODEL.INNER_WIDTHS', [8]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 0]), ('MODEL.INNER_WIDTHS', [8, 8, 8, 8.5]),
-    ('MODEL.BOTTLENECK_RATIO', 0.0), ('MODEL.SE_RATIO', -1.0), ('MODEL.QK_RATIO', 0.0), ('MODEL.VALUE_RATIO', 0.0),
     ('MODEL.LAMBDA_SIZE', 4), ('MODEL.LAMBDA_SIZE', -1), ('MODEL.FREEZE', 6), ('TRAIN.RECOMPUTE', 5),
-    ('TRAIN.COOLDOWN_EPOCHS', 295.0), ('TRAIN.DECAY_EPOCHS', 0.0), ('TRAIN.BCE_THRESHOLD', 1.0),
-    ('MODEL.WIDTHS', [8]), ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.HEADS', []), ('MODEL.STAGES', ['conv'])])
-def test_out_of_range(key, value):
+    ('TRAIN.COOLDOWN_EPOCHS', 295.0), ('MODEL.WIDTHS', [8]), ('MODEL.WIDTHS', [8, 8, 8, 0]), ('MODEL.WIDTHS', []),
+    ('MODEL.STRIDES', [1, 1, 1, 1, 1]), ('MODEL.STRIDES', [1, 0, 1, 1]), ('MODEL.HEADS', []),
+    ('MODEL.STAGES', ['conv']), ('MODEL.STAGES', []), ('DATA.BACKGROUND', 'whitish'),
+    ('DATA.BACKGROUND', '#80808080')])
+def test_value_outside_the_limits_is_refused(key, value):
     with pytest.raises(ValueError, match=key.replace('.', r'\.')):
         get_config(None, [key, value])
 
 
+@pytest.mark.parametrize('key, value, limits', [
+    ('SAVE_KEEP', 0, 'at least 1'), ('NPROCS', 1025, 'from 0 to 1024'), ('TRAIN.EPS', 0.0, 'above 0'),
+    ('DATA.CROP_PCT', 0.0, 'above 0 and at most 1'), ('TRAIN.EMA_DECAY', 1.0, 'at least 0 and below 1'),
+    ('TRAIN.BETAS', [0.5, 2.0], 'a list of 2 numbers, each at least 0 and below 1'),
+    ('MODEL.WIDTHS', [0], 'a list of numbers, each at least 1')])
+def test_message_states_all_limits(key, value, limits):
+    with pytest.raises(ValueError) as error:
+        get_config(None, [key, value])
+    assert str(error.value) == f'{key} is {value}; it must be {limits}'
+
+
 @pytest.mark.parametrize('key, value', [
-    *((key, choice) for key, choices in module.CHOICES.items() for choice in choices), *module.AT_LEAST.items(),
-    *module.AT_MOST.items(), ('SEED', 2 ** 63 - 1),
-    *((key, value) for key in module.PROBABILITIES for value in (0, 1) if (key, value) not in (
-        ('TRAIN.EMA_DECAY', 1), ('MODEL.DROPOUT', 1), ('MODEL.DROPPATH', 1))),
-    ('DATA.CROP_PCT', 1)])
-def test_limits_are_in_range(key, value):
+    *((key, choice) for key, choices in CHOICES.items() for choice in choices),
+    *((option.key, limit) for option in SINGLE for limit in (option.ge, option.le) if limit is not None),
+    ('SEED', 2 ** 63 - 1), ('TRAIN.CROP_SCALE', [1.0, 1.0]), ('TRAIN.BETAS', [0.0, 0.0]),
+    ('DATA.MEAN', [0.0, 1.0, 0.0]), ('MODEL.FREEZE', 5), ('TRAIN.RECOMPUTE', 4), ('DATA.BACKGROUND', 'drop')])
+def test_limits_are_allowed(key, value):
     opts = [key, value, 'TRAIN.WARMUP_EPOCHS', 0]
     assert flatten(get_config(None, opts))[key] == value
+
+
+def test_recomputing_traced_programs_is_refused():
+    with pytest.raises(ValueError, match=r'TRAIN\.RECOMPUTE is 1, TRAIN\.TO_STATIC is True; .*eager mode'):
+        get_config(None, ['TRAIN.RECOMPUTE', 1, 'TRAIN.TO_STATIC', True])
 
 
 # ---- the command line
@@ -379,7 +432,7 @@ def test_a_file_of_the_user_comes_before_a_name(write, tmp_path, monkeypatch):
     assert parse_args(['-cfg', 'halonet_26t']).SEED == 7
 
 
-@pytest.mark.parametrize('key', module.PATHS)
+@pytest.mark.parametrize('key', PATHS)
 def test_a_tilde_is_the_home_folder(key, monkeypatch, write):
     monkeypatch.setenv('HOME', '/home/someone')
     assert flatten(get_config(None, [key, '~/x']))[key] == '/home/someone/x'

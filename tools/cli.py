@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any, Optional
 
-from system import console, files, lifeline, packages  # noqa: F401  packages reports a missing one
+from system import command_line, console, files, lifeline, packages  # noqa: F401  packages reports a missing one
 
 import config as options
 from data import class_names
@@ -22,7 +22,7 @@ INTERRUPTED = 130                                   # exit status after Ctrl-C
 
 # ---- the command line
 
-class Parser(options.Parser):
+class Parser(command_line.Parser):
     """Options with one dash or two, as the main programs have them; the description ends with examples."""
 
     def __init__(self, description):

@@ -14,7 +14,7 @@ from utils import log
 import numpy as np
 import paddle
 
-from config import OF_ONE_START, defaults
+from config import FREE_ON_RESUME, defaults
 from model import weights
 from model.layers import running_statistics
 from model.safe_pickle import shown
@@ -27,14 +27,6 @@ FOLDER = 'checkpoints'
 NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
 FOOTER = b'sha256:'                                 # follows the pickle, with 64 hex digits; unpicklers stop before it
 CONTENT = {'model', 'ema', 'optimizer', 'scaler', 'progress', 'ranks', 'facts'}
-FREE = {                                            # options that may change on the way: they do not enter the mathematics
-    'of one start': OF_ONE_START,
-    'where things are': ('DATA.DATA_PATH', 'MODEL.NAME'),
-    'what it runs on': ('DATA.NUM_WORKERS', 'DATA.BATCH_SIZE_EVAL', 'MODEL.ATTENTION', 'TRAIN.RECOMPUTE', 'TRAIN.TO_STATIC'),
-    'what is told and kept': ('REPORT_FREQ', 'VALIDATE_FREQ', 'SAVE_FREQ', 'SAVE_KEEP', 'SAVE_STEPS', 'SAVE_MINUTES'),
-    'or a broken image could not be left out later': ('DATA.ON_ERROR', 'DATA.MAX_PIXELS', 'DATA.TIMEOUT'),
-    'as long as their product with the processes stays': ('DATA.BATCH_SIZE', 'TRAIN.ACCUM_ITER'),
-}
 
 
 @dataclass
@@ -280,12 +272,12 @@ def _are_numbers(values: Any, count: int) -> bool:
 # ---- facts
 
 def facts(options: Mapping[str, Any], **derived: Any) -> dict[str, Any]:
-    """Return what decides the results of a run: every option that is not FREE, and the `derived` numbers.
+    """Return what decides the results of a run: all options outside FREE_ON_RESUME, and `derived`.
 
     options: a whole config as {'GROUP.KEY': value}.
     """
-    free = {key for keys in FREE.values() for key in keys} | {'BASE'}
-    return {**{key: value for key, value in options.items() if key not in free}, **derived}
+    deciding = {key: value for key, value in options.items() if key not in FREE_ON_RESUME}
+    return {**deciding, **derived}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], older: Iterable = ()) -> list[str]:
