@@ -1,27 +1,22 @@
-"""Class names: the text files that hold them, and which of these names the labels of a model."""
+"""Class names: the text files that hold them, and the choice of the file for the labels of a model."""
 import os
 from typing import Callable, Optional
+
+from data.list_file import read_lines, read_list
 
 FILE = 'class_names.txt'                            # one name per line, in the order of the labels
 IMAGENET = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet_classes.txt')
 IMAGENET_CLASSES = 1000
 
 
-def read_names(path: str, what: str = 'a class name per line') -> list[str]:
-    """Read the lines of a text file with `what`, without empty lines and lines that start with #.
-
-    Raises OSError, and ValueError for a file that is not UTF-8 text.
-    """
-    with open(path, encoding='utf-8-sig') as file:
-        try:
-            lines = [line.strip() for line in file]
-        except UnicodeDecodeError:
-            raise ValueError(f'{path}: not a UTF-8 text file; expected {what}') from None
-    return [line for line in lines if line and not line.startswith('#')]
+def read_names(path: str) -> list[str]:
+    """Read a file of class names. Raises as list_file.read_lines."""
+    return read_lines(path, 'a class name per line')
 
 
 def imagenet_classes() -> dict[str, str]:
-    """Return ImageNet's 1000 classes in the order of its labels: {WordNet id: names, the usual one first}."""
+    """Return ImageNet's 1000 classes in the order of its labels: {WordNet id: names, the usual one
+    first}."""
     return dict(line.split(' ', 1) for line in read_names(IMAGENET))
 
 
@@ -35,7 +30,8 @@ def readable(names: list[str]) -> list[str]:
 
 def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_path: str = '',
          warn: Callable[[str], None] = lambda text: None) -> Optional[list[str]]:
-    """Return the `count` class names of a model, in the order of its labels, or None if they are not known.
+    """Return the `count` class names of a model, in the order of its labels, or None if they are not
+    known.
 
     The first of these sources decides:
       1. `file`, which the user has named;
@@ -43,8 +39,9 @@ def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_p
       3. the data folder: its class_names.txt, or its class folders, if they name `count` classes;
       4. ImageNet's names for 1000 classes.
     The data may have changed since the training, so it decides only for weights without names.
-    A class_names.txt with another number of names, or one that cannot be read, is reported by `warn`, and the result
-    is None: it may belong to other labels. Raises ValueError for a `file` with another number of names.
+    A class_names.txt with another number of names, or one that cannot be read, is reported by `warn`.
+    The result is then None, for the file may belong to other labels.
+    Raises ValueError for a `file` with another number of names.
     """
     if file:
         names = read_names(file)
@@ -79,26 +76,27 @@ def imagenet_names() -> list[str]:
 
 
 def names_of_folders(data_path: str, count: int) -> Optional[list[str]]:
-    """Return the class folders of the images in a data folder, if each of `count` labels has a folder of its own."""
+    """Return the class folders of the images in a data folder, if each of `count` labels has a folder of
+    its own."""
     for list_name in ('val_list.txt', 'train_list.txt'):
-        folders = _folders(os.path.join(data_path, list_name))
+        folders = _folders(os.path.join(data_path, list_name), data_path, count)
         names = [''.join(folders[label]) for label in sorted(folders) if len(folders[label]) == 1]
         if sorted(folders) == list(range(count)) and len({*names}) == count > 1:
             return readable(names)
     return None
 
 
-def _folders(list_file: str) -> dict[int, set[str]]:
-    """Return {label: names of the folders that its images are in} of a list file; {} if it cannot be read."""
+def _folders(list_file: str, data_path: str, count: int) -> dict[int, set[str]]:
+    """Return {label: folders of its images} of a list file; {} if the list is missing or has a bad
+    line."""
     found: dict[int, set[str]] = {}
     try:
-        with open(list_file, encoding='utf-8-sig') as file:
-            for line in file:
-                path, *label = line.strip().rsplit(None, 1) or ['']
-                if label and label[0].isdecimal() and not path.startswith('#'):
-                    found.setdefault(int(label[0]), set()).add(os.path.basename(os.path.dirname(path)))
-    except (OSError, UnicodeDecodeError):
+        samples = read_list(list_file, data_path, count)
+    except (OSError, ValueError):
         return {}
+    for index, label in enumerate(samples.labels.tolist()):
+        folder = os.path.basename(os.path.dirname(samples.name(index)))
+        found.setdefault(label, set()).add(folder)
     return found
 
 
@@ -109,9 +107,11 @@ def run_folder_of(weights: str) -> str:
 
 
 def for_a_run(data_path: str, count: int) -> Optional[list[str]]:
-    """Return the names that a training on a data folder keeps for its `count` classes, or None if it has no file of them.
+    """Return the names that a training on a data folder keeps for its `count` classes, or None if it has
+    no file of them.
 
-    Labels that the file does not reach are called 'class N'. Raises ValueError if it has more than `count` names.
+    Labels that the file does not reach are called 'class N'. Raises ValueError if it has more than
+    `count` names.
     """
     path = os.path.join(data_path, FILE)
     if not os.path.isfile(path):

@@ -30,7 +30,7 @@ from tools import (
     finding,
 )
 
-from data.list_file import file_name
+from data import list_file
 
 LINES = "lines 'relative/path' or 'relative/path label'"
 
@@ -67,11 +67,11 @@ def find_pictures(words):
 def read_list(path):
     """The Pictures in a list file; a last word that is a whole number is a label, unless the line as a whole names a file."""
     pictures, folder = [], os.path.dirname(path)
-    for line in cli.read_names(path, LINES):
+    for line in list_file.read_lines(path, LINES):
         name, *label = line.rsplit(None, 1)
-        whole = os.path.join(folder, file_name(line, folder))
+        whole = os.path.join(folder, list_file.file_name(line, folder))
         if label and label[0].isdecimal() and not os.path.exists(whole):
-            pictures.append(Picture(os.path.join(folder, file_name(name, folder)), int(label[0])))
+            pictures.append(Picture(os.path.join(folder, list_file.file_name(name, folder)), int(label[0])))
         else:
             pictures.append(Picture(whole))
     if not pictures:
