@@ -1,8 +1,9 @@
-"""Train or evaluate a HaloNet on several devices of this machine, or on those of `python -m paddle.distributed.launch`.
+"""Train or evaluate a HaloNet on several devices of this machine, or of several machines.
 
     python main_multi_gpu.py -cfg FILE -data_path DIR [-eval -pretrained FILE] ...
 
-Starts one process per visible GPU (CUDA_VISIBLE_DEVICES chooses), or -nprocs processes; on CPU one, or -nprocs.
+Starts -nprocs processes, or one per visible GPU (CUDA_VISIBLE_DEVICES chooses), or one on a CPU.
+`python -m paddle.distributed.launch main_multi_gpu.py ...` starts them on several machines.
 """
 import multiprocessing
 import os
@@ -43,7 +44,7 @@ def train_spawned(config: CfgNode) -> None:
 
 
 def start_processes(config: CfgNode, stop: Stop) -> None:
-    """Train or evaluate in as many processes as the config asks for, and end with the code of the first failed one."""
+    """Train or evaluate in as many processes as the config asks for, and exit with their code."""
     import utils
 
     import paddle.distributed as dist
@@ -61,8 +62,8 @@ def start_processes(config: CfgNode, stop: Stop) -> None:
 def supervise(processes: Sequence[BaseProcess], stop: Stop) -> None:
     """Wait for all processes to end.
 
-    On a request to stop, and when one has failed, all are asked to stop, once. Those that still run GRACE seconds
-    after the first failure are killed.
+    All are asked to stop, once, on a request to stop or when one has failed. Those that still run GRACE
+    seconds after the first failure are killed.
     """
     asked = False
     deadline = None
@@ -87,8 +88,8 @@ def report_killed(processes: Sequence[BaseProcess]) -> None:
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
-            print(f'error: process {rank} was ended by {name}; if nobody did that, look at the free memory (dmesg)',
-                  file=sys.stderr)
+            print(f'error: process {rank} was ended by {name}; if nobody did that, look at the free memory '
+                  '(dmesg)', file=sys.stderr)
 
 
 def exit_code_of(processes: Sequence[BaseProcess], stop: Stop) -> int:

@@ -1,4 +1,7 @@
-"""Train or evaluate a HaloNet on one device: python main_single_gpu.py -cfg FILE -data_path DIR [-eval -pretrained FILE] ..."""
+"""Train or evaluate a HaloNet on one device.
+
+    python main_single_gpu.py -cfg FILE -data_path DIR [-eval -pretrained FILE] ...
+"""
 import sys
 
 from system import packages  # noqa: F401  reports a missing one

@@ -29,7 +29,10 @@ def gpu_count() -> int:
 
 
 def choose_device(device: str) -> str:
-    """Return 'gpu' or 'cpu' for 'auto', 'gpu' or 'cpu'. Raises ValueError for 'gpu' where Paddle sees none."""
+    """Return the device, 'gpu' or 'cpu', that 'auto', 'gpu' or 'cpu' means here.
+
+    Raises ValueError for a GPU that Paddle does not see.
+    """
     gpus = gpu_count()
     if device == 'gpu' and not gpus:
         raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install paddlepaddle-gpu '
@@ -51,17 +54,17 @@ def start(device: str) -> str:
         host = lifeline.host(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(','))
         missing = lifeline.connect(rank(), processes, host, broadcast, gather)
         if missing and rank() == 0:
-            log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, they notice '
-                        'after %d min', missing, host, PATIENCE // 60)
+            log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, '
+                        'they notice after %d min', missing, host, PATIENCE // 60)
     tune_cpu(processes)
     return device
 
 
 def tune_cpu(processes: int = 1) -> None:
-    """Let Paddle use the whole CPU, divided among `processes`. No-op on a GPU. Call it before Paddle computes.
+    """Let Paddle use all cores, divided among `processes`. Call it before Paddle computes. No-op on a GPU.
 
-    Paddle computes with one thread by default. On AMD processors its matrix library takes a path 3 to 4 times
-    slower than possible unless MKL_DEBUG_CPU_TYPE is 5. The user's OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE win.
+    Paddle computes with one thread by default. On AMD processors its matrix library is 3 to 4 times slower
+    than possible unless MKL_DEBUG_CPU_TYPE is 5. OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE of the user are kept.
     """
     if paddle.get_device() != 'cpu':
         return
@@ -129,7 +132,7 @@ def gather(value: Any) -> list:
 def on_rank_0(work: Callable, *args: Any) -> Any:
     """Call `work(*args)` on rank 0 and return its result on every rank; the others wait as in `meet`.
 
-    An exception is raised on rank 0. The others raise ValueError where another start would meet the same error,
+    An exception is raised on rank 0. The others raise ValueError if another start would meet the same error,
     else Failure.
     """
     result, error = None, None
@@ -148,8 +151,8 @@ def meet(failed: int = 0) -> None:
     """Wait until every process calls this, up to PATIENCE. A collective of gloo gives up after 30 s.
 
     failed: the exit code of a process that has failed.
-    Raises ValueError if another process failed by a MISTAKE, and Failure if one failed otherwise, has ended or does
-    not come in time. Signals are handled while it waits.
+    Raises ValueError if another process failed by a MISTAKE. Raises Failure if one failed otherwise, has
+    ended or does not come in time. Signals are handled while it waits.
     """
     if world_size() == 1:
         return
@@ -223,11 +226,12 @@ def plain_errors() -> Iterator[None]:
 
 # ---- run folders
 
-BEFORE_TRAINING = ('log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
+BEFORE_TRAINING = (                                 # files of a run folder that are written before the work
+    'log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
 
 
 def make_run_folder(output: str, save: str, name: str) -> str:
-    """Make `output`, or else a new folder `name`-time in `save`, on rank 0. Returns its path on every rank."""
+    """Make `output`, or else a new folder `name`-time in `save`. Returns its path on every rank."""
     folder = output
     if rank() == 0:
         try:
@@ -242,7 +246,7 @@ def make_run_folder(output: str, save: str, name: str) -> str:
 
 
 def _make_new_folder(stem: str) -> str:
-    """Make a folder that no other job has made in the same second. Returns its path: `stem`, `stem`-2 and so on."""
+    """Make the folder `stem`, or `stem`-2 and so on if another job has made that one. Returns its path."""
     path, number = stem, 1
     while True:
         try:
@@ -273,7 +277,7 @@ def undone_by_mistakes(folder: str, made: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (*MISTAKES, Failure) as error:
-        if made and (isinstance(error, MISTAKES) or rank()):                 # rank 0 keeps the log of a failure
+        if made and (isinstance(error, MISTAKES) or rank()):   # rank 0 keeps the log of a failure
             names = [f'log_rank{rank()}.txt'] if rank() else BEFORE_TRAINING
             for name in names:
                 with suppress(FileNotFoundError):
@@ -301,23 +305,23 @@ class Totals:
     """Loss and accuracy of many batches, as sums and a count on the device: divided once, reduced once."""
 
     def __init__(self, sums: Sequence[float] = (0, 0, 0, 0), seconds: float = 0.0) -> None:
-        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))            # loss, top-1 hits, top-5 hits, images
-        self.first_bad = paddle.full([1], float('inf'), 'float64')           # index of the first non-finite loss
+        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))   # loss, top-1 hits, top-5 hits, images
+        self.first_bad = paddle.full([1], float('inf'), 'float64')  # index of the first non-finite loss
         self.start = time.perf_counter() - seconds
 
     @paddle.no_grad()
     def add(self, losses: paddle.Tensor, logits: paddle.Tensor, labels: paddle.Tensor, step: int = 0) -> None:
         """Add a batch: losses (B,), logits (B, K), labels (B,)."""
-        top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)   # (B, 5 or K)
+        top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)  # (B, 5 or K)
         batch = [losses.sum(), top[:, 0].sum(), top.any(axis=1).sum(), paddle.full([], losses.shape[0])]
         self.sums += paddle.stack([value.astype('float64') for value in batch])
         none = paddle.full([1], float('inf'), 'float64')
-        index = paddle.full([1], float(step * world_size() + rank()), 'float64')       # ordered by step, then rank
+        index = paddle.full([1], float(step * world_size() + rank()), 'float64')   # by step, then rank
         bad = paddle.where(paddle.isfinite(losses).all(), none, index)
         self.first_bad = paddle.minimum(self.first_bad, bad)
 
     def reduce(self) -> dict[str, Any]:
-        """Return the result of all processes: {'loss': mean, 'acc1': percent, 'acc5': percent, 'images': count}."""
+        """Return the results of all processes: 'loss', 'acc1' and 'acc5' in percent, number of 'images'."""
         loss, top1, top5, images = all_reduce(self.sums.clone()).tolist()
         if not images:
             raise ValueError('no readable image was evaluated')

@@ -5,13 +5,13 @@ import re
 import sys
 from contextlib import suppress
 
-# Control characters but tab and line feed, other line separators, marks that reverse the order of writing, and
-# surrogates, by which Python keeps the bytes of a name that is no text.
+# Control characters but tab and line feed, other line separators, marks that reverse the direction of
+# writing, and surrogates, by which Python keeps the bytes of a name that is no text.
 UNSAFE = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 
 
 def visible(text: object) -> str:
-    """Replace the characters of a text that a terminal obeys or cannot show by escapes, such as \\x1b for Escape."""
+    """Replace characters that a terminal obeys or cannot show by escapes, such as \\x1b for Escape."""
     return UNSAFE.sub(_escape, str(text))
 
 
@@ -30,7 +30,7 @@ def prepare() -> None:
 # ---- logs
 
 class _WarnsOnce(logging.Handler):
-    """Makes a log handler report only its first error of writing, such as a full disk, in one line on stderr."""
+    """Makes a log handler report its first error of writing, such as a full disk, in one line on stderr."""
 
     warned = False
 
@@ -48,7 +48,7 @@ class _WarnsOnce(logging.Handler):
 
 
 class LogFile(_WarnsOnce, logging.FileHandler):
-    """A log file without a buffer: a line that does not fit on the disk is lost, and the next one is tried."""
+    """A log file without a buffer: a line that does not fit on the disk is lost, the next one is tried."""
 
     def _open(self) -> io.TextIOWrapper:
         file = open(self.baseFilename, 'ab', buffering=0)

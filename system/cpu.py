@@ -9,7 +9,7 @@ from typing import Optional
 
 @functools.lru_cache(None)
 def facts() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo, such as 'flags'; {} on a system without it."""
+    """Return the fields of the first processor in /proc/cpuinfo, such as 'flags'; {} without that file."""
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
     except OSError:
@@ -22,7 +22,7 @@ def facts() -> dict[str, str]:
 
 
 def model_name() -> str:
-    """Return the name of the processor, or of its architecture where /proc/cpuinfo has none, as on many ARM."""
+    """Return the name of the processor, or its architecture if /proc/cpuinfo has no name, as on many ARM."""
     return facts().get('model name') or platform.machine()
 
 
@@ -58,11 +58,11 @@ def user_threads() -> Optional[str]:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for later ones. No-op with another C library.
 
-    Its default returns each large block to the kernel, which hands it out again page by page, cleared. That takes
-    a third of the time of a training step.
+    Its default returns each large block to the kernel, which hands it out again page by page, cleared. That
+    takes a third of the time of a training step.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt:
         mallopt(-4, 0)                              # M_MMAP_MAX: no separate mappings for large tensors
         mallopt(-8, 1)                              # M_ARENA_MAX: one heap for all threads
-        mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: keep up to 2 GiB at the end of the heap
+        mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: keep 2 GiB at the end of the heap

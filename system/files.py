@@ -1,6 +1,6 @@
-"""Write files that survive crashes, full disks and other writers: whole files, appended lines, a lock per run folder.
+"""Write files that survive crashes, full disks and other writers. Needs no Paddle.
 
-Needs no Paddle.
+Whole files by `atomic_write`, lines by `appending`, and one writer per run folder by `reserved`.
 """
 import errno
 import fcntl
@@ -12,19 +12,20 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, Callable
+from typing import Any, BinaryIO, Callable, Union
 
 log = logging.getLogger('halonet')
 
-TEMPORARY = '.tmp'                                  # with a number: the ending of a file in the making
+TEMPORARY = '.tmp'                                  # and a number: the ending of a file that is being written
 LOCK = 'run.lock'                                   # in a run folder
-LOCK_PATIENCE = 10                                  # seconds: after a restart the old process may still be ending
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}   # by some network file systems, FUSE, CIFS
+LOCK_PATIENCE = 10                                  # seconds: after a restart the old process may still end
+# Some network file systems, FUSE and CIFS cannot flush or lock
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _held: set[BinaryIO] = set()                        # open lock files of run folders
 
 
 def sync(descriptor: int) -> None:
-    """Flush an open file or folder to the disk, where its file system can do that."""
+    """Flush an open file or folder to the disk, if its file system can do that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -33,9 +34,10 @@ def sync(descriptor: int) -> None:
 
 
 def lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Lock an open file against other processes until it is closed. Returns False on a file system without locks.
+    """Lock an open file against other processes until it is closed.
 
-    Raises BlockingIOError for a file that another process has locked, unless `wait`.
+    Returns False on a file system without locks. Raises BlockingIOError, unless `wait`, for a file that
+    another process has locked.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,8 +50,8 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
 
 # ---- whole files
 
-def atomic_write(path: str, write: Callable) -> None:
-    """Make the file `path` by `write(binary file)`: after a crash it is the old one or the new one, never a part.
+def atomic_write(path: Union[str, os.PathLike], write: Callable[[BinaryIO], Any]) -> None:
+    """Make the file `path` by `write(binary file)`; after a crash it is the old file or the new one.
 
     A device or a pipe, such as /dev/stdout, is written to directly. Raises OSError with the path.
     """
@@ -62,15 +64,17 @@ def atomic_write(path: str, write: Callable) -> None:
         _write_and_rename(path, write)
     except OSError as error:
         if error.errno is None:
-            raise                                   # `write` has found something wrong, and says what
-        raise OSError(error.errno, f'cannot write: {error.strerror}; what was there before is intact', path) from None
+            raise                                   # by `write`, which reports an error of its own
+        message = f'cannot write: {error.strerror}; what was there before is intact'
+        raise OSError(error.errno, message, path) from None
     try:
         _sync_folder(os.path.dirname(os.path.abspath(path)))
     except OSError as error:
-        raise OSError(error.errno, f'written, but its folder cannot be flushed to the disk: {error.strerror}', path) from None
+        message = f'written, but its folder cannot be flushed to the disk: {error.strerror}'
+        raise OSError(error.errno, message, path) from None
 
 
-def _write_and_rename(path: str, write: Callable) -> None:
+def _write_and_rename(path: str, write: Callable[[BinaryIO], Any]) -> None:
     temporary = f'{path}{TEMPORARY}{secrets.randbelow(10 ** 9)}'
     try:
         with open(temporary, 'xb') as file:
@@ -86,7 +90,7 @@ def _write_and_rename(path: str, write: Callable) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Flush a folder, so that a new name in it survives a crash; one that may not be read is left to the system."""
+    """Flush a folder, so that a new name in it survives a crash. Skip one without read permission."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -98,8 +102,10 @@ def _sync_folder(folder: str) -> None:
 
 
 def remove_temporary(folder: str) -> None:
-    """Remove the files in the making that killed writers have left in a folder; those of living writers stay."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    """Remove the temporary files that killed writers have left in a folder. Those of living writers stay."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
         if not re.fullmatch(rf'.*{re.escape(TEMPORARY)}\d+', name):
             continue
         path = os.path.join(folder, name)
@@ -112,9 +118,9 @@ def remove_temporary(folder: str) -> None:
 
 @contextmanager
 def appending(path: str, is_whole: Callable[[bytes], bool]) -> Iterator[BinaryIO]:
-    """Open `path` to append lines, by this process alone; an error leaves the file as it was.
+    """Open `path` to append lines, for this process only. An error leaves the file as it was.
 
-    A last line without a line end, as a crash leaves it, is completed if `is_whole(line)`, else removed.
+    A crash may have left a last line without a line end. It is completed if `is_whole(line)`, else removed.
     Yields an unbuffered binary file, to be written by `write_all`. Raises OSError with the path.
     """
     with open(path, 'a+b', buffering=0) as file:
@@ -128,8 +134,8 @@ def appending(path: str, is_whole: Callable[[bytes], bool]) -> Iterator[BinaryIO
             with suppress(OSError):
                 file.truncate(before)
             if isinstance(error, OSError) and error.errno:
-                raise OSError(error.errno, f'cannot append to it: {error.strerror}; what was there before is intact',
-                              path) from None
+                message = f'cannot append to it: {error.strerror}; what was there before is intact'
+                raise OSError(error.errno, message, path) from None
             raise
 
 
@@ -157,15 +163,16 @@ def write_all(file: BinaryIO, data: bytes) -> None:
 
 @contextmanager
 def reserved(folder: str) -> Iterator[None]:
-    """Keep other processes from `reserved(folder)` for the time of the block; the kernel ends it with this process.
+    """Keep other processes from `reserved(folder)` during the block. The kernel ends it with this process.
 
-    Raises ValueError, with the process and its host, where another one has held the folder for LOCK_PATIENCE seconds.
+    Raises ValueError, with the process and its host, if another one holds the folder for LOCK_PATIENCE.
     """
     with open(os.path.join(folder, LOCK), 'a+b', buffering=0) as file:
         _lock_run(folder, file)
         with suppress(OSError):                     # a full disk: the lock counts, not its text
             file.truncate(0)
-            holder = f'process {os.getpid()} on host {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}'
+            since = time.strftime('%Y-%m-%d %H:%M:%S')
+            holder = f'process {os.getpid()} on host {socket.gethostname()} since {since}'
             write_all(file, f'{holder}\n'.encode())
         _held.add(file)
         try:
@@ -189,11 +196,12 @@ def _lock_run(folder: str, file: BinaryIO) -> None:
         time.sleep(0.2)
     file.seek(0)
     holder = file.read().decode(errors='replace').strip() or 'another process'
-    raise ValueError(f'{folder} is in use by {holder}; wait until that ends, or choose another folder with -output')
+    raise ValueError(f'{folder} is in use by {holder}; wait until that ends, '
+                     'or choose another folder with -output')
 
 
 def _close_held() -> None:
-    """In a forked data worker, which may outlive the run for a moment: its copy would keep the lock."""
+    """Close the lock files in a forked data worker: it may outlive the run, and would keep the locks."""
     for file in _held:
         file.close()
     _held.clear()

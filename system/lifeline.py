@@ -1,6 +1,7 @@
-"""Notice processes that ended: a parent by the kernel, a rank by an idle TCP connection to rank 0, which breaks with it.
+"""Notice processes that have ended: a parent by the kernel, a rank by its idle TCP connection to rank 0.
 
-gloo notices in the middle of a collective only, and the launcher of one machine knows nothing of those of another.
+The connection breaks with the process. gloo notices only during a collective, and the launcher of one machine
+does not watch the processes of another.
 """
 import ctypes
 import hmac
@@ -20,17 +21,18 @@ from typing import Callable, Optional, cast
 
 _libc = ctypes.CDLL(None)
 
-TOKEN, RANK = 16, 4                                 # bytes of a caller's message
+TOKEN, RANK = 16, 4                                 # bytes of the message by which a rank introduces itself
 BACKLOG = 1024                                      # connections that wait to be accepted
 
 lines: dict[int, socket.socket] = {}                # on rank 0 {rank: connection}, elsewhere {0: connection}
 
 
-def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable, patience: float = 10) -> list[int]:
-    """Tie the processes to rank 0, which listens on a free port of `host`; returns the ranks that did not reach it.
+def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable,
+            patience: float = 10) -> list[int]:
+    """Connect the ranks to rank 0, which listens on a free port of `host`. Returns the ranks that failed to.
 
-    broadcast(value of rank 0) -> that value, gather(value) -> the values of all ranks: how the processes talk to each other.
-    Rank 0 takes only callers that send the token of this run, which goes to the ranks by `broadcast`.
+    broadcast(value of rank 0) -> that value; gather(value) -> the values of all ranks.
+    Connections that do not send the token of this run, which the ranks get by `broadcast`, are closed.
     """
     lines.clear()
     listener = listen(host) if rank == 0 else None
@@ -41,7 +43,8 @@ def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: 
             lines[0].sendall(token + rank.to_bytes(RANK, 'big'))
         except OSError:
             lines.clear()
-    missing = {other for other, reached in enumerate(gather(rank == 0 or 0 in lines)) if not reached}
+    reached = gather(rank == 0 or 0 in lines)
+    missing = {other for other, ok in enumerate(reached) if not ok}
     if listener:
         with listener:
             accept(listener, token, set(range(1, world_size)) - missing, patience)
@@ -50,15 +53,19 @@ def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: 
 
 
 def host(endpoints: Sequence[str]) -> str:
-    """Return where rank 0 listens: on one machine the loopback, else the host of the first of the 'host:port' endpoints."""
+    """Return the host where rank 0 listens, for the 'host:port' endpoints of all ranks.
+
+    It is the loopback for a run on one machine, else the host of the first endpoint.
+    """
     hosts = [endpoint.rpartition(':')[0].strip('[]') for endpoint in endpoints]
     return hosts[0] if len(set(hosts)) > 1 else '127.0.0.1'
 
 
 def listen(host: str) -> socket.socket:
-    """Listen on the address of `host` alone; on all where others would not reach that.
+    """Listen on the address of `host` only, or on all addresses if other machines would not reach that one.
 
-    Debian gives a machine's own name the address 127.0.1.1; one behind a translated address cannot bind to that.
+    Debian gives a machine's own name the address 127.0.1.1. A machine behind a translated address cannot bind
+    to that address.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -72,7 +79,7 @@ def listen(host: str) -> socket.socket:
 def accept(listener: socket.socket, token: bytes, callers: set[int], patience: float) -> None:
     """Keep the connections of the ranks `callers` in `lines`, and close all others.
 
-    All are read at once: one that sends nothing delays nobody.
+    All connections are polled together: one that sends nothing delays no other.
     """
     deadline = time.monotonic() + patience
     with selectors.DefaultSelector() as selector:
@@ -105,13 +112,13 @@ def received(line: socket.socket, message: bytearray) -> bool:
 
 
 def caller_of(message: bytes, token: bytes) -> Optional[int]:
-    """The rank in a caller's message; None without the token of this run."""
+    """Return the rank in the message of a caller, or None if it lacks the token of this run."""
     known = len(message) == TOKEN + RANK and hmac.compare_digest(message[:TOKEN], token)
     return int.from_bytes(message[TOKEN:], 'big') if known else None
 
 
 def keep(line: socket.socket, caller: Optional[int], callers: set[int]) -> None:
-    """Keep the connection of one of the `callers` that are waited for, and close any other."""
+    """Keep the connection of one of the expected `callers`, and close any other."""
     if caller in callers:
         callers.remove(caller)
         lines[caller] = watched(line)
@@ -119,8 +126,8 @@ def keep(line: socket.socket, caller: Optional[int], callers: set[int]) -> None:
         line.close()
 
 
-def watched(line):
-    """The connection, set to end by itself within a minute where the other machine does not answer any more."""
+def watched(line: socket.socket) -> socket.socket:
+    """Set a connection to break within a minute if the other machine does not answer any more; return it."""
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 3)):
         if hasattr(socket, option):                 # not on every system
@@ -128,17 +135,17 @@ def watched(line):
     return line
 
 
-def ended():
-    """The ranks at the other end of a connection of this process that have ended, so far as it notices."""
+def ended() -> list[int]:
+    """Return the ranks whose connection to this process has broken: on rank 0 any, elsewhere rank 0."""
     poll = select.poll()
     ranks = {line.fileno(): rank for rank, line in lines.items()}
     for descriptor in ranks:
-        poll.register(descriptor, select.POLLIN)    # nobody ever sends anything: what comes is the end
+        poll.register(descriptor, select.POLLIN)    # nobody sends anything: an event is the end
     return sorted(ranks[descriptor] for descriptor, _ in poll.poll(0))
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends, however that ends (Linux; elsewhere no-op)."""
+    """Let the kernel kill this process when its parent ends, in whatever way. No-op outside of Linux."""
     parent = os.getppid()
     if sys.platform == 'linux':
         _libc.prctl(1, signal.SIGKILL)              # 1 is PR_SET_PDEATHSIG

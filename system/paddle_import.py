@@ -1,15 +1,15 @@
 """Import Paddle and undo what its import does to the process: a handler of SIGTERM, and OMP_NUM_THREADS.
 
-The handler, in C++, allocates memory. A signal in the middle of an allocation, or of the fork of a data worker, would
-leave the process waiting for ever. Where Paddle has been imported before, its handler was there until now.
+The handler, in C++, allocates memory. A signal in the middle of an allocation, or of the fork of a data
+worker, would leave the process waiting for ever. It works until this module is imported.
 """
 import os
 import signal
 
 from system import cpu
 
-_handler = signal.getsignal(signal.SIGTERM)                        # as Python set it; it does not see Paddle's
-_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})           # one that comes now is delivered below
+_handler = signal.getsignal(signal.SIGTERM)         # as Python has set it, which does not see Paddle's
+_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes now is delivered below
 import paddle  # noqa: E402
 
 try:

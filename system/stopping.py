@@ -13,7 +13,7 @@ MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, 
 
 
 class Failure(RuntimeError):
-    """An error that another start may avoid, such as a killed process or a lost disk; its message is one line."""
+    """An error that another start may avoid, such as a killed process; its message is one line."""
 
 
 class Stopped(Exception):
@@ -36,9 +36,9 @@ class Stop:
     def listen(self) -> 'Stop':
         """Record SIGTERM and SIGINT instead of ending. A second SIGINT ends the process at once.
 
-        One thread waits for them. All other threads block them, later ones too, and so do spawned processes: a
-        signal that interrupts a system call breaks Paddle's TCP store, and Paddle's own handler of SIGTERM may
-        hang. Call it before importing Paddle, which starts threads.
+        One thread waits for them. All others block them, later ones and spawned processes too: a signal that
+        interrupts a system call breaks Paddle's TCP store, and Paddle's own handler of SIGTERM may hang.
+        Call it before importing Paddle, which starts threads.
         """
         for signum in self.SIGNALS:
             signal.signal(signum, self._record)     # for threads that exist already
@@ -54,7 +54,7 @@ class Stop:
         if signum == signal.SIGINT:
             self.interrupts += 1
         if self.interrupts > 1:
-            os._exit(128 + signum)                  # the kernel ends the data workers (lifeline.die_with_parent)
+            os._exit(128 + signum)                  # the kernel ends the data workers: die_with_parent
         self.requested = self.requested or signal.Signals(signum).name
 
     @classmethod
