@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 LIST_FORMAT = "lines of 'relative/path label'"
+OPTIONAL_LABELS = "lines of 'relative/path' or 'relative/path label'"
+WHOLE_NUMBER = re.compile(r'[+-]?\d{1,18}', re.ASCII)                     # a label
 SHOWN = 10                                          # bad lines quoted in an error
 CHUNK = 1 << 24                                     # bytes parsed at a time: limits temporary memory
 SAMPLES_AT_A_TIME = 1 << 20                         # hashed at a time
@@ -162,6 +164,26 @@ def read_list(list_file: str, data_path: str, num_classes: int) -> ImageList:
     return ImageList(list_file, data_path, text, *columns)
 
 
+def read_optional_labels(list_file: str) -> list[tuple[str, int | None]]:
+    """Read a list file in which labels may be missing, as (path, label or None) of each line.
+
+    Paths are relative to its folder. The last word is a label if it is a whole number, unless the whole line
+    names a file. Raises as `read_lines`, and ValueError for an empty list.
+    """
+    folder = os.path.dirname(list_file)
+    found: list[tuple[str, int | None]] = []
+    for line in read_lines(list_file, OPTIONAL_LABELS):
+        whole = os.path.join(folder, file_name(line, folder))
+        name, *last = line.rsplit(None, 1)
+        if last and WHOLE_NUMBER.fullmatch(last[0]) and not os.path.exists(whole):
+            found.append((os.path.join(folder, file_name(name, folder)), int(last[0])))
+        else:
+            found.append((whole, None))
+    if not found:
+        raise ValueError(f'{list_file}: the list is empty; expected {OPTIONAL_LABELS}')
+    return found
+
+
 def _read_bytes(list_file: str) -> bytes:
     """Read a list file whole. Raises FileNotFoundError with the command that makes it."""
     folder = os.path.dirname(list_file) or '.'
@@ -187,7 +209,7 @@ def _parse_line(line: str, num_classes: int) -> tuple[str, int, str]:
     shown = line if len(line) <= 100 and line.isprintable() else ascii(line[:100])
     if not rest:
         return '', 0, f"no label in {shown}; expected 'relative/path label'"
-    if not re.fullmatch(r'[+-]?\d{1,18}', rest[0], re.ASCII):
+    if not WHOLE_NUMBER.fullmatch(rest[0]):
         return '', 0, f'label {ascii(rest[0][:40])} is not a whole number'
     label = int(rest[0])
     if not 0 <= label < num_classes:

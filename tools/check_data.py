@@ -28,6 +28,7 @@ from tools import cli
 import numpy as np
 
 from data import image_files
+from data.class_names import read_names
 from data.list_file import read_list
 
 MOST_CLASSES = 1 << 20                              # where -classes does not say; a larger label is a mistake
@@ -180,7 +181,7 @@ def main(args):
         raise ValueError(f'-workers {args.workers} -classes {args.classes} -max_pixels {args.max_pixels}: none can be negative')
     cli.check_outputs(args.json)
     path = os.path.join(args.folder, 'class_names.txt')
-    names = cli.read_names(path) if os.path.isfile(path) else []
+    names = read_names(path) if os.path.isfile(path) else []
     report = check(args.folder, args.classes, args.workers, args.max_pixels)
     print(visible(as_text(report, lambda label: names[int(label)] if int(label) < len(names) else label)), end='')
     if args.json:

@@ -1,15 +1,17 @@
-"""What a model sees in pictures: the likeliest classes of each, on the console, as JSON or CSV, or as a page to look at.
+"""Predict the classes of pictures: on the console, as JSON or CSV, or as an HTML page with the pictures.
 
-PICTURE is an image file, a folder (with its subfolders) or a list file (.txt, lines 'relative/path' or 'relative/path label',
-relative to the folder of the list). The pixels are those of an evaluation: the centre crop of the resized picture.
+PICTURE is an image file, a folder (with its subfolders) or a list file (.txt) with lines 'relative/path' or
+'relative/path label', relative to its folder. The pixels are those of an evaluation: the centre crop of the
+resized picture.
 
-  python tools/predict.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams dog.jpg holidays/
-  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val_list.txt -csv demo/digits.csv -html demo/digits.html
-  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val/7 -json - -quiet | python -m json.tool
+  python tools/predict.py -cfg configs/halonet_26t_256.yaml -pretrained halonet_26t_256.pdparams dog.jpg cats/
+  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val_list.txt -html demo/digits.html
+  python tools/predict.py -pretrained demo/run/final.pdparams demo/digits/val/7 -quiet -csv demo/digits.csv
 
-Exit status: 0, or 1 if a picture could not be read (it is named; the others are done), or 2 for a mistake in the command.
-After Ctrl-C it is 130, and the files say what is known so far.
+Exit status: 0, or 1 if a picture could not be read (it is named; the others are done), or 2 for a mistake in
+the command. After Ctrl-C it is 130, and the files hold the results so far.
 """
+import argparse
 import csv
 import io
 import itertools
@@ -17,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,30 +28,29 @@ from typing import Any, Optional
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from system.console import visible
-from tools import (
-    cli,
-    finding,
-)
+from tools import cli, finding
 
-from data import list_file
+from data import image_files
+from data.list_file import read_optional_labels
 
-LINES = "lines 'relative/path' or 'relative/path label'"
+COLUMNS = ('picture', 'true_label', 'rank', 'label', 'name', 'probability', 'error')     # of the CSV
+FORMULA = ('=', '+', '-', '@', '\t', '\r')          # first letters that a spreadsheet takes for a formula
 
 
 @dataclass
 class Picture:
-    """A picture and what became of it: the `top` classes as (label, probability), likeliest first, or an `error`."""
+    """A picture with its prediction or its error."""
     path: str
-    label: Optional[int] = None                     # what the list file says it shows
+    label: Optional[int] = None                     # by the list file
     error: str = ''
-    top: list = field(default_factory=list)
-    pixels: Any = None                              # uint8 (S, S, 3): what the network saw; kept for the page only
+    top: list[tuple[int, float]] = field(default_factory=list)      # (label, probability), best first
+    pixels: Any = None                              # uint8 (S, S, 3), the network's input; kept for the page
 
 
-def find_pictures(words):
-    """The Pictures that files, folders and list files name, in their order.
+def find_pictures(words: list[str]) -> list[Picture]:
+    """Return the pictures that files, folders and list files name, in their order, missing files too.
 
-    Raises ValueError for a folder without pictures and for a list that names none. A missing file is a Picture with an error.
+    Raises ValueError for a folder without pictures and for an empty list.
     """
     pictures = []
     for word in words:
@@ -58,31 +60,23 @@ def find_pictures(words):
                 raise ValueError(f'{word}: no pictures in this folder{found.explain(", left out: ")}')
             pictures += [Picture(os.path.join(word, name)) for name in found.images]
         elif word.lower().endswith('.txt'):
-            pictures += read_list(word)
+            pictures += [Picture(path, label) for path, label in read_optional_labels(word)]
         else:
             pictures.append(Picture(word))
     return pictures
 
 
-def read_list(path):
-    """The Pictures in a list file; a last word that is a whole number is a label, unless the line as a whole names a file."""
-    pictures, folder = [], os.path.dirname(path)
-    for line in list_file.read_lines(path, LINES):
-        name, *label = line.rsplit(None, 1)
-        whole = os.path.join(folder, list_file.file_name(line, folder))
-        if label and label[0].isdecimal() and not os.path.exists(whole):
-            pictures.append(Picture(os.path.join(folder, list_file.file_name(name, folder)), int(label[0])))
-        else:
-            pictures.append(Picture(whole))
-    if not pictures:
-        raise ValueError(f"{path}: the list is empty; expected {LINES}")
-    return pictures
+def check_labels(pictures: list[Picture], count: int) -> None:
+    """Raise ValueError for a label that is none of `count` classes."""
+    for picture in pictures:
+        if picture.label is not None and not 0 <= picture.label < count:
+            raise ValueError(f'{picture.path}: label {picture.label} is not in 0..{count - 1}, '
+                             'the classes of the model')
 
 
-def read(picture, data):
-    """Fill in the pixels of a Picture by the options `data`, config.DATA, or its error. Any number of threads may do so."""
+def read(picture: Picture, data: Any) -> Picture:
+    """Set the pixels of a picture, or its error, by the options `data` (config.DATA). Thread-safe."""
     import datasets
-    from data import image_files
     try:
         image = image_files.read(picture.path, data.BACKGROUND, data.MAX_PIXELS)
         picture.pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
@@ -91,83 +85,98 @@ def read(picture, data):
     return picture
 
 
-def predict(model, config, pictures, *, batch_size, topk, keep=0):
-    """Yield the Pictures in their order, each with its `topk` classes or its error; the first `keep` keep their pixels."""
-    import numpy as np
-    import paddle
+def predict(model: Any, config: Any, pictures: Iterable[Picture], *, batch_size: int, topk: int,
+            keep: int = 0) -> Iterator[Picture]:
+    """Yield the pictures in their order, with their `topk` classes or their error.
 
-    import datasets
+    The first `keep` keep their pixels. While the network runs on a batch, threads read the next one.
+    """
+    import paddle
     prepare = partial(read, data=config.DATA)
-    pictures, kept = iter(pictures), 0
+    pictures = iter(pictures)
+    kept = 0
     with ThreadPoolExecutor() as pool, paddle.no_grad():
         coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
         while coming:
             batch = [future.result() for future in coming]
-            coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]  # read meanwhile
-            good = [picture for picture in batch if not picture.error]
-            if good:
-                images = paddle.to_tensor(np.stack([picture.pixels.transpose(2, 0, 1) for picture in good]))
-                logits = model(datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
-                values, labels = paddle.nn.functional.softmax(logits.astype('float32'), axis=-1).topk(topk, axis=-1)
-                for picture, *top in zip(good, labels.tolist(), values.tolist()):
-                    picture.top = list(zip(*top))
+            coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
+            classify(model, config, [picture for picture in batch if not picture.error], topk)
             for picture in batch:
                 kept += 1
-                picture.pixels = picture.pixels if kept <= keep else None
+                if kept > keep:
+                    picture.pixels = None
                 yield picture
 
 
-# ---- what is written
+def classify(model: Any, config: Any, pictures: list[Picture], topk: int) -> None:
+    """Set the `topk` most probable classes of pictures that have pixels."""
+    import numpy as np
+    import paddle
 
-def as_dict(picture, names):
-    """A Picture as it stands in the JSON."""
-    result = {'picture': picture.path}
+    import datasets
+    if not pictures:
+        return
+    pixels = np.stack([picture.pixels.transpose(2, 0, 1) for picture in pictures])       # (B, 3, S, S)
+    images = datasets.normalise(paddle.to_tensor(pixels), config.DATA.MEAN, config.DATA.STD)
+    probabilities = paddle.nn.functional.softmax(model(images).astype('float32'), axis=-1)
+    values, labels = probabilities.topk(topk, axis=-1)
+    for picture, top_labels, top_values in zip(pictures, labels.tolist(), values.tolist()):
+        picture.top = list(zip(top_labels, top_values))
+
+
+# ---- output
+
+def as_dict(picture: Picture, names: list[str]) -> dict[str, Any]:
+    """Return a picture as it is in the JSON."""
+    result: dict[str, Any] = {'picture': picture.path}
     if picture.label is not None:
         result['label'] = picture.label
     if picture.error:
-        return {**result, 'error': picture.error}
-    return {**result, 'top': [{'label': label, 'name': names[label], 'probability': round(p, 6)} for label, p in picture.top]}
+        result['error'] = picture.error
+    else:
+        result['top'] = [{'label': label, 'name': names[label], 'probability': round(probability, 6)}
+                         for label, probability in picture.top]
+    return result
 
 
-def as_json(pictures, names, facts):
+def as_json(pictures: list[Picture], names: list[str], facts: dict[str, Any]) -> str:
     content = {**facts, 'pictures': [as_dict(picture, names) for picture in pictures]}
     return json.dumps(content, indent=1, ensure_ascii=False) + '\n'
 
 
-def as_csv(pictures, names):
-    """Write a line per picture and rank; a picture that could not be read has one line, with its error.
-
-    An apostrophe precedes what a spreadsheet would take for a formula.
-    """
+def as_csv(pictures: list[Picture], names: list[str]) -> str:
+    """Format a line per picture and class; a picture that could not be read has one line, with its error."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['picture', 'true_label', 'rank', 'label', 'name', 'probability', 'error'])
+    writer.writerow(COLUMNS)
     for picture in pictures:
+        path = plain_cell(picture.path)
         true = '' if picture.label is None else picture.label
         if picture.error:
-            writer.writerow([plain_cell(picture.path), true, '', '', '', '', plain_cell(picture.error)])
-        for rank, (label, p) in enumerate(picture.top, 1):
-            writer.writerow([plain_cell(picture.path), true, rank, label, plain_cell(names[label]), f'{p:.6f}', ''])
+            writer.writerow([path, true, '', '', '', '', plain_cell(picture.error)])
+        for rank, (label, probability) in enumerate(picture.top, 1):
+            writer.writerow([path, true, rank, label, plain_cell(names[label]), f'{probability:.6f}', ''])
     return text.getvalue()
 
 
 def plain_cell(text: str) -> str:
-    """Return a cell of a table, after an apostrophe if it begins as a formula does."""
-    return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
+    """Return a cell of a table, after an apostrophe if a spreadsheet would take it for a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def as_text(picture, names):
-    """Format a Picture as lines for the console."""
-    path = visible(picture.path.replace('\n', '\\n'))
+def as_text(picture: Picture, names: list[str]) -> str:
+    """Format a picture as lines for the console."""
+    head = visible(picture.path.replace('\n', '\\n'))
     if picture.error:
-        return f'{path}: cannot be read: {visible(picture.error)}\n'
-    names = [visible(name) for name in names]
-    head = path + ('' if picture.label is None else f'  (a {names[picture.label]})')
-    return '\n'.join([head, *(f'  {100 * p:6.2f} %  {names[label]}' for label, p in picture.top)]) + '\n'
+        return f'{head}: cannot be read: {visible(picture.error)}\n'
+    if picture.label is not None:
+        head += f'  (label: {visible(names[picture.label])})'
+    lines = [f'  {100 * probability:6.2f} %  {visible(names[label])}' for label, probability in picture.top]
+    return '\n'.join([head, *lines]) + '\n'
 
 
-def summary(pictures, seconds, device):
-    """The last line: how many, how fast, and how many of those with a label are right."""
+def summary(pictures: list[Picture], seconds: float, device: str) -> str:
+    """Return the last line: number of pictures, speed, and the accuracy for those with a label."""
     good = [picture for picture in pictures if not picture.error]
     line = f'{len(good)} pictures in {seconds:.2f} s, {len(good) / seconds:.1f} images/s on {device}'
     if len(good) < len(pictures):
@@ -175,13 +184,15 @@ def summary(pictures, seconds, device):
     labelled = [picture for picture in good if picture.label is not None]
     if labelled:
         right = sum(picture.label == picture.top[0][0] for picture in labelled)
-        line += f'; {right} of {len(labelled)} labels are right ({100 * right / len(labelled):.2f} %)'
+        line += f'; {right} of {len(labelled)} are correct ({100 * right / len(labelled):.2f} %)'
     return line
 
 
-def parser():
+# ---- the command
+
+def parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_argument('pictures', metavar='PICTURE|FOLDER|LIST', nargs='+', help='what to look at')
+    parser.add_argument('pictures', metavar='PICTURE|FOLDER|LIST', nargs='+', help='the pictures to classify')
     parser.add_model()
     parser.add('topk', 'classes to name for each picture', type=int, default=5, metavar='N')
     parser.add('batch_size', 'pictures per forward pass', type=int, default=32, metavar='N')
@@ -193,38 +204,25 @@ def parser():
     return parser
 
 
-def check_labels(pictures, names):
-    for picture in pictures:
-        if picture.label is not None and picture.label >= len(names):
-            raise ValueError(f'{picture.path}: label {picture.label} is not in 0..{len(names) - 1}, the classes of the model')
-
-
-def main(args):
-    if min(args.topk, args.batch_size, args.html_most) < 1:
-        raise ValueError(f'-topk {args.topk} -batch_size {args.batch_size} -html_most {args.html_most}: each must be at least 1')
+def main(args: argparse.Namespace) -> int:
+    for option in ('topk', 'batch_size', 'html_most'):
+        if getattr(args, option) < 1:
+            raise ValueError(f'-{option} {getattr(args, option)}: it must be at least 1')
     cli.check_outputs(args.json, args.csv, args.html)
+    if args.html:
+        from reporting import predictions  # before the work, in case Jinja2 is missing
     config = cli.config_of(args)
     pictures = find_pictures(args.pictures)
     names = cli.class_names_or_numbers(config, args.classes)
-    check_labels(pictures, names)
+    check_labels(pictures, len(names))
     model, device = cli.load_model(config)
-    start, done = time.perf_counter(), []
+    start = time.perf_counter()
     results = predict(model, config, pictures, batch_size=args.batch_size, topk=min(args.topk, len(names)),
                       keep=args.html_most if args.html else 0)
-    status = 0
-    try:
-        for picture in cli.progress(results, len(pictures), 'predicting') if args.quiet else results:
-            done.append(picture)
-            if picture.error or not args.quiet:
-                print(as_text(picture, names), end='', file=sys.stderr if picture.error else sys.stdout)
-    except KeyboardInterrupt:
-        if not done:
-            raise
-        status = cli.INTERRUPTED
-        print(f'\ninterrupted: what is written is about {len(done)} of {len(pictures)} pictures', file=sys.stderr)
+    done, status = collect(results, len(pictures), names, args.quiet)
     line = summary(done, time.perf_counter() - start, device)
-    facts = {'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED, 'image_size': config.DATA.IMAGE_SIZE,
-             'crop_pct': config.DATA.CROP_PCT}
+    facts = {'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED,
+             'image_size': config.DATA.IMAGE_SIZE, 'crop_pct': config.DATA.CROP_PCT}
     if not args.quiet:
         print(line)
     if args.json:
@@ -232,9 +230,29 @@ def main(args):
     if args.csv:
         cli.write_text(args.csv, as_csv(done, names))
     if args.html:
-        from reporting import predictions
         cli.write_text(args.html, predictions.page(done[:args.html_most], names, facts, line, len(done)))
-    return status or int(any(picture.error for picture in done))
+    return status
+
+
+def collect(results: Iterable[Picture], count: int, names: list[str],
+            quiet: bool) -> tuple[list[Picture], int]:
+    """Print `count` results and return them with the exit status; after Ctrl-C the results so far."""
+    done: list[Picture] = []
+    status = 0
+    try:
+        for picture in cli.progress(results, count, 'predicting') if quiet else results:
+            done.append(picture)
+            if picture.error:
+                status = 1
+                print(as_text(picture, names), end='', file=sys.stderr)
+            elif not quiet:
+                print(as_text(picture, names), end='')
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        status = cli.INTERRUPTED
+        print(f'\ninterrupted: the files will hold {len(done)} of {count} pictures', file=sys.stderr)
+    return done, status
 
 
 if __name__ == '__main__':

@@ -54,7 +54,7 @@ def predicted_names(run_folder, picture, capsys, *words):
 # ---- where names come from
 
 def test_imagenet_s_names():
-    classes = cli.imagenet_classes()
+    classes = class_names.imagenet_classes()
     assert len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r'n\d{8}', key) for key in classes)
     names = cli.find_class_names(get_config(None, ['DATA.DATA_PATH', 'nowhere']))
     assert len({*names}) == 1000

@@ -2,6 +2,7 @@
 import browser
 import pytest
 from runs import TINY, make_images
+from tool_runs import make_untrained
 
 from config import get_config
 from training import engine
@@ -19,6 +20,11 @@ def trained(images, tmp_path_factory):
     options = ['TRAIN.EMA_DECAY', 0.9, 'TRAIN.NUM_EPOCHS', 3, 'TRAIN.BASE_LR', 0.01]
     engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(folder), *options]))
     return folder
+
+
+@pytest.fixture(scope='session')
+def untrained(tmp_path_factory):
+    return make_untrained(tmp_path_factory.mktemp('untrained'))
 
 
 @pytest.fixture(scope='session')

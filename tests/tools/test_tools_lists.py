@@ -13,6 +13,7 @@ from PIL import Image
 from runs import make_images, program
 
 import datasets
+from data import class_names
 
 
 def tool(module, *words):
@@ -28,7 +29,7 @@ def picture(path, value=0):
 
 
 def entries(folder, part):
-    classes = len(cli.read_names(folder / 'class_names.txt'))
+    classes = len(class_names.read_names(folder / 'class_names.txt'))
     samples = datasets.read_list(str(folder / f'{part}_list.txt'), str(folder), classes)     # as training reads it
     return [(samples.name(i), int(samples.labels[i])) for i in range(len(samples))]
 
