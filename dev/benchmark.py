@@ -1,16 +1,20 @@
 """Measure speed: of evaluation in each runtime, of the attention layer, of a training step.
 
-  python dev/benchmark.py eval -cfg configs/halonet_26t_256.yaml -pretrained W.pdparams -exported exported -batch 1 16
+  python dev/benchmark.py eval -cfg configs/halonet_26t_256.yaml -pretrained W.pdparams -exported exported
   python dev/benchmark.py eval ... -also timm=halonet26t.{batch}.onnx -csv eval.csv
   python dev/benchmark.py layer -csv layer.csv
   python dev/benchmark.py train -cfg configs/halonet_26t_256.yaml -batch 16
 
-What is compared is measured in turn, in random order, -rounds times: each time in a process of its own, for neither the waiting
-threads of another runtime nor the place of its memory shall matter, once to warm up, then -runs times. Quote the medians and
-the ratios; figures of different calls on a shared machine do not compare. `eval` takes the fused and composed eager model, the
-files of tools/export.py in DIR, and with -also the ONNX files of others; a runtime that is not installed is left out, and
-logits that differ by more than 1e-4 from the first engine's are said. OpenVINO computes in float32. `MiB` is by how much the
-process's peak of resident memory grew while it ran. Exit status: 0, or 2 for a mistake in the command.
+The engines of a task are measured in turn, in random order, -rounds times. Each time is a process of its
+own, because waiting threads of another runtime and the position of its memory change the speed. It warms up
+once and then runs -runs times. Quote medians and ratios; numbers of different calls on a shared machine do
+not compare.
+
+`eval` measures the fused and the composed eager model, the files of tools/export.py in DIR, and with -also
+the ONNX files of others. A runtime that is not installed is left out. Logits that differ by more than 1e-4
+from those of the first engine are reported. OpenVINO computes in float32. `MiB` is the growth of the
+process's peak of resident memory.
+Exit status: 0, or 2 for a mistake in the command.
 """
 import argparse
 import csv
@@ -23,27 +27,28 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from functools import partial
-from typing import Callable
+from typing import Any, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from system import cpu, paddle_internals
-from tools import cli, runtimes
+from system import cpu
+from tools import cli
 
-LAYERS = [  # batch, channels, side, heads, stride, block, halo: those of the networks of 26 layers, and two at high resolution
-    (16, 256, 16, 8, 1, 8, 2), (16, 512, 16, 8, 2, 8, 2), (8, 128, 32, 4, 1, 8, 3), (4, 64, 64, 4, 1, 8, 3)]
+from dev.benchmark_cases import WHAT, Case
+
+WIDE_INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile')
+LIMIT = 1e-4                                        # of the largest result, for a difference between engines
+PERCENTILES = (50, 90, 99)
 
 
-def parser():
+def parser() -> cli.Parser:
     options = cli.Parser(__doc__)
     options.add_argument('what', choices=WHAT)
     options.add('cfg', 'config file of the model', metavar='FILE')
     options.add('pretrained', 'weights (default: fresh ones)', metavar='FILE', default='')
     options.add('exported', 'eval: a folder of tools/export.py', metavar='DIR')
-    options.add('also', 'eval: other ONNX files to measure; {batch} in a name stands for the batch size', nargs='+', default=[],
-                metavar='NAME=FILE')
+    options.add('also', 'eval: other ONNX files; {batch} in a name stands for the batch size', nargs='+',
+                default=[], metavar='NAME=FILE')
     options.add('attention', 'the attention operators to measure', nargs='+', choices=('fused', 'composed'),
                 default=['fused', 'composed'])
     options.add('batch', 'batch sizes', nargs='+', type=int, default=[1, 16])
@@ -51,261 +56,156 @@ def parser():
     options.add('rounds', 'times that each is measured', type=int, default=5)
     options.add('runs', 'runs each time', type=int, default=3)
     options.add('csv', 'file to write the table to as well', metavar='FILE')
-    options.add('opts', 'any options of config.py', nargs='+', action='extend', default=[], metavar='KEY VALUE')
-    options.add('case', argparse.SUPPRESS, type=int)                        # of a process that measures
+    options.add('opts', 'any options of config.py', nargs='+', action='extend', default=[],
+                metavar='KEY VALUE')
+    options.add('case', argparse.SUPPRESS, type=int)                        # for the measuring processes
     options.add('answer', argparse.SUPPRESS)
     return options
 
 
-@dataclass
-class Case:
-    """One engine at one task."""
-    name: str
-    images: int                                     # per run
-    facts: dict                                     # the task: engines at the same are compared
-    make: Callable                                  # -> a function to measure; engines should agree on its result, unless None
-
-
-def main(args):
+def main(args: argparse.Namespace) -> int:
     if min(args.rounds, args.runs, *args.batch, *(args.threads or [1])) < 1:
         raise ValueError('-rounds, -runs, -batch and -threads must be at least 1')
-    cases = [case for threads in args.threads or [cpu.cores()] for case in WHAT[args.what](args, threads)]
+    cases = []
+    for threads in args.threads or [cpu.cores()]:
+        cases += WHAT[args.what](args, threads)
     if args.case is not None:
         return measure(cases[args.case], args)
     cli.check_outputs(args.csv)
     if args.pretrained:
         from model import hub
-        hub.find(args.pretrained)               # raises where there is none
-    machine, rows, tasks = describe(), [], []
+        hub.find(args.pretrained)                   # raises where there is none
+    machine = describe()
     print(machine, flush=True)
+    rows, tasks = [], []
     for case in cases:
         if case.facts not in tasks:
             tasks.append(case.facts)
             rows += compare([other for other in cases if other.facts == case.facts], cases, args)
     if args.csv and rows:
-        text = io.StringIO()
-        table = csv.DictWriter(text, [*rows[0], 'machine'])
-        table.writeheader()
-        table.writerows({**row, 'machine': machine} for row in rows)
-        cli.write_text(args.csv, text.getvalue())
+        write_table(args.csv, [{**row, 'machine': machine} for row in rows])
     return 0
 
 
-def describe():
-    """The machine in a line."""
+def describe() -> str:
+    """Describe the machine in a line."""
     import paddle
-    known = cpu.instructions()
-    wide = ' '.join(name for name in ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile') if name in known)
+    wide = ' '.join(name for name in WIDE_INSTRUCTIONS if name in cpu.instructions())
     return (f'{cpu.model_name()}, {cpu.cores()} cores, {wide}, load {os.getloadavg()[0]:.1f}, '
             f'Paddle {paddle.__version__}, Python {platform.python_version()}')
 
 
+def write_table(path: str, rows: list[dict]) -> None:
+    """Write rows as a CSV file, with three decimals."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]))
+    table.writeheader()
+    for row in rows:
+        numbers = {key: round(value, 3) for key, value in row.items() if isinstance(value, float)}
+        table.writerow({**row, **numbers})
+    cli.write_text(path, text.getvalue())
+
+
 # ---- measuring
 
-def compare(group, cases, args):
-    """Measure the cases of a task in turn, in processes of their own. Returns their rows."""
-    answers = {case.name: [] for case in group}
+def compare(group: list[Case], cases: list[Case], args: argparse.Namespace) -> list[dict]:
+    """Measure the cases of a task in turn, in processes of their own. Returns their rows of the table."""
+    answers: dict[str, list[dict]] = {case.name: [] for case in group}
     for _ in range(args.rounds):
         for case in random.sample(group, len(group)):
-            answers[case.name] += ask(cases.index(case), case.name)
-    answers = {name: answer for name, answer in answers.items() if answer}
-    first = next(iter(answers.values()), [{}])[0].get('result')
-    for name, answer in answers.items():
-        far = difference(answer[0]['result'], first) if first else 0
-        if not far <= 1e-4:
-            print(f'{name}: results differ by {far:.1e} of the largest', flush=True)
-    return report(group, answers)
+            answer = ask(cases.index(case), case.name)
+            if answer:
+                answers[case.name].append(answer)
+    measured = [case for case in group if answers[case.name]]
+    for case in measured:
+        first = answers[measured[0].name][0]['result']
+        own = answers[case.name][0]['result']
+        apart = difference(own, first) if first else 0.0
+        if not apart <= LIMIT:                      # NaN is reported too
+            print(f'{case.name}: results differ by {apart:.1e} of the largest', flush=True)
+    rows: list[dict] = []
+    for case in measured:
+        row = summary(case, answers[case.name])
+        row['ratio'] = rows[0]['p50_ms'] / row['p50_ms'] if rows else 1.0
+        rows.append(row)
+        print(as_line(case, row), flush=True)
+    return rows
 
 
-def ask(number, name):
-    """[what `measure` says of a case, in a process of its own], or [] with a line that says why not."""
+def ask(number: int, name: str) -> Optional[dict]:
+    """Return what `measure` writes for a case, in a new process, or None after a line with the reason."""
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, 'answer.json')
         done = cli.run_program([sys.executable, *sys.argv, '-case', str(number), '-answer', answer])
         if done.returncode:
-            print(f'{name}: left out: {(done.stdout.strip() or "no output").splitlines()[-1]}', flush=True)
-            return []
+            lines = done.stdout.strip().splitlines() or ['no output']
+            print(f'{name}: left out: {lines[-1]}', flush=True)
+            return None
         with open(answer, encoding='utf-8') as file:
-            return [json.load(file)]
+            return json.load(file)
 
 
-def measure(case, args):
-    """Write {'seconds': of each run, 'mib': growth of the memory, 'result': flat list or None} to args.answer."""
+def measure(case: Case, args: argparse.Namespace) -> int:
+    """Write {'seconds': of each run, 'mib': memory's growth, 'result': flat list or None} to args.answer."""
     run = case.make()
     before = resident_mib(reset=True)
-    result, seconds = run(), []
+    result = run()
+    seconds = []
     for _ in range(args.runs):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
     mib = resident_mib() - before
+    flat = None if result is None else result.flatten().tolist()
     with open(args.answer, 'w', encoding='utf-8') as file:
-        json.dump({'seconds': seconds, 'mib': mib, 'result': None if result is None else result.flatten().tolist()}, file)
+        json.dump({'seconds': seconds, 'mib': mib, 'result': flat}, file)
     return 0
 
 
-def resident_mib(reset=False):
-    """The peak of this process's resident memory, which `reset` lets begin anew. (getrusage's begins with the parent's.)"""
+def resident_mib(reset: bool = False) -> float:
+    """Return the peak of this process's resident memory; with `reset`, start it from the present memory.
+
+    That of getrusage starts with the parent's.
+    """
     if reset:
         with open('/proc/self/clear_refs', 'w', encoding='ascii') as file:
             file.write('5')
     with open('/proc/self/status', encoding='ascii') as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith('VmHWM'))
+        for line in file:
+            if line.startswith('VmHWM'):
+                return int(line.split()[1]) / 1024
+    raise OSError('/proc/self/status has no VmHWM')
 
 
-def difference(result, expected):
-    """The largest difference, over the largest number expected; not a number where one of them is none."""
+def difference(result: Any, expected: Any) -> float:
+    """Return the largest difference over the largest expected number, or NaN."""
     import numpy as np
     return float(np.abs(np.subtract(result, expected)).max() / np.abs(expected).max())
 
 
-def report(group, answers):
-    """Print a line for each engine and return them as dicts: latency in ms, images/s, and this over the first engine's."""
-    rows = []
-    for case in group:
-        if case.name not in answers:
-            continue
-        values = [value for answer in answers[case.name] for value in answer['seconds']]
-        cuts = statistics.quantiles(values, n=100, method='inclusive') if len(values) > 1 else values * 99
-        mib = statistics.median(answer['mib'] for answer in answers[case.name])
-        first = rows[0]['p50_ms'] if rows else cuts[49] * 1e3
-        row = {**case.facts, 'engine': case.name, 'p50_ms': cuts[49] * 1e3, 'p90_ms': cuts[89] * 1e3, 'p99_ms': cuts[98] * 1e3,
-               'images_per_s': case.images / cuts[49], 'best_images_per_s': case.images / min(values),
-               'ratio': first / (cuts[49] * 1e3), 'mib': mib}
-        rows.append(row)
-        print(' '.join(f'{key} {value}' for key, value in case.facts.items()) + f'  {case.name:18} p50 {row["p50_ms"]:8.1f} ms  '
-              f'p90 {row["p90_ms"]:8.1f}  p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  x{row["ratio"]:.2f}  '
-              f'{mib:6.0f} MiB', flush=True)
-    return [{key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+def summary(case: Case, answers: list[dict]) -> dict:
+    """Return an engine's row of the table: percentiles of the latency in ms, images/s and memory."""
+    seconds = [value for answer in answers for value in answer['seconds']]
+    cuts = seconds * 99
+    if len(seconds) > 1:
+        cuts = statistics.quantiles(seconds, n=100, method='inclusive')
+    row: dict = {**case.facts, 'engine': case.name}
+    for percent in PERCENTILES:
+        row[f'p{percent}_ms'] = cuts[percent - 1] * 1e3
+    row['images_per_s'] = case.images / cuts[49]
+    row['best_images_per_s'] = case.images / min(seconds)
+    row['ratio'] = 1.0                              # of the first engine's latency to this one's
+    row['mib'] = statistics.median(answer['mib'] for answer in answers)
+    return row
 
 
-# ---- what is measured
+def as_line(case: Case, row: dict) -> str:
+    """Format a row of the table for the console."""
+    task = ' '.join(f'{key} {value}' for key, value in case.facts.items())
+    return (f'{task}  {case.name:18} p50 {row["p50_ms"]:8.1f} ms  p90 {row["p90_ms"]:8.1f}  '
+            f'p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  x{row["ratio"]:.2f}  '
+            f'{row["mib"]:6.0f} MiB')
 
-def eval_cases(args, threads):
-    """Ours in eager mode first, then the exported files in each runtime."""
-    cases, side = [], config_of(args).DATA.IMAGE_SIZE
-    exported = os.listdir(args.exported) if args.exported else []
-    if args.exported and 'model.json' not in exported and 'model.onnx' not in exported:
-        raise ValueError(f'{args.exported}: neither model.json nor model.onnx is there; tools/export.py makes them')
-    for batch in args.batch:
-        makers = {f'eager {kind}': partial(eager, args, kind, threads) for kind in args.attention}
-        if 'model.json' in exported:
-            makers['Paddle Inference'] = partial(runtimes.paddle_inference, args.exported, threads)
-        files = {'': os.path.join(args.exported, 'model.onnx')} if 'model.onnx' in exported else {}
-        for text in args.also:
-            name, _, path = text.partition('=')
-            if not path:
-                raise ValueError(f'-also {text}: expected NAME=FILE')
-            files[f'{name} '] = path.replace('{batch}', str(batch))
-        for name, path in files.items():
-            if not os.path.isfile(path):
-                raise ValueError(f'{path}: no such file; tools/export.py makes one')
-            makers[f'{name}onnxruntime'] = partial(runtimes.onnxruntime, path, threads)
-            makers[f'{name}OpenVINO'] = partial(runtimes.openvino, path, threads)
-        cases += [Case(name, batch, {'batch': batch, 'threads': threads}, partial(on_images, make, (batch, 3, side, side)))
-                  for name, make in makers.items()]
-    return cases
-
-
-def on_images(make, shape):
-    import numpy as np
-    engine, images = make(), np.random.default_rng(0).standard_normal(shape, dtype='float32')
-    return lambda: engine(images)
-
-
-def eager(args, kind, threads):
-    model = model_of(args, kind, threads).eval()
-    import paddle
-    return lambda x: paddle.no_grad()(model)(paddle.to_tensor(x)).numpy()
-
-
-def layer_cases(args, threads):
-    """Halo attention with its projections, alone: forward, and forward and backward."""
-    cases = []
-    for shape in LAYERS:
-        name = 'B{} C{} {}x{} N{} stride {} block {} halo {}'.format(*shape[:3], *shape[2:])
-        cases += [Case(kind, shape[0], {'layer': name, 'what': what, 'threads': threads},
-                       partial(layer, shape, kind, what, threads))
-                  for what in ('forward', 'forward+backward') for kind in args.attention]
-    return cases
-
-
-def layer(shape, kind, what, threads):
-    paddle = start_paddle(threads)
-    from model.attention import HaloAttention
-    from model.layers import use_operators
-    batch, channels, side, heads, stride, block, halo = shape
-    paddle.seed(0)
-    attend = use_operators(HaloAttention(channels, channels, heads, block, halo, stride), kind)
-    x = paddle.randn([batch, channels, side, side])
-    if what == 'forward':
-        return lambda: paddle.no_grad()(attend)(x).numpy()
-    x.stop_gradient = False
-
-    def both():
-        attend(x).sum().backward()
-        x.clear_gradient()
-
-    return both
-
-
-def train_cases(args, threads):
-    """A training step: forward, cross-entropy, backward, AdamW."""
-    config_of(args)
-    return [Case(kind, batch, {'batch': batch, 'threads': threads}, partial(training_step, args, kind, batch, threads))
-            for batch in args.batch for kind in args.attention]
-
-
-def training_step(args, kind, batch, threads):
-    model, config = model_of(args, kind, threads), config_of(args)
-    import paddle
-    model.train()
-    optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
-    if config.TRAIN.TO_STATIC:
-        from model.layers import Traced
-        model = Traced(model)
-    x = paddle.randn([batch, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE])
-    labels = paddle.randint(0, config.MODEL.NUM_CLASSES, [batch])
-
-    def step():
-        loss = paddle.nn.functional.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        loss.item()
-
-    return step
-
-
-def start_paddle(threads):
-    import utils
-
-    import paddle
-    utils.start('cpu')
-    paddle_internals.set_num_threads(threads)
-    return paddle
-
-
-def config_of(args, *opts):
-    from config import get_config
-    if not args.cfg:
-        raise ValueError(f'{args.what} needs -cfg FILE')
-    return get_config(args.cfg, [*args.opts, *opts])
-
-
-def model_of(args, attention, threads):
-    """The model of the config with this attention operator."""
-    paddle = start_paddle(threads)
-    from halonet import build_halonet
-    from model import weights
-    paddle.seed(0)                                  # fresh weights are the same for all
-    model = build_halonet(config_of(args, 'MODEL.ATTENTION', attention))
-    if args.pretrained:
-        weights.load_pretrained(model, args.pretrained)
-    return model
-
-
-WHAT = {'eval': eval_cases, 'layer': layer_cases, 'train': train_cases}
 
 if __name__ == '__main__':
     parser().run(main)
