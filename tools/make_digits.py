@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -68,7 +69,7 @@ def write_files(folder: str, contents: dict[str, bytes]) -> None:
                     continue
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        files.atomic_write(path, lambda file, content=content: file.write(content))
+        files.atomic_write(path, methodcaller('write', content))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
