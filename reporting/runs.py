@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from system.options import read_yaml
+
 import numpy as np
-import yaml
 
 import config as options
 from data import class_names
@@ -191,12 +192,11 @@ def _config(folder: str) -> dict[str, Any]:
     """Read the config of a run as flat options, or {}. They may be those of another version."""
     for name in ('config.yaml', 'config_eval.yaml'):
         try:
-            with open(os.path.join(folder, name), encoding='utf-8') as file:
-                content = yaml.safe_load(file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            config = read_yaml(os.path.join(folder, name))
+        except (OSError, ValueError):
             continue
-        if isinstance(content, dict):
-            return options.flatten(content)
+        if config:
+            return config
     return {}
 
 

@@ -72,7 +72,7 @@ class Option:
             raise ValueError(f'{self.key} is {value}; it must be {self.limits()}')
 
     def expand_home(self, path: str) -> str:
-        """Return a path with the home folder for ~ or ~user at its start. Raises ValueError for other users."""
+        """Return a path with the home folder for ~ or ~user at its start. Raises ValueError without it."""
         expanded = os.path.expanduser(path)
         if expanded.startswith('~'):
             raise ValueError(f'{self.key} is {path}: there is no such user; '
@@ -193,7 +193,7 @@ class ConfigFiles:
         self.table, self.identity, self.clean = table, identity, clean
 
     def read(self, path: str, above: tuple[str, ...] = ()) -> dict[str, Setting]:
-        """Return {key: Setting} of a file and its BASE files; it overrides these, and a later one earlier ones.
+        """Return {key: Setting} of a file and its BASE files. It overrides these, a later one those before.
 
         `above` are the files that name this one. Raises ValueError and FileNotFoundError.
         """
@@ -242,23 +242,31 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a duplicate key is an error: its first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'{key} stands twice', node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == 'tag:yaml.org,2002:merge':       # <<, which has no value of its own
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if str(key) in seen:
+                raise yaml.constructor.ConstructorError(problem=f'duplicate key {key}',
+                                                        problem_mark=key_node.start_mark)
+            seen.add(str(key))
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """Return the content of a YAML file as a flat config. Raises ValueError without KEY: VALUE lines."""
-    with open(path, encoding='utf-8') as file:
-        try:
+    try:
+        with open(path, encoding='utf-8') as file:
             content = yaml.load(file, _Loader) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path}: not valid YAML: ' + ' '.join(str(error).split())) from None
-    if not isinstance(content, dict):
+        flat = flatten(content) if isinstance(content, dict) else None
+    except OSError:
+        raise
+    except Exception as error:                      # not only YAMLError: 2001-99-99 raises ValueError
+        raise ValueError(f'{path}: not valid YAML: ' + ' '.join(str(error).split())) from None
+    if flat is None:
         raise ValueError(f'{path}: expected KEY: VALUE lines, found {type(content).__name__}')
-    return flatten(content)
+    return flat
 
 
 # ---- values
@@ -304,7 +312,10 @@ def _convert(value: Any, kind: type, where: str) -> Any:
     if kind is str and type(value) in (int, float):
         value = str(value)                          # a folder may be called 7
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:                       # more digits than a float holds
+            value = math.inf
     if type(value) is not kind:
         raise ValueError(f'{where} must be {KINDS[kind]}, got {value!r}')
     return value

@@ -16,3 +16,14 @@ def seed():
 def log_reaches_pytest():
     """A run in an earlier test has set the logger up for itself."""
     utils.log.propagate = True
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return write(name, content), which makes a file in tmp_path and returns its path."""
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        return str(path)
+    return write
