@@ -33,12 +33,12 @@ Autocast = Callable[[], AbstractContextManager]     # makes the context of a for
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: at a checkpoint, at pretrained weights, or at fresh ones."""
-    resume: str                                     # a checkpoint; auto: the newest good one of the run folder; or ''
+    resume: str                                     # a checkpoint; auto: the newest good one; or ''
     pretrained: str                                 # a weight file, a name of the hub, or ''
     ema: bool                                       # take the moving average of the weights
     force: bool                                     # resume although options or images have changed
-    last_epoch: int                                 # go on after this epoch; -1: after that of the checkpoint
-    options: dict                                   # all by their keys, to explain weights that do not fit
+    last_epoch: int                                 # go on after this epoch; -1: the checkpoint's
+    options: dict                                   # {'GROUP.KEY': value}, to explain weights that do not fit
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Evaluation:
 class Training:
     """What a training run consists of, and the numbers that follow from it."""
     model: nn.Layer
-    parallel: nn.Layer                              # the same network, reducing gradients over the processes
+    parallel: nn.Layer                              # the same network, with gradients of all processes
     optimizer: paddle.optimizer.Optimizer
     scaler: paddle.amp.GradScaler
     ema: Union[optim.Ema, optim.NoEma]
@@ -91,18 +91,20 @@ class Training:
 class Saver:
     """When and where checkpoints are written."""
     folder: str
-    facts: dict                                     # what decides the results: options, images per step, the list
+    facts: dict                                     # what decides the results, see checkpoint.facts
     older_facts: dict                               # those that earlier versions wrote differently
     stop: Stop
     freq: int                                       # epochs between checkpoints
-    steps: int                                      # optimizer steps between them; 0: only those of whole epochs
-    seconds: float                                  # between them; 0: likewise
+    steps: int                                      # optimizer steps between them; 0: no limit
+    seconds: float                                  # between them; 0: no limit
     keep: int                                       # the newest so many
     written: float                                  # when the last one was written, or the run began
 
     def requests(self, step: int) -> tuple[bool, bool]:
-        """Return (this process is asked to stop, it wants a checkpoint after `step`). The time is that of rank 0."""
-        late = bool(self.seconds) and utils.rank() == 0 and time.monotonic() - self.written >= self.seconds
+        """Return (asked to stop, checkpoint due after `step`), both of this process. Rank 0 has the clock."""
+        late = False
+        if self.seconds and utils.rank() == 0:
+            late = time.monotonic() - self.written >= self.seconds
         due = self.steps > 0 and step % self.steps == 0
         return bool(self.stop.requested), late or due
 
@@ -123,8 +125,9 @@ def build_model(config: CfgNode) -> nn.Layer:
 def build_start(config: CfgNode) -> Start:
     """Return where the run begins, as MODEL and TRAIN.LAST_EPOCH say."""
     model = config.MODEL
-    return Start(resume=model.RESUME, pretrained=model.PRETRAINED, ema=model.PRETRAINED_EMA, force=model.RESUME_FORCE,
-                 last_epoch=config.TRAIN.LAST_EPOCH, options=flatten(config))
+    return Start(
+        resume=model.RESUME, pretrained=model.PRETRAINED, ema=model.PRETRAINED_EMA, force=model.RESUME_FORCE,
+        last_epoch=config.TRAIN.LAST_EPOCH, options=flatten(config))
 
 
 def build_run_folder(config: CfgNode, device: str, path: str) -> RunFolder:
@@ -136,12 +139,13 @@ def build_run_folder(config: CfgNode, device: str, path: str) -> RunFolder:
 def build_columns(config: CfgNode, device: str) -> dict[str, Any]:
     """Return the columns of the table of results that are known before the evaluation, {name: value}."""
     mixed = config.AMP and device == 'gpu'
-    return {'model': config.MODEL.NAME, 'data': config.DATA.DATA_PATH, 'image_size': config.DATA.IMAGE_SIZE,
-            'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': config.AMP_DTYPE if mixed else ''}
+    return {
+        'model': config.MODEL.NAME, 'data': config.DATA.DATA_PATH, 'image_size': config.DATA.IMAGE_SIZE,
+        'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': config.AMP_DTYPE if mixed else ''}
 
 
 def build_autocast(config: CfgNode, device: str) -> Autocast:
-    """Return what makes the context of a forward pass: mixed precision with AMP on a GPU, none otherwise."""
+    """Return what makes the context of a forward pass: mixed precision with AMP on a GPU, else none."""
     if config.AMP and device == 'cpu':
         log.info('-amp: mixed precision needs a GPU; going on in float32')
     if not config.AMP or device == 'cpu':
@@ -172,27 +176,35 @@ def build_training(config: CfgNode, model: nn.Layer, device: str) -> Training:
         synchronise_norms(model)
     utils.meet()                                    # some processes may take long to read the list
     return Training(
-        model=model, parallel=build_parallel(config, model, world), optimizer=optim.build_optimizer(config, model),
-        ema=optim.build_ema(config, model), scaler=build_scaler(config, device), loader=loader,
+        model=model,
+        parallel=build_parallel(config, model, world),
+        optimizer=optim.build_optimizer(config, model),
+        scaler=build_scaler(config, device),
+        ema=optim.build_ema(config, model),
+        loader=loader,
         to_input=build_input(config),
         to_targets=partial(mixing.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
-        mix=mixing.make_mix(train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB,
-                            train.MIXUP_MODE),
-        loss=optim.build_loss(config), autocast=build_autocast(config, device),
-        monitor=Monitor(epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch,
-                        num_workers=config.DATA.NUM_WORKERS),
-        lr_at=lr_at, seed=config.SEED, epochs=train.NUM_EPOCHS, accum=train.ACCUM_ITER,
+        mix=build_mix(config),
+        loss=optim.build_loss(config),
+        autocast=build_autocast(config, device),
+        monitor=Monitor(
+            epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=config.DATA.NUM_WORKERS),
+        lr_at=lr_at,
+        seed=config.SEED,
+        epochs=train.NUM_EPOCHS,
+        accum=train.ACCUM_ITER,
         clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
-        report_freq=config.REPORT_FREQ, validate_freq=config.VALIDATE_FREQ)
+        report_freq=config.REPORT_FREQ,
+        validate_freq=config.VALIDATE_FREQ)
 
 
 def build_lr(config: CfgNode, batches: int, world: int) -> Callable[[int], float]:
-    """Return the schedule of a training with so many batches per epoch and process: step -> learning rate."""
+    """Return the schedule, step -> learning rate, for so many batches per epoch and process."""
     train, batch_size = config.TRAIN, config.DATA.BATCH_SIZE
     passes = min(train.ACCUM_ITER, batches)
     if passes < train.ACCUM_ITER:
-        log.warning('TRAIN.ACCUM_ITER is %d and an epoch has %d forward passes: it is one step', train.ACCUM_ITER,
-                    passes)
+        log.warning('TRAIN.ACCUM_ITER is %d and an epoch has %d forward passes: it is one step',
+                    train.ACCUM_ITER, passes)
     global_batch = batch_size * world * passes
     base_lr = optim.scaled_lr(train.BASE_LR, global_batch, train.LR_BATCH)
     steps_per_epoch = steps_of(batches, train.ACCUM_ITER)
@@ -202,7 +214,7 @@ def build_lr(config: CfgNode, batches: int, world: int) -> Callable[[int], float
 
 
 def build_parallel(config: CfgNode, model: nn.Layer, world: int) -> nn.Layer:
-    """Return the network that the training calls: traced with TRAIN.TO_STATIC, reducing gradients over processes."""
+    """Return the network to call: traced with TRAIN.TO_STATIC, with the gradients of all processes."""
     network = Traced(model) if config.TRAIN.TO_STATIC else model
     return paddle.DataParallel(network) if world > 1 else network
 
@@ -212,8 +224,15 @@ def build_scaler(config: CfgNode, device: str) -> paddle.amp.GradScaler:
     return paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16')
 
 
+def build_mix(config: CfgNode) -> Callable:
+    """Return mixup and cutmix as TRAIN says: input, targets, rng, indices -> input, targets."""
+    train = config.TRAIN
+    return mixing.make_mix(
+        train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB, train.MIXUP_MODE)
+
+
 def build_input(config: CfgNode) -> Callable[[paddle.Tensor, paddle.Tensor, int], paddle.Tensor]:
-    """Return a function of uint8 images (B, 3, S, S), indices (B,) and the epoch: the input, normalised and erased."""
+    """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, 3, S, S)."""
     data, train, seed = config.DATA, config.TRAIN, config.SEED
 
     def to_input(images: paddle.Tensor, indices: paddle.Tensor, epoch: int) -> paddle.Tensor:
@@ -233,7 +252,8 @@ def build_saver(config: CfgNode, training: Training, folder: str, stop: Stop) ->
     return Saver(
         folder, facts=checkpoint.facts(flatten(config), **derived),
         older_facts={'train_list.txt': samples.file_digest()}, stop=stop, freq=config.SAVE_FREQ,
-        steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP, written=time.monotonic())
+        steps=config.SAVE_STEPS, seconds=60 * config.SAVE_MINUTES, keep=config.SAVE_KEEP,
+        written=time.monotonic())
 
 
 # ---- the number of classes
@@ -241,15 +261,16 @@ def build_saver(config: CfgNode, training: Training, folder: str, stop: Stop) ->
 def count_classes(num_classes: int, data_path: str) -> int:
     """Return MODEL.NUM_CLASSES, or the number of classes that the data have if it is -1.
 
-    Raises ValueError for a class_names.txt with more names than outputs, and where the data do not say how many.
+    Raises ValueError for a class_names.txt with more names than outputs, and where the data do not say
+    how many.
     """
     count, source = datasets.count_classes(data_path, read_lists=num_classes < 0)
     if num_classes < 0:
         log.info('%d classes, as %s says', count, source)
         return count
     if count > num_classes:
-        raise ValueError(f'{source} has {count} names and the model {num_classes} outputs (MODEL.NUM_CLASSES); '
-                         f'{_hint(count)}')
+        raise ValueError(f'{source} has {count} names and the model {num_classes} outputs '
+                         f'(MODEL.NUM_CLASSES); {_hint(count)}')
     return num_classes
 
 
@@ -261,8 +282,8 @@ def check_labels(num_classes: int, data_path: str, *loaders: datasets.Loader) ->
         count = max(samples.count_classes() for samples in lists)
         source = lists[0].list_file
     if count < num_classes:
-        log.warning('%s has %d classes and the model %d outputs (MODEL.NUM_CLASSES); %s', source, count, num_classes,
-                    _hint(count))
+        log.warning('%s has %d classes and the model %d outputs (MODEL.NUM_CLASSES); %s',
+                    source, count, num_classes, _hint(count))
 
 
 def _hint(count: int) -> str:

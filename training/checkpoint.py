@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: written whole or not at all, checked when read, the newest few kept."""
+"""The checkpoints of a run: written whole or not at all, checked when read, the newest few kept."""
 import hashlib
 import os
 import pickle
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FOLDER = 'checkpoints'
 NAME = re.compile(r'^step_(\d{8,})\.pdckpt$')
-FOOTER = b'sha256:'                                 # follows the pickle, with 64 hex digits; unpicklers stop before it
+FOOTER = b'sha256:'                                 # follows the pickle, with 64 hex digits
 CONTENT = {'model', 'ema', 'optimizer', 'scaler', 'progress', 'ranks', 'facts'}
 
 
@@ -46,7 +46,8 @@ class Progress:
 def capture(training: 'Training', progress: Progress, facts: Mapping[str, Any]) -> dict:
     """Return the state of a run. Every process has to call it.
 
-    'model' has the mean of the running statistics over all processes; 'ranks' has what belongs to each process.
+    'model' has the mean of the running statistics over all processes; 'ranks' has what belongs to each
+    process.
     """
     model = training.model.state_dict()
     own = to_numpy(running_statistics(training.model))
@@ -56,9 +57,14 @@ def capture(training: 'Training', progress: Progress, facts: Mapping[str, Any]) 
         averages[key] = sum(rank['buffers'][key] for rank in ranks) / len(ranks)
     counts = {key: value for key, value in vars(progress).items() if key != 'totals'}
     return {
-        'model': {**model, **averages}, 'ema': training.ema.state_dict(), 'scaler': training.scaler.state_dict(),
-        'optimizer': optim.optimizer_state(training.optimizer, training.model), 'progress': counts, 'ranks': ranks,
-        'facts': facts}
+        'model': {**model, **averages},
+        'ema': training.ema.state_dict(),
+        'scaler': training.scaler.state_dict(),
+        'optimizer': optim.optimizer_state(training.optimizer, training.model),
+        'progress': counts,
+        'ranks': ranks,
+        'facts': facts,
+    }
 
 
 def put_back(state: dict, training: 'Training') -> Progress:
@@ -73,7 +79,7 @@ def put_back(state: dict, training: 'Training') -> Progress:
         own = ranks[utils.rank()]
         optim.set_values(training.model.state_dict(), own['buffers'])
         progress.totals = utils.Totals.merged([own['totals']])
-    elif utils.rank() == 0:                         # all processes have the mean statistics, and rank 0 all totals
+    elif utils.rank() == 0:                         # the statistics are the mean; rank 0 takes all totals
         progress.totals = utils.Totals.merged([rank['totals'] for rank in ranks])
     return progress
 
@@ -90,7 +96,10 @@ def to_numpy(value: Any) -> Any:
 # ---- writing
 
 def save_weights(path: str, state_dict: Mapping[str, Any]) -> None:
-    """Write a flat state dict for `model.set_state_dict(paddle.load(path))`. The same weights give the same bytes."""
+    """Write a flat state dict for `model.set_state_dict(paddle.load(path))`.
+
+    The same weights give the same bytes.
+    """
     content = {key: np.ascontiguousarray(value) for key, value in to_numpy(state_dict).items()}
     files.atomic_write(path, lambda file: pickle.dump(content, file, protocol=4))
 
@@ -109,14 +118,15 @@ class _Hashing:
 def save(folder: str, step: int, state: dict, keep: int) -> None:
     """Write `state` as the checkpoint of `step`; keep the newest `keep`.
 
-    state: nested dicts of tensors, arrays, numbers and text. Raises FloatingPointError for weights that are not
-    finite, and OSError; then the checkpoints are as they were.
+    state: nested dicts of tensors, arrays, numbers and text. Raises FloatingPointError for weights that
+    are not finite, and OSError; then the checkpoints are as they were.
     """
     state = to_numpy(state)
     for key, value in state['model'].items():
         if not np.isfinite(value).all():
-            raise FloatingPointError(f'after step {step} the weights {key} are not finite, and nothing was saved; '
-                                     'lower TRAIN.BASE_LR or set TRAIN.GRAD_CLIP. The checkpoints before are intact')
+            raise FloatingPointError(
+                f'after step {step} the weights {key} are not finite, and nothing was saved; lower '
+                'TRAIN.BASE_LR or set TRAIN.GRAD_CLIP. The checkpoints before are intact')
     os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
     files.remove_temporary(os.path.join(folder, FOLDER))
 
@@ -151,8 +161,8 @@ def _step_of(path: str) -> int:
 def tidy(folder: str, step: int) -> None:
     """Prepare a run folder to go on after `step`.
 
-    Later checkpoints, damaged ones or those of a run that was given up, are set aside. Temporary files that killed
-    processes left are removed.
+    Later checkpoints, damaged ones or those of a run that was given up, are set aside. Temporary files
+    that killed processes left are removed.
     """
     for path in steps(folder):
         if _step_of(path) > step:
@@ -203,11 +213,12 @@ def load(path: str) -> dict:
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such checkpoint')
     if not _is_whole(path):
-        raise ValueError(f'{path}: this is no checkpoint of this project, or it is damaged (its checksum does not '
-                         'match)')
+        raise ValueError(f'{path}: this is no checkpoint of this project, or it is damaged '
+                         '(its checksum does not match)')
     state = weights.read_pickle(path)
     if not _has_parts(state):
-        raise ValueError(f'{path}: this checkpoint is of another version of this project, or of another project')
+        raise ValueError(f'{path}: this checkpoint is of another version of this project, '
+                         'or of another project')
     return state
 
 
@@ -266,7 +277,9 @@ def _are_totals(value: Any) -> bool:
 
 def _are_numbers(values: Any, count: int) -> bool:
     """True for a list of `count` numbers."""
-    return type(values) is list and len(values) == count and all(type(value) in (int, float) for value in values)
+    if type(values) is not list or len(values) != count:
+        return False
+    return all(type(value) in (int, float) for value in values)
 
 
 # ---- facts
@@ -281,9 +294,10 @@ def facts(options: Mapping[str, Any], **derived: Any) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], older: Iterable = ()) -> list[str]:
-    """Return a text for each of the facts that changed; `older` has values that earlier versions wrote for the same.
+    """Return a text for each of the facts that changed.
 
-    An option that `before` lacks, because it is newer, had its default.
+    An option that `before` lacks, because it is newer, had its default. older: values that earlier
+    versions wrote for some facts.
     """
     also_right = dict(older)
     before = {**{key: value for key, value in defaults().items() if key in now}, **before}

@@ -1,4 +1,4 @@
-"""Training and evaluation: `run(config)` builds everything, then goes through the epochs; both mains call it."""
+"""Training and evaluation: `run(config)` builds everything and trains or evaluates; both mains call it."""
 import math
 import os
 import platform
@@ -28,16 +28,16 @@ from training.restoring import load_for_evaluation, restore
 from training.run_folder import RunFolder
 
 
-@paddle.utils.unique_name.guard()                   # Paddle numbers optimizer state by what the process has built before
+@paddle.utils.unique_name.guard()                   # Paddle numbers the layers that a process has built
 def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
-    """Train, or with EVAL only evaluate, as the config says. Returns the last evaluation, {split: {name: value}}.
+    """Train, or with EVAL only evaluate. Returns the last evaluation, {split: {name: value}}.
 
-    Raises ValueError or OSError for input that does not fit, with the fix. Raises Stopped once `stop` is
-    requested and what is done is saved.
+    Raises ValueError or OSError for input that does not fit, with the fix. Raises Stopped once `stop`
+    is requested and what is done is saved.
     """
     if not config.MODEL.NUM_CLASSES:
-        raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train or to '
-                         'evaluate')
+        raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train '
+                         'or to evaluate')
     if config.MODEL.RESUME == 'auto' and not config.OUTPUT:
         raise ValueError('-resume auto needs -output, the run folder to go on in')
     stop = stop or Stop()
@@ -60,7 +60,8 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
             if config.EVAL:
                 table = config.RESULTS or os.path.join(path, 'results.csv')
                 columns = builders.build_columns(config, device)
-                return run_evaluation(model, evaluation, start, folder, metrics, table=table, columns=columns)
+                return run_evaluation(
+                    model, evaluation, start, folder, metrics, table=table, columns=columns)
             training = builders.build_training(config, model, device)
             saver = builders.build_saver(config, training, path, stop)
             progress = prepare_training(training, evaluation, saver, start, folder, metrics)
@@ -82,12 +83,12 @@ def log_start(folder: str, device: str, chosen: bool) -> None:
     log.debug('started by: %s', records.command())
     if device == 'cpu' and not chosen:
         log.info('no GPU: running on the CPU')
-    log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(), paddle.__version__,
-             device, utils.world_size())
+    log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(),
+             paddle.__version__, device, utils.world_size())
 
 
-def run_evaluation(model: nn.Layer, evaluation: Evaluation, start: Start, folder: RunFolder, metrics: Metrics, *,
-                   table: str, columns: dict[str, Any]) -> dict[str, dict]:
+def run_evaluation(model: nn.Layer, evaluation: Evaluation, start: Start, folder: RunFolder,
+                   metrics: Metrics, *, table: str, columns: dict[str, Any]) -> dict[str, dict]:
     """Load weights, evaluate them and record the result. Returns {'val': result}.
 
     table: the CSV file that gets a row. columns: those of the row that are known already.
@@ -99,14 +100,14 @@ def run_evaluation(model: nn.Layer, evaluation: Evaluation, start: Start, folder
     result = evaluate(model, evaluation)
     evaluation.predictions.save('eval')
     records.write_page(folder.path)
-    report_evaluation(result, metrics, 'val', epoch=0, step=0)               # the last line on the console
+    report_evaluation(result, metrics, 'val', epoch=0, step=0)       # the last line on the console
     results.save_result(table, results.row(columns, model, weights, result))
     return {'val': result}
 
 
-def prepare_training(training: Training, evaluation: Evaluation, saver: Saver, start: Start, folder: RunFolder,
-                     metrics: Metrics) -> Progress:
-    """Restore the training and return its Progress; record the start last, when nothing can be wrong any more."""
+def prepare_training(training: Training, evaluation: Evaluation, saver: Saver, start: Start,
+                     folder: RunFolder, metrics: Metrics) -> Progress:
+    """Restore the training and return its Progress. Record the start last, when no input can be wrong."""
     builders.check_labels(folder.num_classes, folder.data_path, training.loader, evaluation.loader)
     progress = restore(training, saver, start, metrics)
     folder.record_training(resumed=progress.step > 0)
@@ -117,11 +118,11 @@ def prepare_training(training: Training, evaluation: Evaluation, saver: Saver, s
 
 def train(training: Training, evaluation: Evaluation, progress: Progress, saver: Saver,
           metrics: Metrics) -> dict[str, dict]:
-    """Run the epochs that are left, each with its evaluation and checkpoint. Returns the last evaluation."""
+    """Run the epochs that are left, with evaluations and checkpoints. Returns the last evaluation."""
     found: dict[str, dict] = {}
     while progress.epoch < training.epochs:
         train_one_epoch(training, progress, saver, metrics)
-        utils.average(running_statistics(training.model).values())           # every rank evaluates the same model
+        utils.average(running_statistics(training.model).values())   # every rank evaluates the same model
         epoch = progress.epoch + 1
         last = epoch == training.epochs
         if last:
@@ -129,12 +130,12 @@ def train(training: Training, evaluation: Evaluation, progress: Progress, saver:
         save_due = last or epoch % saver.freq == 0
         evaluation_due = last or epoch % training.validate_freq == 0
         if save_due and evaluation_due:
-            save_checkpoint(training, progress, saver)                       # an evaluation may fail
+            save_checkpoint(training, progress, saver)               # an evaluation may fail
         if evaluation_due:
             try:
                 found = evaluate_all(training, evaluation, progress, saver.folder, metrics)
             except Stopped:
-                save_checkpoint(training, progress, saver)                   # of an epoch that lacks its evaluation
+                save_checkpoint(training, progress, saver)           # the epoch still lacks its evaluation
                 raise
         progress.epoch, progress.steps_of_epoch = epoch, 0
         if save_due:
@@ -149,7 +150,7 @@ def train(training: Training, evaluation: Evaluation, progress: Progress, saver:
 
 
 def train_one_epoch(training: Training, progress: Progress, saver: Saver, metrics: Metrics) -> None:
-    """Run the optimizer steps that are left of an epoch. Raises Stopped, after a checkpoint, when asked to."""
+    """Run the optimizer steps that are left of an epoch. Raises Stopped, after a checkpoint, on request."""
     model = training.parallel
     model.train()
     if progress.steps_of_epoch == 0:
@@ -178,7 +179,7 @@ def train_one_epoch(training: Training, progress: Progress, saver: Saver, metric
         training.ema.update(training.model, progress.step)
         progress.step += 1
         progress.steps_of_epoch += 1
-        training.monitor.step(lr, losses.shape[0] * len(batches))        # mixing may leave fewer images than were read
+        training.monitor.step(lr, losses.shape[0] * len(batches))    # mixing may leave fewer images than read
         if is_report_due(progress.steps_of_epoch, training.steps_per_epoch, training.report_freq):
             report_training(training, progress, lr, metrics)
         stop, save = utils.any_rank(*saver.requests(progress.step))
@@ -198,7 +199,8 @@ def dropout_seed(training: Training, progress: Progress) -> int:
 def mix_rng(training: Training, progress: Progress) -> np.random.Generator:
     """Return the generator of the next step's mixing.
 
-    It is the same for all passes and processes of a step, so the mixing does not depend on how the step is split.
+    It is the same for all passes and processes of a step, so the mixing does not depend on how the step
+    is split.
     """
     return generators.rng_for(training.seed, generators.MIX, progress.step)
 
@@ -216,22 +218,22 @@ def grouped(items: Iterable, size: int) -> Iterator[list]:
 
 
 def reduced_last(model: nn.Layer, i: int, count: int) -> AbstractContextManager:
-    """Return the context of backward pass i of `count`: only the last one reduces gradients over the processes."""
+    """Return the context of backward pass i of `count`: only the last one sums gradients over processes."""
     if i + 1 < count and isinstance(model, paddle.DataParallel):
         return model.no_sync()
     return nullcontext()
 
 
 def refuse_non_finite(training: Training, progress: Progress) -> None:
-    """Raise FloatingPointError on every process if the loss of one was not finite since the last report."""
+    """Raise FloatingPointError on every process if a loss of one was not finite since the last report."""
     bad = progress.totals.first_nonfinite()
     if bad:
         step, rank = bad
         lr = training.lr(progress, back=progress.step - step)
         raise FloatingPointError(
-            f'the loss is not finite: epoch {progress.epoch + 1}, step {step + 1}, rank {rank}, learning rate '
-            f'{lr:.3e}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP or look at the data. The checkpoints before it are '
-            'intact')
+            f'the loss is not finite: epoch {progress.epoch + 1}, step {step + 1}, rank {rank}, '
+            f'learning rate {lr:.3e}; lower TRAIN.BASE_LR, set TRAIN.GRAD_CLIP or look at the data. '
+            'The checkpoints before it are intact')
 
 
 def is_report_due(steps: int, steps_per_epoch: int, freq: int) -> bool:
@@ -248,12 +250,14 @@ def report_training(training: Training, progress: Progress, lr: float, metrics: 
     refuse_non_finite(training, progress)
     result, seconds = progress.totals.reduce(), progress.totals.seconds()
     images_per_s = result['images'] / seconds
-    log.info('epoch %d/%d  step %d/%d  loss %.4f  acc@1 %.2f  lr %.3e  %.1f images/s', progress.epoch + 1,
-             training.epochs, progress.step, training.epochs * training.steps_per_epoch, result['loss'],
-             result['acc1'], lr, images_per_s)
+    steps = training.epochs * training.steps_per_epoch
+    log.info('epoch %d/%d  step %d/%d  loss %.4f  acc@1 %.2f  lr %.3e  %.1f images/s',
+             progress.epoch + 1, training.epochs, progress.step, steps, result['loss'], result['acc1'], lr,
+             images_per_s)
     data_wait = training.monitor.report(result['loss'], images_per_s, seconds)
-    metrics.write(epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'],
-                  acc1=result['acc1'], acc5=result['acc5'], lr=lr, images_per_s=images_per_s, data_wait=data_wait)
+    metrics.write(
+        epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'], acc1=result['acc1'],
+        acc5=result['acc5'], lr=lr, images_per_s=images_per_s, data_wait=data_wait)
     progress.totals = utils.Totals()
 
 
@@ -263,8 +267,9 @@ def report_training(training: Training, progress: Progress, lr: float, metrics: 
 def evaluate(model: nn.Layer, evaluation: Evaluation, split: str = 'val') -> dict[str, Any]:
     """Compute loss and accuracy over the whole list, exact for any number of processes.
 
-    Returns Totals.reduce() and 'images_per_s'. A terminal shows a progress line, named `split`. Raises Stopped
-    on every process where one is asked to stop, and FloatingPointError where the loss is not finite.
+    Returns Totals.reduce() and 'images_per_s'. A terminal shows a progress line, named `split`. Raises
+    Stopped on every process where one is asked to stop, and FloatingPointError where the loss is not
+    finite.
     """
     model.eval()
     totals = utils.Totals()
@@ -274,8 +279,8 @@ def evaluate(model: nn.Layer, evaluation: Evaluation, split: str = 'val') -> dic
                 break
             with evaluation.autocast():
                 logits = model(evaluation.to_input(images))
-            losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none').flatten()
-            totals.add(losses, logits, labels)
+            losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none')
+            totals.add(losses.flatten(), logits, labels)
             evaluation.predictions.add(indices, labels, logits)
     utils.meet()                                    # some processes may have more to do than others
     skipped = sum(utils.gather(evaluation.loader.skipped))
@@ -283,17 +288,17 @@ def evaluate(model: nn.Layer, evaluation: Evaluation, split: str = 'val') -> dic
         log.warning('%d unreadable images were left out of the evaluation', skipped)
     if any(utils.any_rank(evaluation.stop.requested)):
         raise Stopped('stopped during an evaluation, which has no result: start again, a training by '
-                            '-resume auto')
+                      '-resume auto')
     result = totals.reduce()
     if not math.isfinite(result['loss']):
-        raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable numbers on '
-                                 'these images')
+        raise FloatingPointError('the loss of the evaluation is not finite: the weights give no usable '
+                                 'numbers on these images')
     return {**result, 'images_per_s': result['images'] / totals.seconds()}
 
 
 def evaluate_all(training: Training, evaluation: Evaluation, progress: Progress, folder: str,
                  metrics: Metrics) -> dict[str, dict]:
-    """Evaluate the weights and their moving average, if any; save the best of each. Returns {split: result}."""
+    """Evaluate the weights and any moving average, and save the best of each. Returns {split: result}."""
     found = {}
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
@@ -307,7 +312,8 @@ def evaluate_all(training: Training, evaluation: Evaluation, progress: Progress,
     return found
 
 
-def report_evaluation(result: dict[str, Any], metrics: Metrics, split: str, epoch: int, step: int) -> None:
+def report_evaluation(result: dict[str, Any], metrics: Metrics, split: str, epoch: int,
+                      step: int) -> None:
     """Log and record the result of an evaluation."""
     log.info('%s  acc@1 %.2f  acc@5 %.2f  loss %.4f  (%d images)', split, result['acc1'], result['acc5'],
              result['loss'], result['images'])
@@ -318,7 +324,7 @@ def report_evaluation(result: dict[str, Any], metrics: Metrics, split: str, epoc
 # ---- saving
 
 def save_weights(model: nn.Layer, folder: str, name: str, split: str) -> None:
-    """Write the best or final weights to NAME.pdparams, and those of the moving average to NAME_ema.pdparams."""
+    """Write weights to NAME.pdparams; those of the moving average, split val_ema, to NAME_ema.pdparams."""
     suffix = split[len('val'):]
     path = os.path.join(folder, f'{name}{suffix}.pdparams')
     utils.on_rank_0(checkpoint.save_weights, path, model.state_dict())

@@ -11,7 +11,7 @@ from model.attention import BottleneckAttention, HaloAttention, LambdaLayer
 from model.blocks import Bottleneck, EfficientChannelAttention, SqueezeExcite
 from model.layers import ConvNormAct
 
-Count = tuple[int, int, int]                        # multiply-adds of one image; height and width of the output
+Count = tuple[int, int, int]                        # multiply-adds of one image; output height and width
 
 
 def multiply_adds(layer: nn.Layer, H: int, W: int) -> Count:
@@ -98,8 +98,9 @@ def halo(layer: HaloAttention, H: int, W: int) -> Count:
     d = layer.q.weight.shape[0]                     # width of the queries, all heads together
     content = window * window * (d + layer.out_width)
     positions = 2 * (2 * window - 1) * d            # as timm computes them: with all rows of both tables
+    total = projections + queries * (content + positions)
     H, W = -(-H // stride), -(-W // stride)
-    return projections + queries * (content + positions), side_after(layer.pool, H), side_after(layer.pool, W)
+    return total, side_after(layer.pool, H), side_after(layer.pool, W)
 
 
 def global_attention(layer: BottleneckAttention, H: int, W: int) -> Count:
@@ -107,7 +108,8 @@ def global_attention(layer: BottleneckAttention, H: int, W: int) -> Count:
     content = side ** 2 * (layer.qk_width + layer.out_width)
     positions = 2 * (2 * side - 1) * layer.qk_width
     projections = multiply_adds(layer.qkv, H, W)[0]
-    return projections + side ** 2 * (content + positions), side_after(layer.pool, H), side_after(layer.pool, W)
+    total = projections + side ** 2 * (content + positions)
+    return total, side_after(layer.pool, H), side_after(layer.pool, W)
 
 
 def lambda_layer(layer: LambdaLayer, H: int, W: int) -> Count:

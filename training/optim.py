@@ -1,4 +1,4 @@
-"""The mathematics of an update: losses, learning rates, optimizers, gradient clipping, averaged weights."""
+"""The mathematics of an update: losses, learning rates, optimizers, clipping, averaged weights."""
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,24 +13,27 @@ from paddle import nn
 from paddle.optimizer import Optimizer
 from yacs.config import CfgNode
 
-Loss = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]              # logits, targets (B, K) -> losses (B,)
+Loss = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]       # logits, targets (B, K) -> losses (B,)
 
 # ---- losses
 
 
 def cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-    """Compute the soft-target cross-entropy of each sample in float32: logits (B, K), targets (B, K) -> (B,)."""
+    """Compute each sample's soft-target cross-entropy: logits, targets (B, K) -> losses (B,), float32."""
     return -(targets * F.log_softmax(logits.astype('float32'), axis=-1)).sum(-1)
 
 
-def binary_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor, threshold: float = -1.0) -> paddle.Tensor:
-    """Compute each sample's mean binary cross-entropy over classes: logits (B, K), targets (B, K) -> (B,), float32.
+def binary_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor,
+                         threshold: float = -1.0) -> paddle.Tensor:
+    """Compute each sample's binary cross-entropy: logits, targets (B, K) -> losses (B,), float32.
 
-    Targets above `threshold` count as 1 and others as 0; a negative threshold leaves them soft. As in timm.
+    A loss is the mean over classes. Targets above `threshold` count as 1 and others as 0. A negative
+    threshold leaves them soft. As in timm.
     """
     if threshold >= 0:
         targets = (targets > threshold).astype('float32')
-    losses = F.binary_cross_entropy_with_logits(logits.astype('float32'), targets, reduction='none')     # (B, K)
+    logits = logits.astype('float32')
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')   # (B, K)
     return losses.mean(-1)
 
 
@@ -44,14 +47,14 @@ def build_loss(config: CfgNode) -> Loss:
 
 # ---- learning rate
 
-def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, warmup_lr: float, end_lr: float,
-          schedule: str = 'cosine', cooldown_steps: int = 0, decay_steps: float = 1,
+def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, warmup_lr: float,
+          end_lr: float, schedule: str = 'cosine', cooldown_steps: int = 0, decay_steps: float = 1,
           decay_rate: float = 1.0) -> float:
     """Compute the learning rate of optimizer step `step`, counted from 0.
 
-    It rises linearly from warmup_lr to base_lr, then follows the schedule. The last cooldown_steps have end_lr.
-    cosine: half a cosine; its last step has end_lr.
-    step: base_lr * decay_rate ** (decay_steps passed since step 0, as TensorFlow and timm count), at least end_lr.
+    It rises linearly from warmup_lr to base_lr, then follows the schedule. The last cooldown_steps have
+    end_lr. cosine: half a cosine; its last step has end_lr. step: base_lr * decay_rate ** (decay_steps
+    passed since step 0, as TensorFlow and timm count), at least end_lr.
     """
     if step < warmup_steps:
         return warmup_lr + (base_lr - warmup_lr) * step / warmup_steps
@@ -65,11 +68,12 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, war
 
 
 def build_schedule(config: CfgNode, base_lr: float, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return the schedule that TRAIN describes: optimizer step -> learning rate, `base_lr` after warm-up."""
+    """Return the schedule of TRAIN, optimizer step -> learning rate; it is `base_lr` after warm-up."""
     train = config.TRAIN
     return partial(
         lr_at, schedule=train.LR_SCHEDULE, base_lr=base_lr, warmup_lr=train.WARMUP_LR, end_lr=train.END_LR,
-        total_steps=train.NUM_EPOCHS * steps_per_epoch, warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
+        total_steps=train.NUM_EPOCHS * steps_per_epoch,
+        warmup_steps=round(train.WARMUP_EPOCHS * steps_per_epoch),
         cooldown_steps=round(train.COOLDOWN_EPOCHS * steps_per_epoch),
         decay_steps=train.DECAY_EPOCHS * steps_per_epoch, decay_rate=train.DECAY_RATE)
 
@@ -84,8 +88,8 @@ def scaled_lr(base_lr: float, global_batch: int, reference_batch: int) -> float:
 # ---- parameters
 
 def trainable(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Return {name: parameter} of what is trained. Paddle's parameters() has batch-norm statistics as well."""
-    return {name: parameter for name, parameter in model.named_parameters() if not parameter.stop_gradient}
+    """Return {name: parameter} of what is trained; Paddle's parameters() has batch-norm statistics, too."""
+    return {name: value for name, value in model.named_parameters() if not value.stop_gradient}
 
 
 def set_values(tensors: Mapping[str, paddle.Tensor], values: Mapping[str, Any]) -> None:
@@ -97,8 +101,9 @@ def set_values(tensors: Mapping[str, paddle.Tensor], values: Mapping[str, Any]) 
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Return {parameter name: factor of its learning rate}, as in timm.
 
-    The head has the factor 1. Each layer below it has `decay` times that of the layer above: the blocks, last the
-    stem. `names` are in the order of the network. The final convolution belongs to the last block.
+    The head has the factor 1. Each layer below it has `decay` times that of the layer above: the
+    blocks, last the stem. `names` are in the order of the network. The final convolution belongs to the
+    last block.
     """
     layer_of = {name: _layer_of(name) for name in names}
     blocks = [layer for layer in layer_of.values() if layer.startswith('stages.')]
@@ -111,7 +116,7 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def _layer_of(name: str) -> str:
-    """Return the layer that a parameter belongs to: 'stem', a block such as 'stages.0.1', 'final_conv' or 'head'."""
+    """Return the layer of a parameter: 'stem', a block such as 'stages.0.1', 'final_conv' or 'head'."""
     parts = name.split('.')
     if parts[0] == 'stages':
         return '.'.join(parts[:3])
@@ -121,8 +126,8 @@ def _layer_of(name: str) -> str:
 def decay_groups(model: nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Return Paddle's parameter groups: with weight decay matrices and kernels, without it all others.
 
-    Those are norms, biases and tables of relative positions. Paddle's 'learning_rate' of a group is a factor of the
-    optimizer's.
+    Those are norms, biases and tables of relative positions. Paddle's 'learning_rate' of a group is a
+    factor of the optimizer's.
     """
     parameters = trainable(model)
     groups: dict[tuple, dict] = {}
@@ -138,10 +143,10 @@ def decay_groups(model: nn.Layer, weight_decay: float, layer_decay: float = 1.0)
 def lamb(groups: list[dict], weight_decay: float, betas: list[float], eps: float) -> Optimizer:
     """Return Paddle's Lamb for parameter groups that have this weight decay or none.
 
-    Like timm's it adapts the parameters with weight decay only. timm's also clips the gradients to a norm of 1,
-    which here is TRAIN.GRAD_CLIP 1.0.
+    Like timm's it adapts the parameters with weight decay only. timm's also clips the gradients to a
+    norm of 1, which here is TRAIN.GRAD_CLIP 1.0.
     """
-    without_decay: set[str] = set()                           # Paddle's Lamb asks for each parameter, not for groups
+    without_decay: set[str] = set()                 # Paddle's Lamb asks for each parameter, not for groups
     for group in groups:
         if not group['weight_decay']:
             without_decay.update(parameter.name for parameter in group['params'])
@@ -162,7 +167,8 @@ def build_optimizer(config: CfgNode, model: nn.Layer) -> Optimizer:
     if train.OPTIMIZER == 'lamb':
         return lamb(groups, train.WEIGHT_DECAY, train.BETAS, train.EPS)
     assert train.OPTIMIZER == 'rmsprop', train.OPTIMIZER
-    return paddle_internals.RMSProp(0.0, train.RMSPROP_ALPHA, train.EPS, train.MOMENTUM, parameters=groups)
+    return paddle_internals.RMSProp(
+        0.0, train.RMSPROP_ALPHA, train.EPS, train.MOMENTUM, parameters=groups)
 
 
 # ---- gradients
@@ -184,8 +190,8 @@ def clip_value(parameters: dict[str, paddle.Tensor], limit: float) -> None:
 def clip_agc(parameters: dict[str, paddle.Tensor], factor: float, least: float = 1e-3) -> None:
     """Clip by adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171).
 
-    The norm of no unit's gradient exceeds `factor` times the norm of its weights. A unit is one output channel, one
-    row of a position table, or a whole vector. The classifier is left out, as in timm.
+    The norm of no unit's gradient exceeds `factor` times the norm of its weights. A unit is one output
+    channel, one row of a position table, or a whole vector. The classifier is left out, as in timm.
     """
     for name, parameter in parameters.items():
         if name.startswith('head.'):
@@ -215,7 +221,7 @@ def clip_gradients(model: nn.Layer, limit: float, mode: str = 'norm') -> None:
 # ---- state
 
 def optimizer_state(optimizer: Optimizer, model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Return the optimizer's state as {'parameter|slot': tensor}, by the names that parameters have in the model.
+    """Return the optimizer's state as {'parameter|slot': tensor}, by the model's names of parameters.
 
     Paddle's own names count the layers that the whole process has made.
     """
@@ -242,7 +248,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Layer, state: Mapping[s
 # ---- averaged weights
 
 class Ema:
-    """Exponential moving average of the parameters. Batch-norm statistics are averages already and are not in it.
+    """Exponential moving average of the parameters, without batch-norm statistics: they are averages already.
 
     With `warmup` > 0 the decay of step t (from 0) is at most 1 - (1 + t) ** -warmup.
     """
@@ -259,7 +265,7 @@ class Ema:
 
     @paddle.no_grad()
     def update(self, model: nn.Layer, step: int) -> None:
-        """After optimizer step `step` (counted from 0): average = decay * average + (1 - decay) * weights."""
+        """Set average = decay * average + (1 - decay) * weights, after optimizer step `step` (from 0)."""
         decay = self.decay_at(step)
         for name, value in trainable(model).items():
             self.average[name].lerp_(value.detach(), 1 - decay)
@@ -272,7 +278,7 @@ class Ema:
 
     @contextmanager
     def applied(self, model: nn.Layer, split: str) -> Iterator[None]:
-        """Give `model` the averaged parameters within the block if `split` is 'val_ema'; with 'val' do nothing."""
+        """Give `model` the averaged parameters within the block for the split val_ema, its own for val."""
         own = {}
         if split == 'val_ema':
             own = {name: value.detach().clone() for name, value in trainable(model).items()}

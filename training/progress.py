@@ -18,16 +18,16 @@ from tqdm import tqdm
 import datasets
 from training.checkpoint import Progress
 
-WAIT_TO_WARN = 0.2                                  # fraction of time waiting for data that deserves a warning, and
-#                                                     its increase that deserves another
-SECONDS_TO_JUDGE = 10                               # shorter stretches say little: data processes start, Paddle warms up
+WAIT_TO_WARN = 0.2                                  # fraction of time waiting for data that gets a warning,
+#                                                     and increase of it that gets another
+SECONDS_TO_JUDGE = 10                               # shorter stretches say little: data processes start
 BAR = '{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}'
 
 
 # ---- bars
 
 class Bar(tqdm):
-    """The progress line of a training, with `status()` at its end. `disable=True` makes one that shows nothing."""
+    """The progress line of a training, with `status()` at its end; `disable=True` shows nothing."""
 
     monitor_interval = 0                            # no thread: data processes are forked
 
@@ -47,7 +47,8 @@ class EvaluationBar(tqdm):
     monitor_interval = 0                            # as in Bar
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(bar_format=BAR + ' batches  ETA {remaining}', leave=False, dynamic_ncols=True, **options)
+        super().__init__(
+            bar_format=BAR + ' batches  ETA {remaining}', leave=False, dynamic_ncols=True, **options)
 
 
 def evaluation_batches(loader: datasets.Loader, split: str,
@@ -64,7 +65,7 @@ def evaluation_batches(loader: datasets.Loader, split: str,
 
 @contextmanager
 def lines_above_bars(shown: bool) -> Iterator[None]:
-    """Write log lines for the console above the progress lines within the block, if these are `shown`."""
+    """Write the console's log lines above the progress lines within the block, if these are `shown`."""
     handlers = [handler for handler in log.handlers if shown and isinstance(handler, console.Console)]
     streams = [handler.setStream(AboveBar(handler.stream)) for handler in handlers]
     try:
@@ -92,13 +93,14 @@ class AboveBar:
 # ---- watching a training
 
 class Monitor:
-    """Watches a training run: the progress line of rank 0 in a terminal, and each rank's waiting for data.
+    """Watches a training: the progress line of rank 0 in a terminal, and each rank's waiting for data.
 
-    A stretch goes from the start of an epoch or the last report to the next report, as in metrics.jsonl.
+    A stretch goes from the start of an epoch or the last report to the next report, as in
+    metrics.jsonl.
     """
 
-    def __init__(self, *, epochs: int, steps_per_epoch: int, num_workers: int, terminal: Optional[TextIO] = None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, *, epochs: int, steps_per_epoch: int, num_workers: int,
+                 terminal: Optional[TextIO] = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.epochs, self.total = epochs, epochs * steps_per_epoch
         self.num_workers, self.clock = num_workers, clock
         self.terminal = terminal or sys.stderr
@@ -191,12 +193,12 @@ def advice(num_workers: int, processes: int, cores: int) -> str:
     cheaper = 'make reading cheaper (a local disk, images stored at about the size that is used)'
     if (num_workers + 1) * processes >= cores:
         return f'all {cores} cores are in use, so {cheaper}'
-    return (f'raise DATA.NUM_WORKERS ({num_workers} for each of {processes} process(es) now, {cores} cores), '
-            f'or {cheaper}')
+    return (f'raise DATA.NUM_WORKERS ({num_workers} for each of {processes} process(es) now, '
+            f'{cores} cores), or {cheaper}')
 
 
 def memory() -> str:
-    """Return the most memory allocated on the GPU, or what this process holds now on a CPU, without data processes."""
+    """Return as text the most memory allocated on a GPU, or what this process holds now on a CPU."""
     if paddle.get_device() != 'cpu':
         used = paddle.device.cuda.max_memory_allocated()
     else:

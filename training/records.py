@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, TensorBoard's logs, predictions, machine.json and the page about it."""
+"""The records of a run: metrics.jsonl, TensorBoard's logs, predictions, machine.json, report.html."""
 import json
 import multiprocessing
 import os
@@ -22,13 +22,13 @@ from paddle.nn import functional as F
 
 from reporting import report
 
-SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')        # the keys of a record that are curves
+SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')      # keys of a record that are curves
 
 
 # ---- metrics
 
 class Metrics:
-    """metrics.jsonl of a run folder: one JSON record per logging step and per evaluation, written by rank 0.
+    """metrics.jsonl of a run folder: a JSON record per logging step and evaluation, written by rank 0.
 
     The same numbers go to TensorBoard below tensorboard/, where each split is a run of its own.
     """
@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, folder: str) -> None:
         self.path = os.path.join(folder, 'metrics.jsonl')
         self.folder, self.purge_step = os.path.join(folder, 'tensorboard'), 1
-        self.writers: dict[str, Optional[EventFile]] = {}                    # of each split; None: it cannot be written
+        self.writers: dict[str, Optional[EventFile]] = {}            # of each split; None: not writable
 
     def write(self, **record: Any) -> None:
         """Append a record; floats get 8 significant digits."""
@@ -53,7 +53,8 @@ class Metrics:
     def rewind(self, step: int, epochs: int) -> None:
         """Remove the records after `step`, and the evaluations after `epochs` whole epochs.
 
-        A resumed run writes them again. Raises ValueError for a line that is no record; the last one may be torn.
+        A resumed run writes them again. Raises ValueError for a line that is no record; the last one
+        may be torn.
         """
         self.purge_step = step + 1
         if utils.rank() != 0 or not os.path.exists(self.path):
@@ -68,12 +69,12 @@ class Metrics:
                     if is_before(record, step, epochs):
                         kept.append(line)
                 except (ValueError, TypeError, KeyError):
-                    raise ValueError(f'{self.path}:{number}: not a record of a run; remove the line or the file') \
-                        from None
+                    raise ValueError(f'{self.path}:{number}: not a record of a run; '
+                                     'remove the line or the file') from None
         files.atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
 
     def _draw(self, record: dict[str, Any]) -> None:
-        """Add a record to TensorBoard's curves. After an error, as on a full disk, the run goes on without them."""
+        """Add a record to TensorBoard's curves. After an error the run goes on without them."""
         split = record['split']
         folder = os.path.join(self.folder, split)
         scalars = {key: value for key, value in record.items() if key in SCALARS and value is not None}
@@ -89,7 +90,7 @@ class Metrics:
 
 
 def is_before(record: dict[str, Any], step: int, epochs: int) -> bool:
-    """True for a record of training up to `step`, and for an evaluation after one of the first `epochs` epochs."""
+    """True for a record up to `step`; an evaluation has to belong to one of the first `epochs` epochs."""
     return record['step'] <= step and (record['split'] == 'train' or record['epoch'] <= epochs)
 
 
@@ -104,8 +105,8 @@ def is_json(line: bytes) -> bool:
 class EventFile:
     """A TensorBoard event file in `folder` that replaces older files there from `purge_step` on.
 
-    It writes as tensorboardX's SummaryWriter, but at once. The thread and the queue of that one do not go well with
-    data processes that are forked and with runs that are killed.
+    It writes as tensorboardX's SummaryWriter, but at once. The thread and the queue of that one do not
+    go well with data processes that are forked and with runs that are killed.
     """
 
     def __init__(self, folder: str, purge_step: int) -> None:
@@ -144,8 +145,8 @@ class NoPredictions:
 class Predictions:
     """Keeps the prediction for each image of an evaluation: predictions_SPLIT.npz in the run folder.
 
-    Its arrays are in the order of the list: index, label, top1 (n,) int64; probability of top1 and of label (n,)
-    float32.
+    Its arrays are in the order of the list: index, label, top1 (n,) int64; probability of top1 and of
+    label (n,) float32.
     """
 
     def __init__(self, folder: str) -> None:
@@ -159,7 +160,8 @@ class Predictions:
         top, top1 = probabilities.topk(1, axis=1)
         own = probabilities.take_along_axis(labels.unsqueeze(1), axis=1)
         columns = [indices, labels, top1.squeeze(1), top.squeeze(1), own.squeeze(1)]
-        self.rows.append(paddle.stack([column.astype('float64') for column in columns], axis=1))   # (B, 5)
+        rows = paddle.stack([column.astype('float64') for column in columns], axis=1)    # (B, 5)
+        self.rows.append(rows)
 
     def save(self, split: str) -> None:
         """Gather the rows of all processes, write them on rank 0, and forget them."""
@@ -170,7 +172,8 @@ class Predictions:
             dist.all_gather_object(parts, rows)
         if utils.rank() == 0:
             with harmless('predictions'):
-                write_predictions(os.path.join(self.folder, f'predictions_{split}.npz'), np.concatenate(parts))
+                path = os.path.join(self.folder, f'predictions_{split}.npz')
+                write_predictions(path, np.concatenate(parts))
 
 
 def write_predictions(path: str, rows: np.ndarray) -> None:
@@ -179,7 +182,8 @@ def write_predictions(path: str, rows: np.ndarray) -> None:
     index, label, top1 = rows[:, :3].astype('int64').T
     probability, label_probability = rows[:, 3:].astype('float32').T
     files.atomic_write(path, lambda file: np.savez_compressed(
-        file, index=index, label=label, top1=top1, probability=probability, label_probability=label_probability))
+        file, index=index, label=label, top1=top1, probability=probability,
+        label_probability=label_probability))
 
 
 # ---- machine and command
@@ -193,8 +197,9 @@ def write_machine(path: str, device: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return {name: value} of the hardware and the versions that a run depends on, and how it was started."""
-    facts = {'device': f'{device} x {utils.world_size()}', 'processor': cpu.model_name(), 'cores': cpu.cores()}
+    """Return {name: value} of the hardware, the versions that a run depends on, and how it was started."""
+    facts: dict[str, Any] = {'device': f'{device} x {utils.world_size()}'}
+    facts['processor'], facts['cores'] = cpu.model_name(), cpu.cores()
     if device == 'gpu':
         facts['gpu'] = paddle.device.cuda.get_device_name()
         facts['gpu memory'] = gigabytes(paddle.device.cuda.get_device_properties().total_memory)
@@ -230,7 +235,7 @@ def command_to_go_on(folder: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this code, with a + where files differ from it; '' outside a clone, or without git."""
+    """Return the commit of this code, with a + if files differ from it; '' outside a clone or without git."""
     command = ['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*']
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
@@ -251,7 +256,7 @@ def write_page(folder: str) -> None:
 
 @contextmanager
 def harmless(name: str) -> Iterator[None]:
-    """Log the error of a block that writes `name` for people to look at. No training fails because of it."""
+    """Log an error of the block, which writes `name` for people to read. It ends no training."""
     try:
         yield
     except Exception as error:                      # whatever it is

@@ -25,8 +25,9 @@ CHANGES_NO_SHAPE = {*OF_ONE_START, 'MODEL.ATTENTION', 'MODEL.DROPOUT', 'MODEL.DR
 
 # ---- weights alone
 
-def load_weights(model: nn.Layer, path: str, *, ema: bool, options: Mapping[str, Any], fine_tune: bool = False) -> None:
-    """Load the weights at `path`. Raises as weights.load_pretrained, and names the model that the weights are of.
+def load_weights(model: nn.Layer, path: str, *, ema: bool, options: Mapping[str, Any],
+                 fine_tune: bool = False) -> None:
+    """Load the weights at `path`. Raises as weights.load_pretrained, and names the model they are of.
 
     ema: take the moving average of a checkpoint. options: all of the config, by their keys.
     """
@@ -45,7 +46,7 @@ def model_named(path: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def other_model(path: str, options: Mapping[str, Any]) -> str:
-    """Return which options of the model differ in the config.yaml beside the weights at `path`, or ''."""
+    """Return how the model in the config.yaml beside the weights at `path` differs, or ''."""
     beside = os.path.join(class_names.run_folder_of(path), 'config.yaml')
     try:
         theirs = flatten(get_config(beside))
@@ -80,9 +81,9 @@ def load_for_evaluation(model: nn.Layer, start: Start, folder: str) -> str:
 
 
 def find_checkpoint(resume: str, folder: str) -> tuple[str, dict]:
-    """Return path and state of the checkpoint that -resume names; auto: the newest good one of the run folder.
+    """Return path and state of the checkpoint that -resume names, ('', {}) if none.
 
-    ('', {}) where there is none. Raises as checkpoint.load.
+    auto: the newest good one of the run folder. Raises as checkpoint.load.
     """
     if resume == 'auto':
         return checkpoint.load_newest(folder)
@@ -92,7 +93,7 @@ def find_checkpoint(resume: str, folder: str) -> tuple[str, dict]:
 
 
 def load_state(model: nn.Layer, state: dict, path: str, *, ema: bool) -> None:
-    """Load the weights of a checkpoint's state, or their moving average. Raises ValueError, naming the file."""
+    """Load the weights of a checkpoint's state, or their moving average. ValueErrors name the file."""
     try:
         model.set_state_dict(weight_files.choose(state, ema, path))
     except ValueError as error:
@@ -108,10 +109,11 @@ def restore(training: Training, saver: Saver, start: Start, metrics: Metrics) ->
     if path:
         progress = put_back(training, saver, path, state, start.force)
     elif not start.resume and os.path.isdir(os.path.join(folder, checkpoint.FOLDER)):
-        raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, or choose another folder '
-                         'with -output')
+        raise ValueError(f'{folder} holds a run already; go on with it by -resume auto, '
+                         'or choose another folder with -output')
     elif start.pretrained:
-        load_weights(training.model, start.pretrained, ema=start.ema, options=start.options, fine_tune=True)
+        load_weights(training.model, start.pretrained, ema=start.ema, options=start.options,
+                     fine_tune=True)
         training.ema.restart(training.model)
         log.info('starting from the weights of %s', start.pretrained)
     elif start.resume:
@@ -142,8 +144,8 @@ def put_back(training: Training, saver: Saver, path: str, state: dict, force: bo
         raise ValueError(f'{path}: this checkpoint does not fit the run: {reason}') from error
     log.info('resumed from %s: %d epochs, %d steps done', path, progress.epoch, progress.step)
     if progress.step != progress.epoch * training.steps_per_epoch + progress.steps_of_epoch:
-        log.warning('an epoch has %d steps now and had another number of them; the learning rate follows the epochs',
-                    training.steps_per_epoch)
+        log.warning('an epoch has %d steps now and had another number of them; the learning rate follows '
+                    'the epochs', training.steps_per_epoch)
     return progress
 
 
@@ -153,16 +155,17 @@ def refusal(path: str, changes: list[str]) -> str:
     if any(change.startswith('TRAIN.NUM_EPOCHS was ') for change in changes):
         run_folder = os.path.dirname(os.path.dirname(path))
         final = shlex.quote(os.path.join(run_folder, 'final.pdparams'))
-        text += (' The learning rate of every step depends on TRAIN.NUM_EPOCHS: to train longer, finish this run as '
-                 f'it is and start another in a new folder with -pretrained {final}.')
-    return (f'{text} Go back to the old settings (config.yaml of the run has them), or resume with the new ones by '
-            '-opts MODEL.RESUME_FORCE True')
+        text += (' The learning rate of every step depends on TRAIN.NUM_EPOCHS: to train longer, finish '
+                 f'this run as it is and start another in a new folder with -pretrained {final}.')
+    return (f'{text} Go back to the old settings (config.yaml of the run has them), or resume with the '
+            'new ones by -opts MODEL.RESUME_FORCE True')
 
 
 def move_to_epoch(progress: Progress, epoch: int, steps_per_epoch: int, once: bool) -> Progress:
     """Apply -last_epoch: return the Progress after `epoch` epochs, or the given one for -1.
 
-    With `once`, a run that an earlier start has moved there stays where it is: a restart has the same options.
+    With `once`, a run that an earlier start has moved there stays where it is: a restart has the same
+    options.
     """
     if epoch < 0:
         return progress
@@ -170,5 +173,5 @@ def move_to_epoch(progress: Progress, epoch: int, steps_per_epoch: int, once: bo
         log.info('-last_epoch %d: an earlier start of this run did that', epoch)
         return progress
     log.info('going on after epoch %d (-last_epoch)', epoch)
-    step = max(progress.step, epoch * steps_per_epoch)   # never back: the newest checkpoint is the one of most steps
+    step = max(progress.step, epoch * steps_per_epoch)   # never back: the newest checkpoint has most steps
     return Progress(epoch, step, best=progress.best, moved_to=epoch)

@@ -1,4 +1,4 @@
-"""The table of results: evaluations append to it one CSV line per model, weights, data, size and crop."""
+"""The table of results: each evaluation appends one CSV line."""
 import csv
 import io
 import os
@@ -13,21 +13,28 @@ from paddle import nn
 from halonet import count_parameters
 from training.macs import total_multiply_adds
 
-COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5', 'loss', 'images', 'images_per_s',
-           'parameters_m', 'multiply_adds_g', 'device', 'amp')
+COLUMNS = ('model', 'weights', 'data', 'image_size', 'crop_pct', 'top1', 'top5', 'loss', 'images',
+           'images_per_s', 'parameters_m', 'multiply_adds_g', 'device', 'amp')
 
 
-def row(known: Mapping[str, Any], model: nn.Layer, weights: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def row(known: Mapping[str, Any], model: nn.Layer, weights: str,
+        result: Mapping[str, Any]) -> dict[str, Any]:
     """Return {column: value} of an evaluation of the file `weights`.
 
-    known: the columns model, data, image_size, crop_pct, device and amp. result: as engine.evaluate returns it.
-    Parameters are in millions, multiply-adds of one image in thousand millions.
+    known: the columns model, data, image_size, crop_pct, device and amp. result: as engine.evaluate
+    returns it. Parameters are in millions, multiply-adds of one image in thousand millions.
     """
     return {
-        **known, 'weights': weights, 'top1': round(result['acc1'], 3), 'top5': round(result['acc5'], 3),
-        'loss': round(result['loss'], 5), 'images': result['images'],
-        'images_per_s': round(result['images_per_s'], 1), 'parameters_m': round(count_parameters(model) / 1e6, 3),
-        'multiply_adds_g': multiply_adds(model, known['image_size'])}
+        **known,
+        'weights': weights,
+        'top1': round(result['acc1'], 3),
+        'top5': round(result['acc5'], 3),
+        'loss': round(result['loss'], 5),
+        'images': result['images'],
+        'images_per_s': round(result['images_per_s'], 1),
+        'parameters_m': round(count_parameters(model) / 1e6, 3),
+        'multiply_adds_g': multiply_adds(model, known['image_size']),
+    }
 
 
 def multiply_adds(model: nn.Layer, image_size: int) -> float:
@@ -36,11 +43,12 @@ def multiply_adds(model: nn.Layer, image_size: int) -> float:
 
 
 def check_table(path: str) -> None:
-    """Raise ValueError for a file with other columns, before there is work to lose. A missing or empty file passes."""
+    """Raise ValueError for a file with other columns. A missing or empty file passes."""
     if not os.path.exists(path):
         return
-    if not os.path.isfile(path) and not os.path.isdir(path):                 # reading a pipe would wait for ever
-        raise ValueError(f'{path}: not a file that lines can be appended to; name another file by -results')
+    if not os.path.isfile(path) and not os.path.isdir(path):         # reading a pipe would wait for ever
+        raise ValueError(f'{path}: not a file that lines can be appended to; '
+                         'name another file by -results')
     with open(path, encoding='utf-8', newline='') as file:
         _check_heading(path, next(csv.reader(file), None))
 
@@ -52,7 +60,7 @@ def _check_heading(path: str, heading: Optional[list[str]]) -> None:
 
 
 def save_result(path: str, values: Mapping[str, Any]) -> None:
-    """Append the `row` of an evaluation to the CSV file `path`, as several may do at once; rank 0 writes.
+    """Append the `row` of an evaluation to the CSV file `path`, which several may do at once; rank 0 writes.
 
     Raises ValueError for a file with other columns, and OSError; then the file is as it was.
     """

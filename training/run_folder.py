@@ -27,7 +27,7 @@ class RunFolder:
         keep_class_names(self.path, self.data_path, self.num_classes, resumed)
 
     def record_evaluation(self, weights: str) -> None:
-        """Write config_eval.yaml, machine_eval.json and class_names.txt, on rank 0. weights: the file evaluated."""
+        """Write config_eval.yaml, machine_eval.json and class_names.txt for the file `weights`, on rank 0."""
         self._write_config('config_eval.yaml')
         write_machine(os.path.join(self.path, 'machine_eval.json'), self.device)
         keep_names_of_weights(self.path, weights, self.data_path, self.num_classes)
@@ -38,9 +38,10 @@ class RunFolder:
 
 
 def keep_class_names(folder: str, data_path: str, count: int, resumed: bool = False) -> None:
-    """Write the class names of the data, `count` of them, to the run folder of a training; rank 0 writes.
+    """Write the class names of the data, `count` of them, to the folder of a training; rank 0 writes.
 
-    A resumed run keeps its own: they are those of the labels that it has learned. A difference is logged.
+    A resumed run keeps its own: they are those of the labels that it has learned. A difference is
+    logged.
     """
     if utils.rank() != 0:
         return
@@ -54,7 +55,7 @@ def keep_class_names(folder: str, data_path: str, count: int, resumed: bool = Fa
 
 
 def keep_names_of_weights(folder: str, weights: str, data_path: str, count: int) -> None:
-    """Write the class names of a weight file, or else those of the data, to the run folder of an evaluation.
+    """Write the class names of a weight file, else those of the data, to the folder of an evaluation.
 
     Rank 0 writes. A difference between the two is logged.
     """
@@ -65,7 +66,7 @@ def keep_names_of_weights(folder: str, weights: str, data_path: str, count: int)
         of_weights = os.path.join(class_names.run_folder_of(weights), class_names.FILE)
         if os.path.exists(of_weights):
             _warn_of_other_names(of_weights, names, data_path)
-        if os.path.exists(os.path.join(folder, 'config.yaml')):              # the folder belongs to a training
+        if os.path.exists(os.path.join(folder, 'config.yaml')):      # the folder belongs to a training
             return
         if os.path.exists(of_weights):
             names = class_names.read_names(of_weights)
