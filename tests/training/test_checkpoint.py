@@ -18,7 +18,7 @@ def state(value):
             'ema': {}, 'optimizer': {'w|moment1_0': paddle.ones([3])}, 'ranks': [{'buffers': {}}], 'facts': {'SEED': 0}}
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
     checkpoint.save(str(tmp_path), 12, state(0.5), keep=1)
     path = checkpoint.newest(tmp_path)
     assert path.endswith('checkpoints/step_00000012.pdckpt')
@@ -27,7 +27,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     np.testing.assert_array_equal(loaded['model']['w'], np.full(3, 0.5, 'float32'))
 
 
-def test_the_newest_few_are_kept_by_number(tmp_path):
+def test_newest_checkpoints_by_step_are_kept(tmp_path):
     for step in (8, 9, 100_000_000, 10):
         checkpoint.save(str(tmp_path), step, state(step), keep=3)
     assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == [
@@ -36,7 +36,7 @@ def test_the_newest_few_are_kept_by_number(tmp_path):
 
 @pytest.mark.parametrize('damage', [lambda data: data[:-1], lambda data: data[:100], lambda data: b'', lambda data: b'text',
                                     lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], lambda data: data + b'x'])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
     for step in (1, 2):
         checkpoint.save(str(tmp_path), step, state(step), keep=3)
     path = checkpoint.steps(tmp_path)[0]
@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
     assert checkpoint.newest(tmp_path).endswith('step_00000001.pdckpt')
 
 
-def test_what_is_later_than_the_start_is_set_aside(tmp_path):
+def test_later_checkpoints_are_set_aside(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(str(tmp_path), step, state(step), keep=3)
     (tmp_path / 'best.pdparams.tmp12').write_text('')
@@ -59,7 +59,7 @@ def test_what_is_later_than_the_start_is_set_aside(tmp_path):
     assert os.listdir(tmp_path) == ['checkpoints']
 
 
-def test_no_checkpoint_is_no_error(tmp_path):
+def test_missing_checkpoints(tmp_path):
     assert checkpoint.newest(tmp_path) == ''
     with pytest.raises(FileNotFoundError, match='nowhere: no such checkpoint'):
         checkpoint.load('nowhere')
@@ -70,7 +70,7 @@ class Bomb:
         return os.system, ('touch bomb_went_off',)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save(str(tmp_path), 1, {**state(0), 'scaler': Bomb()}, keep=1)             # with a valid checksum
     with pytest.raises(ValueError, match='system'):
@@ -90,7 +90,7 @@ for _ in range(60):
     {'progress': {'epoch': -2}}, {'progress': {'epoch': 2 ** 70}}, {'progress': {'other': 1}},
     {'progress': {'best': [1]}}, {'progress': {'best': {'val': 'text'}}}, {'scaler': ()}, {'more': {}},
 ])
-def test_a_checkpoint_of_other_parts_is_refused(tmp_path, change):
+def test_checkpoint_of_other_parts_is_refused(tmp_path, change):
     checkpoint.save(str(tmp_path), 1, state(0), keep=1)
     rewrite(checkpoint.steps(tmp_path)[0], {**state_as_arrays(), **change})
     with pytest.raises(ValueError, match='step_00000001.pdckpt: this checkpoint is of another version of this project'):
@@ -109,7 +109,7 @@ def rewrite(path, content):
 
 
 @pytest.mark.parametrize('content', [{**state(0), 'facts': {'SEED': NESTED}}, NESTED])
-def test_a_checkpoint_of_endless_values_is_refused(tmp_path, content):
+def test_checkpoint_of_endless_values_is_refused(tmp_path, content):
     """Python itself would take ages to compare or to show them."""
     path = tmp_path / 'a.pdckpt'
     rewrite(path, {**state_as_arrays(), 'facts': content['facts']} if isinstance(content, dict) else content)
@@ -117,12 +117,12 @@ def test_a_checkpoint_of_endless_values_is_refused(tmp_path, content):
         checkpoint.load(str(path))
 
 
-def test_values_of_a_file_are_shown_on_one_line():
+def test_values_of_a_file_are_logged_on_one_line():
     [line] = checkpoint.differences({'SEED': '\x1b[31m\n' * 999}, {'SEED': 0})
     assert line.isprintable() and len(line) < 300
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / 'file'
     files.atomic_write(path, lambda file: file.write(b'old'))
 
@@ -134,7 +134,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['file']
 
 
-def test_weights_load_in_the_documented_way_and_repeat_to_the_byte(tmp_path):
+def test_saved_weights_load_with_paddle_load_and_are_reproducible(tmp_path):
     for name in ('a', 'b'):
         paddle.seed(1)
         checkpoint.save_weights(str(tmp_path / name), paddle.nn.Linear(2, 3).state_dict())

@@ -46,7 +46,7 @@ def full_run(images, tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_weights_metrics_config_and_log(images, tmp_path):
+def test_run_writes_weights_metrics_config_and_log(images, tmp_path):
     results = run(images, tmp_path / 'run')
     model = build_halonet(get_config(str(tmp_path / 'run' / 'config.yaml')))
     for name in ('best.pdparams', 'final.pdparams'):
@@ -66,7 +66,7 @@ def test_training_learns(images, tmp_path):
     assert results['val']['acc1'] > 90
 
 
-def test_evaluation_of_saved_weights_repeats_that_of_the_run(images, full_run, tmp_path):
+def test_evaluation_of_saved_weights_equals_that_of_the_run(images, full_run, tmp_path):
     last = records(full_run, 'val')[-1]
     result = run(images, tmp_path, 'EVAL', True, 'MODEL.PRETRAINED', str(full_run / 'final.pdparams'))['val']
     assert (result['acc1'], result['acc5']) == (pytest.approx(last['acc1']), pytest.approx(last['acc5']))
@@ -82,7 +82,7 @@ def test_evaluation_of_the_newest_checkpoint(images, full_run, tmp_path):
 
 
 @pytest.mark.parametrize('resume', ['auto', 'step_00000012.pdckpt'])
-def test_an_evaluation_reads_its_checkpoint_once(images, full_run, tmp_path, monkeypatch, resume):
+def test_evaluation_reads_its_checkpoint_once(images, full_run, tmp_path, monkeypatch, resume):
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     read, load = [], safe_pickle.load
     monkeypatch.setattr(safe_pickle, 'load', lambda file, *more: read.append(file.name) or load(file, *more))
@@ -92,7 +92,7 @@ def test_an_evaluation_reads_its_checkpoint_once(images, full_run, tmp_path, mon
 
 
 @pytest.mark.parametrize('ema, split', [(False, 'val'), (True, 'val_ema')])
-def test_the_table_names_the_checkpoint_that_was_evaluated(images, full_run, tmp_path, ema, split):
+def test_table_names_the_evaluated_checkpoint(images, full_run, tmp_path, ema, split):
     path = str(full_run / 'checkpoints' / 'step_00000012.pdckpt')
     table = tmp_path / 'table.csv'
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
@@ -102,7 +102,7 @@ def test_the_table_names_the_checkpoint_that_was_evaluated(images, full_run, tmp
         assert name in table.read_text().splitlines()[-1].split(',')
 
 
-def test_what_is_between_epochs_does_not_slow_the_next_one(images, tmp_path, monkeypatch):
+def test_speed_excludes_the_time_between_epochs(images, tmp_path, monkeypatch):
     ahead, clock, evaluate_all = [0], time.perf_counter, engine.evaluate_all
 
     def slow(*words):
@@ -116,14 +116,14 @@ def test_what_is_between_epochs_does_not_slow_the_next_one(images, tmp_path, mon
 
 
 @pytest.mark.parametrize('mode, images_per_step', [('batch', 8), ('half', 4)])
-def test_the_progress_line_counts_the_images_that_are_trained_on(images, tmp_path, monkeypatch, mode, images_per_step):
+def test_progress_line_counts_the_trained_images(images, tmp_path, monkeypatch, mode, images_per_step):
     counts = []
     monkeypatch.setattr(builders.Monitor, 'step', lambda self, lr, images: counts.append(images))
     run(images, tmp_path, 'TRAIN.MIXUP_ALPHA', 1.0, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
     assert counts == [images_per_step, images_per_step, images_per_step // 2] * 2      # 5 batches an epoch, in pairs
 
 
-def test_left_out_images_of_all_processes_are_told(monkeypatch, caplog):
+def test_skipped_images_of_all_processes_are_logged(monkeypatch, caplog):
     class OneBatch(SimpleNamespace):
         def __len__(self):
             return 1
@@ -153,7 +153,7 @@ def test_evaluation_equals_a_plain_loop(images, full_run, tmp_path):
     assert result['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_resuming_at_an_epoch_repeats_the_run_to_the_byte(images, full_run, tmp_path):
+def test_resuming_at_an_epoch_gives_the_same_bytes(images, full_run, tmp_path):
     """From the checkpoint after epoch 2, beside a torn newer one, with data workers instead of none."""
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     shutil.copy(full_run / 'metrics.jsonl', tmp_path / 'metrics.jsonl')
@@ -178,7 +178,7 @@ def test_last_epoch_moves_the_start(images, full_run, tmp_path):
     assert {r['epoch'] for r in records(tmp_path)} == {4}
 
 
-def test_a_folder_with_a_run_is_not_overwritten(images, full_run):
+def test_folder_with_a_run_is_not_overwritten(images, full_run):
     with pytest.raises(ValueError, match='holds a run already'):
         run(images, full_run)
 
@@ -220,7 +220,7 @@ def drop_batch(opts):
     return [item for key, value in zip(opts[::2], opts[1::2]) if key != 'DATA.BATCH_SIZE' for item in (key, value)]
 
 
-def test_main_programs_take_the_predecessors_flags(images, full_run, tmp_path):
+def test_main_programs_accept_the_flags_of_paddlevit(images, full_run, tmp_path):
     opts = [item for key, value in zip(TINY[::2], TINY[1::2]) if key.startswith('MODEL') for item in (key, value)]
     done = program('main_single_gpu.py', '-dataset=imagenet2012', '-batch_size=8', f'-data_path={images}', '-eval', '-amp',
                    f'-pretrained={full_run / "final.pdparams"}', '-image_size=16', '-num_workers=0', f'-output={tmp_path}',
@@ -242,7 +242,7 @@ atexit.register(say)
 
 
 @pytest.mark.parametrize('count, programs', [(1, 1), (2, 3)])                # with the one that starts two
-def test_the_user_s_threads_are_not_paddle_s(images, full_run, tmp_path, monkeypatch, count, programs):
+def test_omp_num_threads_of_paddle_is_not_the_user_s(images, full_run, tmp_path, monkeypatch, count, programs):
     """Paddle's import sets OMP_NUM_THREADS to 1: taken for the user's wish, it left each process with one core."""
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     (tmp_path / 'sitecustomize.py').write_text(SAYS_THREADS)
@@ -252,14 +252,14 @@ def test_the_user_s_threads_are_not_paddle_s(images, full_run, tmp_path, monkeyp
     assert 'Warning' not in done.stderr
 
 
-def test_the_launcher_s_processes_are_used(images, full_run, tmp_path):
+def test_processes_of_the_launcher_are_used(images, full_run, tmp_path):
     launch = ['-m', 'paddle.distributed.launch', '--nproc_per_node', 2, '--log_dir', tmp_path / 'launch', 'main_multi_gpu.py']
     done = program(*launch, '-data_path', images, '-eval', '-pretrained', full_run / 'final', '-output', tmp_path / 'run',
                    *options(TINY))
     assert 'cpu x 2' in done.stdout and '(11 images)' in done.stdout
 
 
-def test_damaged_checkpoints_do_not_push_out_new_ones(images, full_run, tmp_path):
+def test_damaged_checkpoints_do_not_displace_new_ones(images, full_run, tmp_path):
     shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     for path in checkpoint.steps(tmp_path):
         os.truncate(path, 1000)
@@ -267,7 +267,7 @@ def test_damaged_checkpoints_do_not_push_out_new_ones(images, full_run, tmp_path
     assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == ['step_00000006.pdckpt']
 
 
-def test_an_evaluation_that_fails_loses_no_training(images, tmp_path):
+def test_failed_evaluation_loses_no_training(images, tmp_path):
     shutil.copytree(images, tmp_path / 'data')
     (tmp_path / 'data' / 'val' / '3.png').write_bytes(b'')
     with pytest.raises(ValueError, match='3.png'):
@@ -278,7 +278,7 @@ def test_an_evaluation_that_fails_loses_no_training(images, tmp_path):
     assert (tmp_path / 'run' / 'final.pdparams').read_bytes() == (tmp_path / 'whole' / 'final.pdparams').read_bytes()
 
 
-def test_an_evaluation_without_numbers_is_no_result(images, tmp_path):
+def test_non_finite_evaluation_is_refused(images, tmp_path):
     with pytest.raises(FloatingPointError, match='loss of the evaluation is not finite'):
         run(images, tmp_path, 'DATA.BATCH_SIZE', 20, 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 1e38)
     assert not (tmp_path / 'best.pdparams').exists()
@@ -297,20 +297,20 @@ def test_an_evaluation_without_numbers_is_no_result(images, tmp_path):
     (['TRAIN.BASE_LR', 1e30, 'TRAIN.WARMUP_EPOCHS', 0],
      'the loss is not finite: epoch 1, step 2, rank 0, learning rate 7.500e+29'),
 ])
-def test_mistakes_are_named(images, tmp_path, opts, message):
+def test_mistakes_are_reported(images, tmp_path, opts, message):
     with pytest.raises((ValueError, OSError, FloatingPointError), match=re.escape(message)):
         run(images, tmp_path, *opts)
     assert not (tmp_path / 'final.pdparams').exists() and not (tmp_path / 'checkpoints').exists()
 
 
-def test_a_mistake_ends_a_program_in_one_clear_line(images, tmp_path):
+def test_mistake_ends_a_program_with_one_line(images, tmp_path):
     done = program('main_single_gpu.py', '-data_path', images, '-output', tmp_path, '-eval', '-pretrained', 'nowhere',
                    *options(TINY), check=False)
     assert done.returncode == 2 and done.stdout.splitlines()[-1] == 'error: -pretrained nowhere: no such file'
     assert 'Traceback' not in done.stdout + done.stderr and 'Traceback' in (tmp_path / 'log.txt').read_text()
 
 
-def test_an_unreadable_image_stops_every_process_with_its_name(images, tmp_path):
+def test_unreadable_image_stops_every_process(images, tmp_path):
     shutil.copytree(images, tmp_path / 'data')
     (tmp_path / 'data' / 'train' / '7.png').write_bytes(b'not an image')
     words = ['-data_path', tmp_path / 'data', *options(TINY)]

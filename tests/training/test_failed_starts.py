@@ -31,7 +31,7 @@ def content(folder):
 
 @pytest.mark.parametrize('how', MISTAKES)
 @pytest.mark.parametrize('where', [['OUTPUT', 'new/run'], ['SAVE', 'new/output']])
-def test_no_folder_is_left(images, tmp_path, monkeypatch, how, where):
+def test_failed_start_leaves_no_folder(images, tmp_path, monkeypatch, how, where):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(stopping.MISTAKES):
         start(images, *MISTAKES[how], *where)
@@ -39,7 +39,7 @@ def test_no_folder_is_left(images, tmp_path, monkeypatch, how, where):
 
 
 @pytest.mark.parametrize('how', MISTAKES)
-def test_nothing_that_was_there_is_removed(images, tmp_path, monkeypatch, how):
+def test_existing_files_are_not_removed(images, tmp_path, monkeypatch, how):
     """An empty folder, one with files of the user, and one with an earlier run."""
     monkeypatch.chdir(tmp_path)
     for name in ('empty', 'notes', 'run'):
@@ -59,7 +59,7 @@ def test_nothing_that_was_there_is_removed(images, tmp_path, monkeypatch, how):
     assert {name: before[name] for name in before} == {name: after[name] for name in before}
 
 
-def test_an_evaluation_that_meets_a_broken_image_leaves_nothing(images, tmp_path, monkeypatch):
+def test_evaluation_of_a_broken_image_leaves_no_folder(images, tmp_path, monkeypatch):
     start(images, 'OUTPUT', str(tmp_path / 'run'))
     data = tmp_path / 'data'
     make_images(data)
@@ -70,7 +70,7 @@ def test_an_evaluation_that_meets_a_broken_image_leaves_nothing(images, tmp_path
     assert content(tmp_path) == before
 
 
-def test_a_training_that_has_begun_keeps_its_folder(images, tmp_path):
+def test_started_training_keeps_its_folder(images, tmp_path):
     data = tmp_path / 'data'
     make_images(data)
     (data / 'train' / '7.png').write_bytes(b'')
@@ -79,7 +79,7 @@ def test_a_training_that_has_begun_keeps_its_folder(images, tmp_path):
     assert {'log.txt', 'config.yaml', 'machine.json'} <= {*os.listdir(tmp_path / 'run')}
 
 
-def test_a_refused_resume_keeps_the_record_of_the_machine(images, tmp_path):
+def test_refused_resume_keeps_machine_json(images, tmp_path):
     start(images, 'OUTPUT', str(tmp_path / 'run'))
     before = content(tmp_path)
     with pytest.raises(ValueError, match='other settings'):
@@ -90,7 +90,7 @@ def test_a_refused_resume_keeps_the_record_of_the_machine(images, tmp_path):
     assert after == before and checkpoint.newest(tmp_path / 'run')
 
 
-def test_the_program_says_it_in_one_line(images, tmp_path):
+def test_failed_start_is_reported_in_one_line(images, tmp_path):
     done = program('main_single_gpu.py', '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b', *options(TINY),
                    check=False)
     assert done.returncode == 2 and done.stdout.splitlines()[-1].startswith('error: ')
@@ -98,7 +98,7 @@ def test_the_program_says_it_in_one_line(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_nothing_either(tmp_path):
+def test_failed_start_of_two_processes_leaves_no_folder(tmp_path):
     done = program('main_multi_gpu.py', '-nprocs', 2, '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b',
                    *options(TINY), check=False)
     assert done.returncode == 2 and content(tmp_path) == {}
@@ -110,7 +110,7 @@ OTHER = ['MODEL.STAGES', ['conv', 'conv'], 'MODEL.HEADS', [0, 0], 'MODEL.WIDTHS'
 
 
 @pytest.mark.parametrize('opts', [['EVAL', True], []])
-def test_weights_of_another_model_say_which(images, tmp_path, opts):
+def test_weights_of_another_model_name_it(images, tmp_path, opts):
     start(images, 'OUTPUT', str(tmp_path / 'run'), 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0)
     for path in (tmp_path / 'run/final.pdparams', checkpoint.newest(tmp_path / 'run')):
         with pytest.raises(ValueError, match='the weights do not fit the model, and nothing was loaded') as error:
@@ -124,7 +124,7 @@ def test_weights_of_another_model_say_which(images, tmp_path, opts):
     assert 'config.yaml' not in str(error.value)
 
 
-def test_accumulation_over_more_passes_than_an_epoch_has(images, tmp_path):
+def test_accumulation_over_more_passes_than_an_epoch(images, tmp_path):
     """20 images are 2 batches of 8: a step of 16 images, whatever is asked for."""
     start(images, 'OUTPUT', str(tmp_path), 'TRAIN.ACCUM_ITER', 1000, 'TRAIN.LR_BATCH', 16, 'TRAIN.BASE_LR', 0.002)
     log = (tmp_path / 'log.txt').read_text()

@@ -34,7 +34,7 @@ def recorded(folder):
 
 
 @pytest.mark.parametrize('names, expected', [(0, 4), (4, 4), (7, 7)])
-def test_the_data_say_how_many(images, tmp_path, names, expected):
+def test_number_of_classes_comes_from_the_data(images, tmp_path, names, expected):
     if names:
         name_classes(images, names)
     start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', -1)
@@ -45,14 +45,14 @@ def test_the_data_say_how_many(images, tmp_path, names, expected):
     assert f'{expected} classes, as {images}/{source} says' in (tmp_path / 'run/log.txt').read_text()
 
 
-def test_a_class_that_only_the_evaluation_has_counts(images, tmp_path):
+def test_class_of_the_evaluation_alone_is_counted(images, tmp_path):
     with open(os.path.join(images, 'val_list.txt'), 'a', encoding='utf-8') as file:
         file.write('val/0.png 5\n')
     start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', -1)
     assert recorded(tmp_path / 'run') == 6
 
 
-def test_a_run_from_the_data_is_resumed_and_evaluated(images, tmp_path):
+def test_run_with_counted_classes_is_resumed_and_evaluated(images, tmp_path):
     start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', -1)
     start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', -1, 'MODEL.RESUME', 'auto')
     for count in (-1, 4):
@@ -65,7 +65,7 @@ def lines_about_classes(caplog):
 
 
 @pytest.mark.parametrize('names, opts', [(0, []), (3, []), (0, ['EVAL', True]), (3, ['EVAL', True])])
-def test_fewer_classes_than_outputs_are_one_line(images, tmp_path, caplog, monkeypatch, names, opts):
+def test_fewer_classes_than_outputs_are_logged(images, tmp_path, caplog, monkeypatch, names, opts):
     """Of the names if there are some, else of the lists."""
     if names:
         name_classes(images, names)
@@ -84,7 +84,7 @@ def test_fewer_classes_than_outputs_are_one_line(images, tmp_path, caplog, monke
         'many classes as the data have']
 
 
-def test_the_right_number_is_no_line(images, tmp_path):
+def test_right_number_of_classes_is_not_logged(images, tmp_path):
     name_classes(images, 4)
     start(images, tmp_path / 'run')
     assert 'outputs' not in (tmp_path / 'run/log.txt').read_text()
@@ -102,21 +102,21 @@ def test_more_labels_than_outputs_are_refused(images, tmp_path):
         start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', 3)
 
 
-def test_a_label_that_cannot_count_classes_is_named(images, tmp_path):
+def test_label_that_cannot_count_classes_is_named(images, tmp_path):
     with open(os.path.join(images, 'train_list.txt'), 'a', encoding='utf-8') as file:
         file.write('train/0.png 90210\n')
     with pytest.raises(ValueError, match=r'train_list.txt:21: label 90210, but there are fewer images'):
         start(images, tmp_path / 'run', 'MODEL.NUM_CLASSES', -1)
 
 
-def test_without_data_the_number_must_be_given(tmp_path):
+def test_number_of_classes_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match='NUM_CLASSES is -1'):
         build_halonet(get_config(None, [*TINY, 'MODEL.NUM_CLASSES', -1]))
     with pytest.raises(FileNotFoundError, match='no such list file, for there is no folder .*nowhere'):
         datasets.count_classes(str(tmp_path / 'nowhere'), read_lists=True)
 
 
-def test_a_missing_list_names_the_tool_that_makes_it(tmp_path):
+def test_missing_list_names_make_lists(tmp_path):
     folder = tmp_path / 'my pictures'
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match=rf"train_list.txt: no such list file.*make_lists.py '{folder}' makes it"):

@@ -84,7 +84,7 @@ def test_learning_rates_equal_timm_s():
     assert optim.lr_at(109, total_steps=110, cooldown_steps=1, **by_step) == 0.01
 
 
-def test_the_schedule_is_built_from_epochs():
+def test_schedule_is_built_from_epochs():
     opts = ['TRAIN.LR_SCHEDULE', 'step', 'TRAIN.DECAY_EPOCHS', 2.4, 'TRAIN.DECAY_RATE', 0.5, 'TRAIN.NUM_EPOCHS', 8,
             'TRAIN.WARMUP_EPOCHS', 1.5, 'TRAIN.WARMUP_LR', 0.1, 'TRAIN.END_LR', 1e-3, 'TRAIN.COOLDOWN_EPOCHS', 1]
     lr_at = optim.build_schedule(get_config(None, opts), 2.0, steps_per_epoch=10)
@@ -135,7 +135,7 @@ def test_optimizers_equal_timm_s(name):
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_decay_touches_matrices_and_kernels_only(name):
+def test_weight_decay_of_matrices_and_kernels_only(name):
     after = []
     for decay in (0.5, 0.0):
         paddle.seed(0)
@@ -147,7 +147,7 @@ def test_decay_touches_matrices_and_kernels_only(name):
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_layer_decay_scales_the_steps(name):
+def test_layer_decay_scales_the_updates(name):
     steps = []
     for decay in (1.0, 0.5):
         paddle.seed(0)
@@ -162,14 +162,14 @@ def test_layer_decay_scales_the_steps(name):
     assert len({id(p) for group in optim.decay_groups(model, 0.1, 0.5) for p in group['params']}) == len(steps[0])
 
 
-def test_layers_are_those_of_timm():
+def test_layer_decay_has_the_layers_of_timm():
     scales = timm_recipes('layers')
     names = [name for name in timm_keys('halonet50ts') if name in scales]
     assert len(names) == len(scales) and optim.layer_scales(names, 0.75) == pytest.approx(scales)
     assert set(optim.layer_scales(names, 1.0).values()) == {1.0}
 
 
-def test_the_final_convolution_counts_to_the_last_block():
+def test_final_convolution_belongs_to_the_last_block():
     """As timm's factors for sehalonet33ts: 1 for the head, the decay for both."""
     names = ['stem.conv1.conv.weight', 'stages.0.0.conv1_1x1.conv.weight', 'stages.0.1.conv1_1x1.conv.weight',
              'final_conv.conv.weight', 'head.fc.weight']
@@ -180,7 +180,7 @@ def free_of_decay(name):
     return name.endswith(('bias', '_rel')) or '.bn.' in name or 'post_attn' in name
 
 
-def test_adamw_and_its_decay_groups_equal_the_formula():
+def test_adamw_with_decay_groups_equals_the_formula():
     model, optimizer = make('TRAIN.WEIGHT_DECAY', 0.5, 'TRAIN.EPS', 1e-6)
     before, lr = values(model), 0.01
     m, v = {name: 0.0 for name in before}, {name: 0.0 for name in before}
@@ -234,7 +234,7 @@ def test_clipping_equals_timm_s(mode, limit):
     assert any((value != given[name]).any() for name, value in clipped.items())
 
 
-def test_agc_is_unit_by_unit_and_leaves_the_head_and_parameters_without_gradient():
+def test_agc_clips_each_unit_but_those_of_the_head():
     model, _ = make()
     model.unused = paddle.nn.Linear(2, 2)
     trainable = optim.trainable(model)
@@ -263,7 +263,7 @@ def test_ema_warms_up_as_timm_s():
     assert ema.decay_at(0) == 0 and ema.decay_at(5) == pytest.approx(1 - 6 ** (-2 / 3)) and ema.decay_at(10 ** 6) == 0.8
 
 
-def test_ema_equals_the_recursion_and_leaves_the_model_alone():
+def test_ema_equals_the_recursion_and_restores_the_model():
     model, optimizer = make()
     ema = optim.Ema(model, 0.75)
     expected = values(model)
@@ -283,7 +283,7 @@ def test_ema_equals_the_recursion_and_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_optimizer_state_moves_to_a_model_with_other_parameter_names(name):
+def test_optimizer_state_loads_with_other_parameter_names(name):
     with paddle.utils.unique_name.guard():
         model, optimizer = make('TRAIN.OPTIMIZER', name)
         step(model, optimizer, 0.01)

@@ -49,7 +49,7 @@ def stretch(watch, clock, wait, work, steps=5):
     return watch.report(1.0, 4 * steps / (clock.now - start), clock.now - start)
 
 
-def test_waiting_is_the_time_until_a_batch_comes():
+def test_data_wait_is_the_time_until_a_batch_comes():
     clock = Clock()
     watch = make_monitor(clock)
     assert stretch(watch, clock, wait=3, work=1) == pytest.approx(0.75)
@@ -64,7 +64,7 @@ def warnings(monkeypatch):
     return said
 
 
-def test_a_bottleneck_is_told_once_and_again_when_it_is_much_worse(warnings):
+def test_data_wait_is_warned_of_once_and_again_when_much_worse(warnings):
     clock = Clock()
     watch = make_monitor(clock)
     for wait in (1, 1, 4.2, 4.3, 2, 5, 6, 6.5, 9, 0, 9):                     # of 10 s a step, five steps
@@ -82,7 +82,7 @@ def test_short_stretches_are_judged_together(warnings):
     assert warnings[0].startswith('55 %')
 
 
-def test_the_line_says_no_speed_before_there_is_one():
+def test_progress_line_omits_an_unknown_speed():
     clock = Clock()
     watch = make_monitor(clock)
     for _ in watch.batches(clock.loader(0.1, 1), Progress()):
@@ -133,7 +133,7 @@ def quick_bar(init):
     return lambda self, status, **more: init(self, status, mininterval=0, miniters=1, ncols=110, **more)
 
 
-def test_the_line_and_the_log_do_not_garble_each_other(terminal):
+def test_log_lines_go_above_the_progress_line(terminal):
     clock = Clock()
     watch = make_monitor(clock, epochs=16, steps_per_epoch=44, terminal=terminal)
     with watch.shown():
@@ -154,7 +154,7 @@ def test_the_line_and_the_log_do_not_garble_each_other(terminal):
     assert terminal in [getattr(handler, 'stream', None) for handler in utils.log.handlers]    # as it was
 
 
-def test_an_error_ends_the_line_first(terminal):
+def test_error_ends_the_progress_line_first(terminal):
     watch = make_monitor(Clock(), terminal=terminal)
     with utils_error(), watch.shown():
         for _ in watch.batches(Clock().loader(1, 3), Progress()):
@@ -175,12 +175,12 @@ def utils_error():
     return Stop()
 
 
-def test_files_and_ci_get_plain_lines(images, tmp_path):
+def test_no_progress_line_without_a_terminal(images, tmp_path):
     done = program('main_single_gpu.py', '-data_path', images, '-output', tmp_path, *options(TINY))
     assert '\r' not in done.stdout and 'ETA' not in done.stdout + done.stderr and 'epoch 1/2  step 1/4  loss' in done.stdout
 
 
-def test_an_evaluation_moves_a_line_of_its_own(terminal):
+def test_evaluation_has_its_own_progress_line(terminal):
     class Loader(list):
         def epoch(self, epoch):
             yield from self
@@ -194,7 +194,7 @@ def test_an_evaluation_moves_a_line_of_its_own(terminal):
     assert screen == [f'left out: {batch}' for batch in batches], 'the line garbles the log, or stays behind'
 
 
-def test_an_evaluation_that_fails_ends_its_line_first(terminal):
+def test_failed_evaluation_ends_its_progress_line_first(terminal):
     class Loader(list):
         def epoch(self, epoch):
             yield from self
@@ -207,6 +207,6 @@ def test_an_evaluation_that_fails_ends_its_line_first(terminal):
 @pytest.mark.parametrize('steps_per_epoch, freq, expected', [
     (56, 50, [56]), (44, 50, [44]), (101, 50, [50, 101]), (80, 50, [50, 80]), (150, 50, [50, 100, 150]), (75, 50, [50, 75]),
     (4, 1, [1, 2, 3, 4]), (5, 2, [2, 4, 5]), (1, 50, [1])])
-def test_an_epoch_ends_with_one_line(steps_per_epoch, freq, expected):
+def test_epoch_ends_with_one_report(steps_per_epoch, freq, expected):
     due = [step for step in range(1, steps_per_epoch + 1) if engine.is_report_due(step, steps_per_epoch, freq)]
     assert due == expected

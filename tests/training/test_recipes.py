@@ -39,7 +39,7 @@ def combined(folder, recipe, model='halonet_50ts_256.yaml'):
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_a_recipe_says_what_is_published_and_overrides_another(recipe, tmp_path):
+def test_recipe_has_the_published_options_and_overrides_another(recipe, tmp_path):
     alone, config = get_config(os.path.join(CONFIGS, recipe)), get_config(combined(tmp_path, recipe))
     assert {key: alone.TRAIN[key] for key in PUBLISHED[recipe]} == PUBLISHED[recipe]
     assert config.TRAIN == alone.TRAIN and config.DATA.BATCH_SIZE == alone.DATA.BATCH_SIZE  # nothing of _imagenet.yaml stays
@@ -49,14 +49,14 @@ def test_a_recipe_says_what_is_published_and_overrides_another(recipe, tmp_path)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_a_header_says_where_it_is_from_and_that_it_was_not_run(recipe):
+def test_header_names_its_source_and_that_it_was_not_run(recipe):
     with open(os.path.join(CONFIGS, recipe), encoding='utf-8') as file:
         header = ' '.join(line[2:].strip() for line in file if line.startswith('#'))
     assert 'None of it was run on ImageNet by this project.' in header and 'published' in header.lower()
     assert 'nspired by' in header or 'predecessor' in header
 
 
-def test_the_documentation_names_every_recipe_and_only_real_options():
+def test_docs_name_every_recipe_and_existing_options():
     with open(os.path.join(ROOT, 'docs', 'training.md'), encoding='utf-8') as file:
         text = file.read().split('\n## Recipes\n')[1].split('\n## ')[0]
     assert set(re.findall(r'^\| `(_\w+\.yaml)`', text, re.M)) == set(RECIPES)
@@ -99,7 +99,7 @@ LEARNING = ['TRAIN.NUM_EPOCHS', 20, 'TRAIN.CROP_SCALE', [0.8, 1.0], 'TRAIN.LR_BA
 
 
 @pytest.mark.parametrize('name, lr', [('lamb', 0.02), ('rmsprop', 0.002), ('sgd', 0.05)])
-def test_the_other_optimizers_learn_too(name, lr, images, tmp_path):
+def test_other_optimizers_learn(name, lr, images, tmp_path):
     opts = ['TRAIN.OPTIMIZER', name, 'TRAIN.BASE_LR', lr, 'TRAIN.EPS', 1e-3 if name == 'rmsprop' else 1e-6]
     assert run(images, tmp_path, None, *LEARNING, *opts)['val']['acc1'] > 90
 
@@ -118,14 +118,14 @@ def compare(one, other, tolerance):
 
 
 @pytest.mark.parametrize('mode', ['elem', 'pair', 'half'])
-def test_an_accumulated_step_equals_a_whole_one(mode, images, tmp_path):
+def test_accumulated_step_equals_one_pass(mode, images, tmp_path):
     run(images, tmp_path / 'one', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode)
     run(images, tmp_path / 'two', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
     assert len(records(tmp_path / 'one', 'train')) == len(records(tmp_path / 'two', 'train')) == 6
     compare(tmp_path / 'one', tmp_path / 'two', 1e-5)
 
 
-def test_the_warm_up_of_the_average_begins_with_the_first_step(images, tmp_path):
+def test_ema_warmup_begins_with_the_first_step(images, tmp_path):
     """One step, after which the average is the weights, whatever EMA_DECAY says; and two, after which it is not."""
     opts = ['DATA.BATCH_SIZE', 24, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 0.1, 'TRAIN.END_LR', 0.1, 'TRAIN.EMA_DECAY', 0.999,
             'TRAIN.EMA_WARMUP', 0.7]

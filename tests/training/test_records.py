@@ -38,7 +38,7 @@ def full_run(images, tmp_path_factory):
 
 # ---- records
 
-def test_metrics_rewind_to_a_step_and_its_evaluations(tmp_path):
+def test_rewind_of_metrics(tmp_path):
     metrics = run_records.Metrics(tmp_path)
     for epoch in (1, 2):
         for step in (2 * epoch - 1, 2 * epoch):
@@ -53,13 +53,13 @@ def test_metrics_rewind_to_a_step_and_its_evaluations(tmp_path):
         assert open(metrics.path, encoding='utf-8').read() == ''.join(lines[:kept])
 
 
-def test_a_damaged_metrics_file_is_named(tmp_path):
+def test_damaged_metrics_file_is_named(tmp_path):
     (tmp_path / 'metrics.jsonl').write_bytes(b'{"epoch": 1, "step": 1, "split": "train"}\n\xff\x00\n')
     with pytest.raises(ValueError, match='metrics.jsonl:2: not a record'):
         run_records.Metrics(tmp_path).rewind(5, 5)
 
 
-def test_the_log_names_the_data_the_splits_and_the_page(images, full_run):
+def test_log_names_data_splits_and_page(images, full_run):
     lines = [line.split(' ', 2)[2] for line in (full_run / 'log.txt').read_text(encoding='utf-8').splitlines()]
     assert f'{images}: 20 images to train on' in lines and 'imagenet2012' not in ''.join(lines)
     assert lines[-1] == f'page: {full_run}/report.html'
@@ -101,7 +101,7 @@ def test_tensorboard_gets_the_records(full_run):
     assert {tag for _, tag in read_events(full_run / 'tensorboard' / 'train')} == {*run_records.SCALARS}
 
 
-def test_a_resumed_run_takes_the_place_of_later_steps(images, full_run, tmp_path):
+def test_resumed_run_replaces_later_curves(images, full_run, tmp_path):
     shutil.copytree(full_run, tmp_path / 'run')
     for path in checkpoint.steps(tmp_path / 'run')[:2]:
         os.remove(path)
@@ -139,7 +139,7 @@ def test_predictions_of_two_processes_are_those_of_one(full_run, images, tmp_pat
     assert (tmp_path / 'report.html').exists()
 
 
-def test_images_that_are_left_out_have_no_prediction(full_run, images, tmp_path):
+def test_skipped_images_have_no_prediction(full_run, images, tmp_path):
     shutil.copytree(images, tmp_path / 'data')
     (tmp_path / 'data' / 'val' / '5.png').write_bytes(b'')
     run(str(tmp_path / 'data'), tmp_path / 'run', 'EVAL', True, 'DATA.ON_ERROR', 'skip',
@@ -147,24 +147,24 @@ def test_images_that_are_left_out_have_no_prediction(full_run, images, tmp_path)
     assert predictions(tmp_path / 'run', 'eval')['index'].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
-def test_without_git_there_is_no_commit(monkeypatch):
+def test_no_commit_without_git(monkeypatch):
     monkeypatch.setenv('PATH', '')
     assert run_records.commit() == ''
 
 
-def test_small_numbers_keep_their_digits(tmp_path):
+def test_small_numbers_keep_8_digits(tmp_path):
     run_records.Metrics(str(tmp_path)).write(step=0, split='train', lr=1.2345678e-9)
     assert json.loads((tmp_path / 'metrics.jsonl').read_text())['lr'] == 1.2345678e-9
 
 
-def test_the_machine_is_recorded(full_run):
+def test_machine_json(full_run):
     facts = json.loads((full_run / 'machine.json').read_text())
     assert facts['device'] == 'cpu x 1' and facts['paddle'] == paddle.__version__ and facts['folder'] == os.getcwd()
     assert facts['cores'] >= 1 and facts['python'] == sys.version.split()[0]
 
 
 @pytest.mark.parametrize('name', ['machine', 'write_predictions', 'report'])
-def test_what_is_kept_for_people_never_fails_a_training(images, tmp_path, monkeypatch, name):
+def test_failed_record_does_not_fail_a_training(images, tmp_path, monkeypatch, name):
     def fails(*args):
         raise RuntimeError('no such luck')
     monkeypatch.setattr(*((report, 'write') if name == 'report' else (run_records, name)), fails)

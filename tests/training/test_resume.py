@@ -51,7 +51,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize('how', HARMLESS)
-def test_a_list_with_the_same_names_and_labels_is_the_same(images, whole, tmp_path, how):
+def test_list_with_the_same_names_and_labels_is_accepted(images, whole, tmp_path, how):
     shutil.copytree(images, tmp_path / 'data')
     change_list(tmp_path / 'data' / 'train_list.txt', HARMLESS[how])
     run(str(tmp_path / 'data'), tmp_path / 'run', 'MODEL.RESUME', checkpoint.steps(whole)[0])
@@ -59,14 +59,14 @@ def test_a_list_with_the_same_names_and_labels_is_the_same(images, whole, tmp_pa
 
 
 @pytest.mark.parametrize('how', HARMFUL)
-def test_a_list_with_other_names_or_labels_is_another(images, whole, tmp_path, how):
+def test_list_with_other_names_or_labels_is_refused(images, whole, tmp_path, how):
     shutil.copytree(images, tmp_path / 'data')
     change_list(tmp_path / 'data' / 'train_list.txt', HARMFUL[how])
     with pytest.raises(ValueError, match='train_list.txt was 20 images, sha256 .*, is '):
         run(str(tmp_path / 'data'), tmp_path / 'run', 'MODEL.RESUME', checkpoint.steps(whole)[0])
 
 
-def test_checkpoints_of_earlier_versions_know_the_list_by_its_bytes(images, whole, tmp_path):
+def test_checkpoint_of_an_earlier_version_knows_the_list_by_its_bytes(images, whole, tmp_path):
     state = checkpoint.load(checkpoint.steps(whole)[0])
     with open(os.path.join(images, 'train_list.txt'), 'rb') as file:
         state['facts']['train_list.txt'] = hashlib.sha256(file.read()).hexdigest()[:16]
@@ -91,7 +91,7 @@ def test_lists_are_hashed_in_parts(images, monkeypatch):
     assert samples._names(0, len(samples)) == names
 
 
-def test_more_epochs_have_a_message_of_their_own(images, whole, tmp_path):
+def test_other_number_of_epochs_is_explained(images, whole, tmp_path):
     for epochs in (3, 9):
         with pytest.raises(ValueError) as error:
             run(images, tmp_path / 'run', 'TRAIN.NUM_EPOCHS', epochs, 'MODEL.RESUME', checkpoint.steps(whole)[0])
