@@ -30,8 +30,7 @@ def readable(names: list[str]) -> list[str]:
 
 def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_path: str = '',
          warn: Callable[[str], None] = lambda text: None) -> Optional[list[str]]:
-    """Return the `count` class names of a model, in the order of its labels, or None if they are not
-    known.
+    """Return the `count` class names of a model in the order of its labels, or None.
 
     The first of these sources decides:
       1. `file`, which the user has named;
@@ -76,19 +75,20 @@ def imagenet_names() -> list[str]:
 
 
 def names_of_folders(data_path: str, count: int) -> Optional[list[str]]:
-    """Return the class folders of the images in a data folder, if each of `count` labels has a folder of
-    its own."""
+    """Return the class folders of a data folder, if each of `count` labels has a folder of its own."""
     for list_name in ('val_list.txt', 'train_list.txt'):
         folders = _folders(os.path.join(data_path, list_name), data_path, count)
-        names = [''.join(folders[label]) for label in sorted(folders) if len(folders[label]) == 1]
-        if sorted(folders) == list(range(count)) and len({*names}) == count > 1:
+        names: list[str] = []
+        for label in sorted(folders):
+            if len(folders[label]) == 1:
+                names += folders[label]
+        if len(names) == len({*names}) == count > 1:
             return readable(names)
     return None
 
 
 def _folders(list_file: str, data_path: str, count: int) -> dict[int, set[str]]:
-    """Return {label: folders of its images} of a list file; {} if the list is missing or has a bad
-    line."""
+    """Return {label: folders of its images} of a list file; {} if it is missing or has a bad line."""
     found: dict[int, set[str]] = {}
     try:
         samples = read_list(list_file, data_path, count)

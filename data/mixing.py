@@ -113,9 +113,9 @@ class Mix:
         batch, (height, width) = len(images), images.shape[2:]
         per_draw = IMAGES_PER_DRAW[self.mode] or batch
         draws = [self.draw(each, height, width) for each in self._generators(rng, indices)]
-        lams = np.array([lam for lam, _ in draws]).repeat(per_draw)[:batch]
-        boxes = [box for _, box in draws]
-        is_cut = np.array([box is not None for box in boxes]).repeat(per_draw)[:batch]
+        drawn, boxes = zip(*draws)
+        lams: np.ndarray = np.repeat(drawn, per_draw)[:batch]
+        is_cut: np.ndarray = np.repeat([box is not None for box in boxes], per_draw)[:batch]
 
         partner = _partners(batch)
         mixed = _blend(images, partner, np.where(is_cut, 1, lams))

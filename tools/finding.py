@@ -1,35 +1,38 @@
-"""Finding the images in a folder: each real folder and file once, and what is left out counted."""
+"""Find the images in a folder: each real folder and file once; what is left out is counted."""
+from __future__ import annotations
+
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 
 from data import image_files
 
-TRUSTED = frozenset(('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.gif', '.bmp', '.dib', '.tif', '.tiff',
-                     '.ppm', '.pgm', '.pbm', '.pnm', *(['.avif'] if 'AVIF' in image_files.FORMATS else [])))
-THUMBNAILS = frozenset(('@eadir', '__macosx', '#recycle', '@recycle', '$recycle.bin'))     # of NAS systems, macOS, Windows
+TRUSTED = frozenset((                               # endings of images
+    '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.gif', '.bmp', '.dib',
+    '.tif', '.tiff', '.ppm', '.pgm', '.pbm', '.pnm', *(['.avif'] if 'AVIF' in image_files.FORMATS else [])))
+# folders of thumbnails: of NAS systems, macOS, Windows
+THUMBNAILS = frozenset(('@eadir', '__macosx', '#recycle', '@recycle', '$recycle.bin'))
 TWICE = 'linked again'
 
 
 @dataclass
 class Found:
     """The images in a folder, as sorted relative paths, and how many files were left out, by reason."""
-    images: list = field(default_factory=list)
-    left_out: Counter = field(default_factory=Counter)
+    images: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def explain(self, before: str = '') -> str:
-        """Name what was left out, the most frequent reason first, after the text `before`; '' if nothing was."""
+        """Return the reasons after the text `before`, the most frequent first; '' without any."""
         parts = [f'{reason} ({count})' for reason, count in self.left_out.most_common()]
         return before + ', '.join(parts) if parts else ''
 
 
-def find_images(folder: str, parts: tuple = ('',), ignore: tuple = ()) -> Found:
-    """Find the images in a folder with its subfolders, or only in those of its subfolders that `parts` names.
+def find_images(folder: str, parts: tuple[str, ...] = ('',), ignore: tuple[str, ...] = ()) -> Found:
+    """Find the images in a folder and its subfolders, or only in the subfolders `parts`.
 
-    Files with a relative path in `ignore` are not even counted.
-
-    A known ending makes a file an image; of all other files the content decides. Hidden files and folders are left out, and
-    those of thumbnails. A link counts only if it leads to something that is not found without links, and only once.
+    A known ending makes a file an image; of all other files the content decides. Hidden files and
+    folders are left out, and those of thumbnails. A link counts only if it leads to something that is
+    not found without links, and only once. Files with a relative path in `ignore` are not even counted.
     """
     search = _Search(os.path.realpath(folder), ignore)
     for part in parts:
@@ -49,13 +52,16 @@ def is_hidden(name: str) -> bool:
 
 
 class _Search:
-    def __init__(self, root, ignore):
-        self.root, self.ignore, self.left_out = root, ignore, Counter()
-        self.seen = set()                           # (device, inode) of each folder
-        self.folders = []                           # (real path, relative path, names of its images)
-        self.links, self.linked_files = [], []      # (path, relative path) of links to folders; of those to images
+    def __init__(self, root: str, ignore: tuple[str, ...]):
+        self.root, self.ignore = root, ignore
+        self.left_out: Counter[str] = Counter()
+        self.seen: set[tuple[int, int]] = set()     # (device, inode) of each folder
+        # (real path, relative path, names of the images) of each folder
+        self.folders: list[tuple[str, str, list[str]]] = []
+        self.links: list[tuple[str, str]] = []      # (path, relative path) of links to folders
+        self.linked_files: list[tuple[str, str]] = []          # and of links to images
 
-    def walk(self, path, relative):
+    def walk(self, path: str, relative: str) -> None:
         """Search a folder with its subfolders, but not through links."""
         left = [(os.path.realpath(path), relative)]
         while left:
@@ -79,7 +85,7 @@ class _Search:
                         names.append(entry.name)
             self.folders.append((real, relative, names))
 
-    def _is_hidden(self, entry):
+    def _is_hidden(self, entry: os.DirEntry) -> bool:
         if not is_hidden(entry.name):
             return False
         if entry.is_dir(follow_symlinks=False):
@@ -89,7 +95,7 @@ class _Search:
             self.left_out['hidden'] += 1
         return True
 
-    def _note_link(self, path, relative):
+    def _note_link(self, path: str, relative: str) -> None:
         if os.path.isdir(path):
             self.links.append((path, relative))
         elif not os.path.exists(path):
@@ -97,7 +103,7 @@ class _Search:
         elif self._is_image(path, os.path.isfile(path)):
             self.linked_files.append((os.path.realpath(path), relative))
 
-    def _is_image(self, path, is_file):
+    def _is_image(self, path: str, is_file: bool) -> bool:
         if not is_file:
             self.left_out['special files'] += 1
             return False
@@ -107,7 +113,7 @@ class _Search:
         self.left_out[ending or 'without an ending'] += 1
         return False
 
-    def follow(self, path, relative):
+    def follow(self, path: str, relative: str) -> None:
         """Search the folder that a link leads to, unless the root lies in it."""
         real = os.path.realpath(path)
         if self.root == real or self.root.startswith(os.path.join(real, '')):
@@ -115,10 +121,14 @@ class _Search:
         else:
             self.walk(real, relative)
 
-    def images(self):
+    def images(self) -> list[str]:
         """Return the relative paths of all images."""
-        images = [os.path.join(relative, name) for _, relative, names in self.folders for name in names]
-        real = {os.path.join(folder, name) for folder, _, names in self.folders for name in names} if self.linked_files else set()
+        images: list[str] = []
+        real: set[str] = set()
+        for folder, relative, names in self.folders:
+            images += [os.path.join(relative, name) for name in names]
+            if self.linked_files:                   # the set takes memory
+                real.update(os.path.join(folder, name) for name in names)
         for path, relative in sorted(self.linked_files):
             if path in real:
                 self.left_out[f'images {TWICE}'] += 1
