@@ -2,45 +2,50 @@
 
     model = paddle.hub.load(FOLDER, 'halonet_26t', source='local', pretrained=FILE)
 
-`pretrained` is a weight file as for -pretrained, or '' for fresh weights; `opts` are options as after -opts, such as
-['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
+`pretrained` is a weight file as for -pretrained, or '' for fresh weights. `opts` are options as after -opts,
+such as ['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
 
-Modules of this project have common names, such as utils and config, which the caller's own may have too. They are
-imported under these names and then taken out of sys.modules again, so both work, in any order. They stay there only
-for a caller who can import this project itself.
+Modules of this project have common names, such as utils and config. Those of the caller may have them too.
+So ours are imported under these names and then taken out of sys.modules again: both work, in any order. They
+stay there only for a caller who can import this project directly.
 """
-import contextlib  # modules as wholes: paddle.hub.list takes every function here for a model
+from __future__ import annotations
+
+import contextlib  # modules, not names of them: paddle.hub.list takes every function here for a model
 import functools
 import pathlib
 import sys
 import types
+import typing
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_NAMES = ({path.stem for path in _ROOT.glob('*.py')} | {path.parent.name for path in _ROOT.glob('*/*.py')}) - {'hubconf'}
-# paddle.hub imports this file at each call; what the first call has imported stays here: {folder: {name: module}}
+_NAMES = {path.stem for path in _ROOT.glob('*.py')} | {path.parent.name for path in _ROOT.glob('*/*.py')}
+_NAMES.discard('hubconf')
+# paddle.hub imports this file at each call. This keeps what the first call imported: {folder: {name: module}}
 _LOADED = vars(sys.modules.setdefault('_halonet_hub', types.ModuleType('_halonet_hub')))
 
 
-def _is_ours(module):
+def _is_ours(module: types.ModuleType) -> bool:
     """True if a module, or a package of any kind, lies in this folder."""
-    places = [getattr(module, '__file__', None) or '', *getattr(module, '__path__', ())]
-    return any(_ROOT in pathlib.Path(place).resolve().parents for place in places if place)
+    paths = [getattr(module, '__file__', None), *getattr(module, '__path__', ())]
+    return any(_ROOT in pathlib.Path(path).resolve().parents for path in paths if path)
 
 
-def _modules():
-    """Return the imported modules that have a name of this project, and whatever is inside of them: {name: module}."""
-    return {name: module for name, module in [*sys.modules.items()] if name.split('.')[0] in _NAMES}
+def _modules() -> dict[str, types.ModuleType]:
+    """Return the imported modules that have a name of this project, with their submodules: {name: module}."""
+    imported = [*sys.modules.items()]
+    return {name: module for name, module in imported if name.partition('.')[0] in _NAMES}
 
 
-def _callers_own():
-    """True if the caller has imported this project, or has its folder on sys.path beside the entry of paddle.hub."""
-    folders = [pathlib.Path(entry).resolve() for entry in sys.path]
-    return folders.count(_ROOT) > 1 or any(map(_is_ours, _modules().values()))
+def _can_import_us() -> bool:
+    """True if the caller imported this project, or sys.path has its folder besides the entry of paddle.hub."""
+    entries = [pathlib.Path(entry).resolve() for entry in sys.path]
+    return entries.count(_ROOT) > 1 or any(_is_ours(module) for module in _modules().values())
 
 
 @contextlib.contextmanager
-def _project():
-    """Let `import utils` and the like mean this project inside the context, and the caller's modules after it."""
+def _project() -> typing.Iterator[None]:
+    """Import modules of this project inside the context; after it their names mean the caller's modules."""
     theirs = {name: module for name, module in _modules().items() if not _is_ours(module)}
     for name in theirs:
         del sys.modules[name]
@@ -51,39 +56,50 @@ def _project():
         yield
     finally:
         sys.path.remove(str(_ROOT))
-        _LOADED[str(_ROOT)] = _modules()
-        if not _SHARED:
-            for name in _LOADED[str(_ROOT)]:
+        ours = _modules()
+        _LOADED[str(_ROOT)] = ours
+        if not _STAY_IMPORTED:
+            for name in ours:
                 del sys.modules[name]
         sys.modules.update(theirs)
 
 
-_SHARED = _callers_own()
+_STAY_IMPORTED = _can_import_us()
 with _project():
     import config
     import halonet
     from model import weights
-    if not all(map(_is_ours, (config, halonet, weights))):
-        raise ImportError(f'modules of {_ROOT} are not found there: something else imports config, halonet or weights first')
+    for _module in (config, halonet, weights):
+        if not _is_ours(_module):
+            raise ImportError(f'{_module} is imported instead of the module in {_ROOT}')
 
 dependencies = ['paddle', 'numpy', 'yaml', 'yacs']
 
 
-def _load(path, pretrained='', opts=()):
+def _load(path: pathlib.Path, pretrained: str | pathlib.Path = '',
+          opts: typing.Sequence[typing.Any] = ()) -> halonet.HaloNet:
+    """Build the model of a config file. Raises ValueError and OSError, as load_pretrained does."""
     if not isinstance(pretrained, (str, pathlib.Path)):
-        raise ValueError(f'pretrained is {pretrained!r}; give a weight file or a name such as timm/halonet26t.a1h_in1k')
+        raise ValueError(f'pretrained is {pretrained!r}; give a weight file '
+                         'or a name such as timm/halonet26t.a1h_in1k')
     with _project():
         model = halonet.build_halonet(config.get_config(path, opts))
         if pretrained:
-            weights.load_pretrained(model, pretrained)
+            weights.load_pretrained(model, str(pretrained))
     return model
 
 
-def _entry(path):
+def _entry(path: pathlib.Path) -> typing.Callable[..., halonet.HaloNet]:
+    """Return the function that paddle.hub calls; paddle.hub.help shows the header of the config file."""
     entry = functools.partial(_load, path)
-    entry.__doc__ = path.read_text(encoding='utf-8').split('\nBASE')[0].replace('# ', '')    # paddle.hub.help shows it
+    header = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        if not line.startswith('#'):
+            break
+        header.append(line.removeprefix('# '))
+    entry.__doc__ = '\n'.join(header)
     return entry
 
 
-globals().update({config.get_config(path).MODEL.NAME: _entry(path)
-                  for path in sorted((_ROOT / 'configs').glob('[!_]*.yaml'))})
+for _path in sorted((_ROOT / 'configs').glob('[!_]*.yaml')):
+    globals()[config.get_config(_path).MODEL.NAME] = _entry(_path)

@@ -21,6 +21,8 @@ def theirs():
 before = theirs() if BEFORE else None
 path = list(sys.path)
 assert 'halonet_26t' in paddle.hub.list(ROOT, source='local')
+text = paddle.hub.help(ROOT, 'halonet_digits', source='local')
+assert 'handwritten digits' in text and 'STEM' not in text and '#' not in text
 model = paddle.hub.load(ROOT, 'halonet_digits', source='local')
 paddle.save(model.state_dict(), 'model.pdparams')
 loaded = paddle.hub.load(ROOT, 'halonet_digits', source='local', pretrained='model.pdparams')
