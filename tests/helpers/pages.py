@@ -15,7 +15,7 @@ DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) 
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
 MODULES = (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, report, visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
-INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python (?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
+INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python\s(?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
 
 
 def text_of(page: str) -> str:
