@@ -1,37 +1,44 @@
 """Open weight files of every known format: Paddle's and other pickles, PyTorch's two, safetensors.
 
-Nothing is read but what says where the arrays lie. An array is a stand-in: a Call of safe_pickle, or a Raw of safetensors.
+Only the description of the arrays is read here. Each array is a stand-in: a Call of safe_pickle, or a Raw of
+safetensors.
 """
 import io
 import json
 import os
 import zipfile
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union, cast
 
 import numpy as np
 
 from model import safe_pickle
 from model.safe_pickle import Blob, Global, shown
 
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C                # the first pickle of a file by torch.save before PyTorch 1.6
-TORCH_STORAGES = {'FloatStorage': 'float32', 'DoubleStorage': 'float64', 'HalfStorage': 'float16', 'BFloat16Storage': 'bfloat16',
-                  'LongStorage': 'int64', 'IntStorage': 'int32', 'ShortStorage': 'int16', 'CharStorage': 'int8',
-                  'ByteStorage': 'uint8', 'BoolStorage': 'bool'}
-SAFETENSORS = {'F32': 'float32', 'F64': 'float64', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
-               'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool'}
-INDEX = 1 << 22                                     # bytes of the directory of a zip file, and of the header of safetensors
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C                # a file by torch.save before PyTorch 1.6
+TORCH_VERSION = 1001                                # of that format
+TORCH_STORAGES = {
+    'FloatStorage': 'float32', 'DoubleStorage': 'float64', 'HalfStorage': 'float16',
+    'BFloat16Storage': 'bfloat16', 'LongStorage': 'int64', 'IntStorage': 'int32', 'ShortStorage': 'int16',
+    'CharStorage': 'int8', 'ByteStorage': 'uint8', 'BoolStorage': 'bool'}
+SAFETENSORS = {
+    'F32': 'float32', 'F64': 'float64', 'F16': 'float16', 'BF16': 'bfloat16', 'I64': 'int64', 'I32': 'int32',
+    'I16': 'int16', 'I8': 'int8', 'U8': 'uint8', 'BOOL': 'bool'}
+INDEX = 1 << 22                                     # bytes of a zip directory, and of a header of safetensors
 NAME = 256                                          # characters of the longest name of an entry or a storage
+SIZE = 1 << 48                                      # numbers of the largest storage
 OUTSIDE = 'it refers to something outside, and a weight file may hold arrays only'
-NOT_WEIGHTS = (                                     # how files begin that people take for weights
+NOT_WEIGHTS = (                                     # how other files begin that are mistaken for weights
     (b'version https://git-lfs', 'it is a git-lfs pointer; fetch the file behind it with git lfs pull'),
     (b'<', 'it is a web page; download the file itself, not the page that shows it'),
-    (b'{', 'it is JSON text'), (b'\x1f\x8b', 'it is gzip-compressed; unpack it first'), (b'\x89HDF', 'it is HDF5 (Keras)'),
+    (b'{', 'it is JSON text'),
+    (b'\x1f\x8b', 'it is gzip-compressed; unpack it first'),
+    (b'\x89HDF', 'it is HDF5 (Keras)'),
     (b'PK', 'it is a damaged or incomplete zip file'),
 )
 
 
 class Raw(NamedTuple):
-    """An array of safetensors: its bytes, its type as in SAFETENSORS and its shape, which is not checked yet."""
+    """An array of safetensors: its bytes, its dtype as in SAFETENSORS and its unchecked shape."""
 
     data: Blob
     kind: str
@@ -39,7 +46,7 @@ class Raw(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The memory that tensors of PyTorch lie in: `size` numbers of a type as in TORCH_STORAGES."""
+    """The memory behind tensors of PyTorch: `size` numbers of a dtype as in TORCH_STORAGES."""
 
     key: str
     kind: str
@@ -50,16 +57,20 @@ class Storage(NamedTuple):
         return self.size * itemsize(self.kind)
 
 
+Find = Callable[[Storage], Union[bytes, Blob]]
+Opened = tuple[Any, Optional[Find]]                 # content, and for PyTorch's files the bytes of a Storage
+
+
 def itemsize(kind: str) -> int:
-    """Bytes of a number of a type as in TORCH_STORAGES."""
+    """Return the bytes of a number of a dtype as in TORCH_STORAGES."""
     return 2 if kind == 'bfloat16' else np.dtype(kind).itemsize
 
 
-def open_file(file: io.BufferedIOBase) -> tuple[Any, Optional[Callable]]:
-    """What an open file of any known format holds, with stand-ins for arrays.
+def open_file(file: io.BufferedIOBase) -> Opened:
+    """Read the content of an open file of any known format, with stand-ins for arrays.
 
-    Returns the content, and for PyTorch's files the function from a Storage to its bytes or Blob. Raises ValueError for
-    what is no weight file, and nearly anything for a damaged one.
+    Returns the content, and for PyTorch's files the function from a Storage to its bytes or Blob. Raises
+    ValueError for a file of another kind, and nearly anything for a damaged one.
     """
     head = file.read(512)
     file.seek(0)
@@ -70,111 +81,164 @@ def open_file(file: io.BufferedIOBase) -> tuple[Any, Optional[Callable]]:
     if head[:1] == b'\x80':
         file.seek(0)
         content = safe_pickle.load(file)
-        return _open_torch_legacy(file) if type(content) is int and content == TORCH_MAGIC else (content, None)
+        is_torch = type(content) is int and content == TORCH_MAGIC
+        return _open_torch_legacy(file) if is_torch else (content, None)
+    raise ValueError(_kind_of(head))
+
+
+def _kind_of(head: bytes) -> str:
+    """Describe a file that is no weight file by its first bytes."""
+    if not head:
+        return 'it is empty'
     if not head.strip(b'\0'):
-        raise ValueError('it holds nothing but zeros' if head else 'it is empty')
+        return 'it holds nothing but zeros'
     if head[257:262] == b'ustar':
-        raise ValueError('it is a tar file; PyTorch of 2017 and before wrote such: save it again with a newer one')
-    raise ValueError(next((what for start, what in NOT_WEIGHTS if head.lstrip().startswith(start)),
-                          'it is none of .pdparams, .pdckpt, .safetensors, .pth'))
+        return 'it is a tar file; PyTorch of 2017 and before wrote such: save it again with a newer one'
+    for start, description in NOT_WEIGHTS:
+        if head.lstrip().startswith(start):
+            return description
+    return 'it is none of .pdparams, .pdckpt, .safetensors, .pth'
 
 
 # ---- safetensors
 
-def _open_safetensors(file):
-    """{name: Raw} of safetensors: 8 bytes, the length of the header; the header in JSON; the numbers, without gaps."""
-    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), 'little')
+def _open_safetensors(file: io.BufferedIOBase) -> dict[str, Raw]:
+    """Read the header of safetensors: {name: Raw}.
+
+    The file has the header's length in 8 bytes, the header in JSON, and the numbers without gaps.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), 'little')
     if length > min(INDEX, size - 8):
-        raise ValueError(f'its header is said to have {length} bytes; the limit is {INDEX}, and the file has {size}')
-    try:
-        header = json.loads(file.read(length), parse_int=lambda digits: int(digits[:20]))
-        header.pop('__metadata__', None)
-        entries = [(*entry['data_offsets'], name, entry['dtype'], tuple(entry['shape'])) for name, entry in header.items()]
-        entries.sort(key=lambda entry: entry[:2])
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        raise ValueError('its header is damaged') from None
+        raise ValueError(f'its header is said to have {length} bytes; the limit is {INDEX}, '
+                         f'and the file has {size}')
     content, end = {}, 0
-    for first, last, name, kind, shape in entries:
+    for first, last, name, kind, shape in _header_entries(file.read(length)):
         if type(kind) is not str or kind not in SAFETENSORS:
-            raise ValueError(f'its numbers are {shown(kind) if type(kind) is str else "damaged"}; known are '
-                             + ', '.join(SAFETENSORS))
+            text = shown(kind) if type(kind) is str else 'damaged'
+            raise ValueError(f'its numbers are {text}; known are {", ".join(SAFETENSORS)}')
         if type(first) is not int or type(last) is not int or first != end or last < first:
             raise ValueError('its header is damaged: arrays overlap or leave gaps')
         content[name] = Raw(Blob(file, 8 + length + first, last - first), SAFETENSORS[kind], shape)
         end = last
-    if 8 + length + end != size:
-        raise ValueError(f'it has {size} bytes, and by its header {8 + length + end}: it is incomplete or damaged')
+    expected = 8 + length + end
+    if expected != size:
+        raise ValueError(f'it has {size} bytes, and by its header {expected}: it is incomplete or damaged')
     return content
+
+
+def _header_entries(header: bytes) -> list[tuple]:
+    """Parse the header: (first byte, last byte, name, dtype, shape) of each array, in their order."""
+    def short_int(digits: str) -> int:
+        return int(digits[:20])                     # long ones take minutes, and are wrong anyway
+
+    try:
+        arrays = json.loads(header, parse_int=short_int)
+        arrays.pop('__metadata__', None)
+        entries = []
+        for name, array in arrays.items():
+            first, last = array['data_offsets']
+            entries.append((first, last, name, array['dtype'], tuple(array['shape'])))
+        return sorted(entries, key=lambda entry: entry[:2])
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        raise ValueError('its header is damaged') from None
 
 
 # ---- PyTorch's files
 
-def storage(pid) -> Storage:
-    """The Storage that a persistent id ('storage', type, key, device, count[, view]) means. Raises ValueError."""
+def storage(pid: Any) -> Storage:
+    """Return the Storage of a persistent id ('storage', type, key, device, size[, view])."""
     if type(pid) is not tuple or len(pid) not in (5, 6) or type(pid[0]) is not str or pid[0] != 'storage' \
             or type(pid[1]) is not Global or pid[5:] not in ((), (None,)):
         raise ValueError(OUTSIDE)
-    _, kind, key, _, count = pid[:5]
+    _, kind, key, _, size = pid[:5]
     name = kind.attribute if kind.module == 'torch' else ''
     if name not in TORCH_STORAGES:
         raise ValueError(f'its numbers are {shown(kind.name)}; known are {", ".join(TORCH_STORAGES)}')
-    if type(key) is not str or len(key) > NAME or type(count) is not int or not 0 <= count < 1 << 48:
+    if type(key) is not str or len(key) > NAME or type(size) is not int or not 0 <= size < SIZE:
         raise ValueError('a storage of its tensors has no sensible name or size')
-    return Storage(key, TORCH_STORAGES[name], count)
+    return Storage(key, TORCH_STORAGES[name], size)
 
 
 class _Limited:
-    """A file for zipfile that gives at most `most` bytes at once: crafted directories would take gigabytes."""
+    """A file for zipfile that reads `most` bytes at once: crafted directories would take gigabytes."""
 
-    def __init__(self, file, most):
+    def __init__(self, file: io.BufferedIOBase, most: int):
         self.file, self.most = file, most
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
-    def read(self, count=-1):
+    def read(self, count: int = -1) -> bytes:
         if count > self.most:
             raise ValueError('its directory is damaged or has too many entries')
         return self.file.read(self.most if count < 0 else count)
 
 
-def _open_torch_zip(file):
-    """What torch.save of PyTorch 1.6 and later wrote: NAME/data.pkl, and each storage as NAME/data/KEY."""
-    size, limited = os.fstat(file.fileno()).st_size, _Limited(file, INDEX)
-    archive = zipfile.ZipFile(limited)
-    limited.most = size                             # from here on for entries, of which none exceeds the file
-    roots = [name[:-len('data.pkl')] for name in archive.NameToInfo if name.endswith('data.pkl')]
-    if len(roots) != 1 or len(roots[0]) > NAME or f'{roots[0]}constants.pkl' in archive.NameToInfo:
-        raise ValueError('it is a zip file, but torch.save of a state dict did not write it')
+class _TorchZip:
+    """A file by torch.save of PyTorch 1.6 and later: NAME/data.pkl, and each storage in NAME/data/KEY."""
 
-    def entry(name, length=None):
-        info, name = archive.NameToInfo.get(roots[0] + name), shown(name)
+    def __init__(self, file: io.BufferedIOBase):
+        self.size, limited = os.fstat(file.fileno()).st_size, _Limited(file, INDEX)
+        self.archive = zipfile.ZipFile(cast(BinaryIO, limited))
+        limited.most = self.size                    # from here on for entries, of which none exceeds the file
+        self.names = self.archive.NameToInfo
+        roots = [name[:-len('data.pkl')] for name in self.names if name.endswith('data.pkl')]
+        if len(roots) != 1 or len(roots[0]) > NAME or f'{roots[0]}constants.pkl' in self.names:
+            raise ValueError('it is a zip file, but torch.save of a state dict did not write it')
+        self.root = roots[0]
+
+    def read(self, name: str, length: Optional[int] = None) -> bytes:
+        """Read an entry and verify its checksum. Raises ValueError where it has not `length` bytes."""
+        info, name = self.names.get(self.root + name), shown(name)
         if info is None:
             raise ValueError(f'its entry {name!r} is missing')
         if length not in (None, info.file_size):
             raise ValueError(f'its entry {name!r} is not as long as a tensor says')
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > size:
-            raise ValueError(f'its entry {name!r} is compressed or damaged')           # torch.save does not compress
-        content = archive.read(info)
+        is_stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not is_stored or info.file_size > self.size:                      # torch.save does not compress
+            raise ValueError(f'its entry {name!r} is compressed or damaged')
+        content = self.archive.read(info)
         if len(content) != info.file_size:
             raise ValueError(f'its entry {name!r} is shorter than its directory says')
         return content
 
-    if f'{roots[0]}byteorder' in archive.NameToInfo and entry('byteorder') != b'little':
+    def find(self, storage: Storage) -> bytes:
+        """Read the bytes of a storage."""
+        return self.read(f'data/{storage.key}', storage.nbytes)
+
+
+def _open_torch_zip(file: io.BufferedIOBase) -> Opened:
+    """Open a file by torch.save of PyTorch 1.6 and later."""
+    entries = _TorchZip(file)
+    if f'{entries.root}byteorder' in entries.names and entries.read('byteorder') != b'little':
         raise ValueError('its numbers are big-endian; save it again on a little-endian machine')
-    content = safe_pickle.load(io.BytesIO(entry('data.pkl')))
-    return content, lambda found: entry(f'data/{found.key}', found.nbytes)
+    return safe_pickle.load(io.BytesIO(entries.read('data.pkl'))), entries.find
 
 
-def _open_torch_legacy(file):
-    """What torch.save before PyTorch 1.6 wrote, from behind the magic number: four pickles, then the storages."""
+def _open_torch_legacy(file: io.BufferedIOBase) -> Opened:
+    """Open a file by torch.save before PyTorch 1.6, behind its magic number: four pickles, then storages."""
     version, system = safe_pickle.load(file), safe_pickle.load(file)
-    if type(version) is not int or version != 1001:
-        raise ValueError("it is of another version of PyTorch's old format than 1001; save it again with a newer PyTorch")
+    if type(version) is not int or version != TORCH_VERSION:
+        raise ValueError(f"it is of another version of PyTorch's old format than {TORCH_VERSION}; "
+                         'save it again with a newer PyTorch')
     if type(system) is not dict or system.get('little_endian') is not True:
         raise ValueError('its numbers are big-endian; save it again on a little-endian machine')
-    references = []
+    references: list = []
     content, keys = safe_pickle.load(file, references), safe_pickle.load(file)
-    named = {found.key: found for found in (storage(reference.id) for reference in references)}
-    if type(keys) is not list or not all(type(key) is str for key in keys) or {*named} != {*keys} or len(named) != len(keys):
+    storages = [storage(reference.id) for reference in references]
+    blobs = _legacy_blobs(file, keys, {found.key: found for found in storages})
+
+    def find(found: Storage) -> Blob:
+        if found not in blobs:
+            raise ValueError(f'its storage {shown(found.key)!r} has two types or sizes')
+        return blobs[found]
+
+    return content, find
+
+
+def _legacy_blobs(file: io.BufferedIOBase, keys: Any, named: dict[str, Storage]) -> dict[Storage, Blob]:
+    """Find the numbers of each storage, in the order of `keys`: a count in 8 bytes, then the numbers."""
+    are_names = type(keys) is list and all(type(key) is str for key in keys)
+    if not are_names or {*named} != {*keys} or len(named) != len(keys):
         raise ValueError('it is incomplete: it names other storages than its tensors')
     blobs, size = {}, os.fstat(file.fileno()).st_size
     for key in keys:
@@ -183,10 +247,4 @@ def _open_torch_legacy(file):
             raise ValueError(f'it is incomplete: the storage {shown(key)!r} is not there as a whole')
         blobs[named[key]] = Blob(file, start, named[key].nbytes)
         file.seek(start + named[key].nbytes)
-
-    def find(found):
-        if found not in blobs:
-            raise ValueError(f'its storage {shown(found.key)!r} has two types or sizes')
-        return blobs[found]
-
-    return content, find
+    return blobs
