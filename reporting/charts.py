@@ -36,6 +36,11 @@ class Series:
     band: Band = field(default_factory=list)        # the range of each bucket
     last: float = math.nan                          # value of the last point, before thinning
 
+    @property
+    def finite(self) -> list[float]:
+        """The values that are finite."""
+        return [y for _, y in self.points if math.isfinite(y)]
+
 
 # ---- numbers and axes
 
@@ -52,9 +57,13 @@ def number(value: Optional[float], digits: int = 4) -> str:
     return f'{float(mantissa):g}e{int(exponent)}'.replace('-', '−')
 
 
+def numbers(values: list[float]) -> list[str]:
+    return [number(value) for value in values]
+
+
 def tick_texts(marks: list[float]) -> list[str]:
     """Format the marks of an axis, each with the same number of decimals."""
-    texts = [number(mark) for mark in marks]
+    texts = numbers(marks)
     if any('e' in text for text in texts):
         return texts
     decimals = max(len(text.partition('.')[2]) for text in texts)
@@ -66,8 +75,10 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
     They are 1, 2 or 5 times a power of ten apart.
     """
-    if high <= low:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
+    if high <= low == 0:
+        low, high = 0.0, 1.0
+    elif high <= low:
+        low, high = low - abs(low) / 2, high + abs(high) / 2
     raw = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -90,17 +101,28 @@ def thin(points: Points, buckets: int = BUCKETS) -> tuple[Points, Band]:
     if len(points) <= 2 * buckets:
         return points, []
     size = math.ceil(len(points) / buckets)
-    means, band = [], []
+    means: Points = []
+    band: Band = []
     for i in range(0, len(points), size):
-        bucket = points[i:i + size]
-        finite = [(x, y) for x, y in bucket if math.isfinite(y)]
-        if finite:
-            x = sum(x for x, _ in finite) / len(finite)
-            values = [y for _, y in finite]
-            means.append((x, sum(values) / len(values)))
-            band.append((x, min(values), max(values)))
-        means += [point for point in bucket if not math.isfinite(point[1])][-1:]
+        xs, ys = [], []
+        last_gap: Points = []
+        for x, y in points[i:i + size]:
+            if math.isfinite(y):
+                xs.append(x)
+                ys.append(y)
+            else:
+                last_gap = [(x, y)]
+        if ys:
+            mean_x = sum(xs) / len(xs)
+            means.append((mean_x, sum(ys) / len(ys)))
+            band.append((mean_x, min(ys), max(ys)))
+        means += last_gap
     return means, band
+
+
+def has_points(series: list[Series]) -> bool:
+    """True if at least one of the series has a point."""
+    return any(s.points for s in series)
 
 
 def prepared(series: Series) -> Series:
@@ -143,15 +165,17 @@ def line_chart(title: str, series: list[Series], *, x_label: str = 'epoch', unit
     values = drawn_values(series)
     if not values:
         return render('chart.html', title=title, legend=legend, drawn=None)
+    x_marks = [mark for mark in ticks(0, last_x) if mark <= last_x * 1.0001]
     x = Scale([0, max(last_x, 1e-9)], LEFT, WIDTH - RIGHT)
     y = value_axis(values, top, linear)
-    y_texts = [number(mark) for mark in y.marks] if y.log else tick_texts(y.marks)
+    y_texts = numbers(y.marks) if y.log else tick_texts(y.marks)
     drawn = {
         'size': (WIDTH, HEIGHT),
         'left': LEFT, 'right': WIDTH - RIGHT, 'bottom': HEIGHT - BOTTOM,
         'x_label': x_label,
-        'x_ticks': [(x(mark), number(mark)) for mark in ticks(0, last_x) if mark <= last_x * 1.0001],
-        'y_ticks': [(y(mark), text + unit) for mark, text in zip(y.marks, y_texts)],
+        'unit': unit,
+        'x_ticks': axis_ticks(x, x_marks, numbers(x_marks)),
+        'y_ticks': axis_ticks(y, y.marks, y_texts),
         'curves': [curve(s, x, y) for s in series],
         'words': describe(series, unit, digits, x_label),
         'hover': hover_data(series, x_label, unit, last_x),
@@ -159,11 +183,16 @@ def line_chart(title: str, series: list[Series], *, x_label: str = 'epoch', unit
     return render('chart.html', title=title, legend=legend, drawn=drawn)
 
 
+def axis_ticks(scale: Scale, marks: list[float], texts: list[str]) -> list[tuple[float, str]]:
+    """Return the coordinate and the text of each mark."""
+    return [(scale(mark), text) for mark, text in zip(marks, texts)]
+
+
 def drawn_values(series: list[Series]) -> list[float]:
     """Return all finite values of the curves and their bands."""
     values = []
     for s in series:
-        values += [y for _, y in s.points if math.isfinite(y)]
+        values += s.finite
         for _, lowest, highest in s.band:
             values += [lowest, highest]
     return values
@@ -203,16 +232,25 @@ def curve(series: Series, x: Scale, y: Scale) -> dict[str, Any]:
         else:
             gaps.append(x(x_value))
             pieces.append([])
-    outline = [(x(at), y(highest)) for at, _, highest in series.band]
-    outline += [(x(at), y(lowest)) for at, lowest, _ in reversed(series.band)]
     all_marked = series.marker >= 0 and len(series.points) <= MARKED
-    marks = []
+    lines, marks = [], []
     for piece in pieces:
+        if len(piece) > 1:
+            lines.append(polygon(piece))
         if all_marked or len(piece) == 1:           # a point between two gaps has no line
-            marks += [marker(series, *point) for point in piece]
-    lines = [polygon(piece) for piece in pieces if len(piece) > 1]
-    return {'colour': series.colour, 'dash': dash(series), 'band': polygon(outline), 'lines': lines,
+            for point in piece:
+                marks.append(marker(series, *point))
+    return {'colour': series.colour, 'dash': dash(series), 'band': outline(series.band, x, y), 'lines': lines,
             'marks': marks, 'gaps': gaps}
+
+
+def outline(band: Band, x: Scale, y: Scale) -> str:
+    """Return the polygon around a band: its highest values, then the lowest ones backwards."""
+    above, below = [], []
+    for at, lowest, highest in band:
+        above.append((x(at), y(highest)))
+        below.append((x(at), y(lowest)))
+    return polygon(above + below[::-1])
 
 
 def polygon(points: list[tuple[float, float]]) -> str:
@@ -233,10 +271,9 @@ def describe(series: list[Series], unit: str, digits: int, x_label: str) -> str:
     """Describe the chart in words."""
     words = []
     for s in series:
-        values = [y for _, y in s.points if math.isfinite(y)]
         spread = 'none finite'
-        if values:
-            spread = f'from {number(min(values), digits)} to {number(max(values), digits)}{unit}'
+        if s.finite:
+            spread = f'from {number(min(s.finite), digits)} to {number(max(s.finite), digits)}{unit}'
         words.append(f'{s.label}, {len(s.points)} points, {spread}, last {number(s.last, digits)} '
                      f'at {x_label} {number(s.points[-1][0])}')
     return '; '.join(words)
@@ -246,7 +283,10 @@ def hover_data(series: list[Series], x_label: str, unit: str, last_x: float) -> 
     """Return the JSON that hover.js reads: the plot's edges and the points, null for what is not finite."""
     drawn = []
     for s in series:
-        points = [(round(x, 4), float(f'{y:.6g}') if math.isfinite(y) else None) for x, y in s.points]
+        points = []
+        for x, y in s.points:
+            value = float(f'{y:.6g}') if math.isfinite(y) else None
+            points.append((round(x, 4), value))
         drawn.append((s.label, s.colour, points))
     plot = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
     content = {'x': x_label, 'unit': unit, 'last': last_x, 'plot': plot, 'series': drawn}

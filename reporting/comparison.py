@@ -4,7 +4,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reporting.charts import Series, line_chart, number
+from reporting.charts import Series, has_points, line_chart, number
 from reporting.page import DASH, PERCENT, Table, duration, percent, status, value_text
 from reporting.runs import Run
 from reporting.templates import render
@@ -34,12 +34,10 @@ def compare_page(runs: list[Run]) -> str:
         title=f'{len(runs)} runs: ' + ', '.join(labels),
         script='hover.js',
         folder=common_folder(runs),
-        count=len(runs),
         results=results(runs, labels),
         curves=curves(runs, labels),
         differences=differences,
-        records=sum(len(run.records) for run in runs),
-        torn=sum(run.torn for run in runs),
+        runs=runs,
     )
 
 
@@ -70,7 +68,7 @@ def curves(runs: list[Run], labels: list[str]) -> list[Markup]:
         for i, (label, run) in enumerate(zip(labels, runs)):
             marker = -1 if split == 'train' else i % STYLES
             series.append(Series(label, run.curve(split, key), COLOURS[i % len(COLOURS)], i % STYLES, marker))
-        if any(s.points for s in series):
+        if has_points(series):
             charts.append(line_chart(title, series, x_label=x_label, **options))
     return charts
 
@@ -100,10 +98,10 @@ def results(runs: list[Run], labels: list[str]) -> Table:
 
 def differing(sides: list[dict[str, Any]], labels: list[str]) -> Table:
     """List the keys whose values are not equal in all `sides`, one of them per run."""
-    keys = {key for side in sides for key in side if key != 'BASE'}
+    keys: set[str] = set().union(*sides)
     rows = []
-    for key in sorted(keys):
+    for key in sorted(keys - {'BASE'}):
         values = [side.get(key) for side in sides]
-        if any(value != values[0] for value in values):
+        if values.count(values[0]) < len(values):
             rows.append([key, *(value_text(value) for value in values)])
     return Table(['', *labels], rows, 'options')

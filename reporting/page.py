@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from config import defaults
 from reporting import pictures
-from reporting.charts import BUCKETS, Points, Series, line_chart, number
+from reporting.charts import BUCKETS, Points, Series, has_points, line_chart, number
 from reporting.runs import SPLITS, Predictions, Run, differences
 from reporting.templates import render
 
@@ -48,13 +48,16 @@ def fixed(value: Optional[float], digits: int) -> str:
     """Format a number with as many decimals as `digits`."""
     if value is None:
         return DASH
-    return f'{value:.{digits}f}' if math.isfinite(value) else 'not finite'
+    if not math.isfinite(value):
+        return 'not finite'
+    return f'{value:.{digits}f}'
 
 
 def percent(value: Optional[float], digits: int = 2) -> str:
     """Format a number that is in percent."""
-    text = fixed(value, digits)
-    return text if value is None or not math.isfinite(value) else f'{text}\u202f%'
+    if value is None or not math.isfinite(value):
+        return fixed(value, digits)
+    return f'{value:.{digits}f}\u202f%'
 
 
 def duration(seconds: Optional[float]) -> str:
@@ -64,14 +67,18 @@ def duration(seconds: Optional[float]) -> str:
     if seconds < 3600:
         return f'{int(seconds // 60)} min {int(seconds % 60)} s'
     days, hours, minutes = int(seconds // 86400), int(seconds // 3600 % 24), int(seconds // 60 % 60)
-    return f'{days} d {hours} h' if days else f'{hours} h {minutes} min'
+    if days:
+        return f'{days} d {hours} h'
+    return f'{hours} h {minutes} min'
 
 
 def value_text(value: Any) -> str:
     """Format the value of an option; None is an option that this config does not have."""
     if value is None:
         return DASH
-    return EMPTY if value == '' else str(value)
+    if value == '':
+        return EMPTY
+    return str(value)
 
 
 # ---- the page
@@ -109,8 +116,10 @@ class State:
 def status(run: Run) -> State:
     """Describe how far a run came."""
     planned = run.config.get('TRAIN.NUM_EPOCHS')
+    if not run.records and run.predictions:
+        return State('done', 'evaluation only')
     if not run.records:
-        return State('done', 'evaluation only') if run.predictions else State('none', 'nothing recorded yet')
+        return State('none', 'nothing recorded yet')
     last = run.records[-1]
     if last['epoch'] != planned:
         reached = f'epoch {last["epoch"]} of {planned or "?"}, step {last["step"]:,}'
@@ -130,8 +139,10 @@ def facts(run: Run) -> list[str]:
         texts.append(f'{first} to {last}')
         texts.append(duration(run.log['seconds']))
     times = run.log['resumed']
-    if times:
-        texts.append('resumed once' if times == 1 else f'resumed {times} times')
+    if times == 1:
+        texts.append('resumed once')
+    elif times:
+        texts.append(f'resumed {times} times')
     return texts
 
 
@@ -166,8 +177,10 @@ def tiles(run: Run) -> list[Tile]:
     speed = run.median_speed
     if speed is not None:
         found.append(Tile('Training loss', number(run.last('train', 'loss')), 'of augmented images'))
-        waits = [value for _, value in run.curve('train', 'data_wait')]
-        note = f'{100 * np.mean(waits):.0f}\u202f% waiting for data' if waits else 'median, training'
+        waits = run.values('train', 'data_wait')
+        note = 'median, training'
+        if waits:
+            note = f'{100 * np.mean(waits):.0f}\u202f% waiting for data'
         found.append(Tile('Images/s', f'{speed:,.0f}', note))
     return found
 
@@ -182,7 +195,7 @@ def curves(run: Run) -> dict[str, Any]:
             points = scaled(run.curve(split, key), factor)
             style = STYLE[split] if len(splits) > 1 else STYLE_ALONE
             series.append(Series(SPLITS[split], points, *style))
-        if key in ALWAYS_DRAWN or any(s.points for s in series):
+        if key in ALWAYS_DRAWN or has_points(series):
             charts.append(line_chart(title, series, x_label=x_label, **options))
     note = ('Training loss and accuracy are those of augmented images with smoothed or mixed labels, '
             'averaged over the steps since the previous record.')
@@ -293,7 +306,7 @@ def class_accuracies(run: Run, judged: Predictions) -> dict[str, Any]:
     return {
         'note': f'{note} The line is the 95\u202f% confidence interval (Wilson).',
         'bars': bars,
-        'name_width': min(max(len(bar['name']) for bar in bars) + 1, 18),
+        'name_width': min(max(len(name) for name, _, _ in shown) + 1, 18),
         'count_width': max(len(bar['counts']) for bar in bars),
         'all': all_rows,
     }
@@ -372,10 +385,13 @@ def configuration(run: Run) -> Configuration:
     for key, value in sorted(run.config.items()):
         if key != 'BASE':
             default = standard.get(key)
-            everything.append([key, value_text(value), '' if value == default else value_text(default)])
-    note = Markup('Options that differ from {}:' if rows else 'No option differs from {}.').format(named)
+            other = '' if value == default else value_text(default)
+            everything.append([key, value_text(value), other])
+    note = Markup('No option differs from {}.').format(named)
+    if rows:
+        note = Markup('Options that differ from {}:').format(named)
     return Configuration(
-        note=note if run.config else '',
+        note=note,
         differing=Table(head, rows, 'options own'),
         all=Table(['option', 'this run', 'default, where it differs'], everything, 'options own'),
     )

@@ -28,7 +28,8 @@ def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summar
     Paths are shown below the folder that all have in common: the page may be sent to somebody.
     """
     folder, paths = shown_paths(predictions)
-    kinds = Counter(kind_of(prediction) for prediction in predictions)
+    cards = [card(prediction, path, names) for prediction, path in zip(predictions, paths)]
+    kinds = Counter(shown['kind'] for shown in cards)
     return render(
         'predictions.html',
         title=f'{facts["model"]}: predictions for {folder}',
@@ -39,7 +40,7 @@ def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summar
         weights='/'.join(facts['weights'].split('/')[-2:]),
         image_size=facts['image_size'],
         kinds=[(kind, KINDS[kind], kinds[kind]) for kind in KINDS if kinds[kind]],
-        cards=[card(prediction, path, names) for prediction, path in zip(predictions, paths)],
+        cards=cards,
     )
 
 
@@ -49,7 +50,9 @@ def kind_of(prediction: Prediction) -> str:
         return 'broken'
     if prediction.label is None:
         return 'unlabelled'
-    return 'right' if prediction.label == prediction.top[0][0] else 'wrong'
+    if prediction.label == prediction.top[0][0]:
+        return 'right'
+    return 'wrong'
 
 
 def shown_paths(predictions: list[Any]) -> tuple[str, list[str]]:

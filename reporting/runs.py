@@ -66,7 +66,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f'{self.model} on {self.data}' if self.data else self.model
+        if not self.data:
+            return self.model
+        return f'{self.model} on {self.data}'
 
     @property
     def steps_per_epoch(self) -> Optional[float]:
@@ -79,7 +81,7 @@ class Run:
     @property
     def median_speed(self) -> Optional[float]:
         """Images per second of the training, or None."""
-        speeds = [value for _, value in self.curve('train', 'images_per_s')]
+        speeds = self.values('train', 'images_per_s')
         return float(np.median(speeds)) if speeds else None
 
     def curve(self, split: str, key: str) -> list[tuple[float, float]]:
@@ -87,6 +89,10 @@ class Run:
         per_epoch = self.steps_per_epoch or 1
         return [(record['step'] / per_epoch, float(record[key])) for record in self.records
                 if record['split'] == split and record.get(key) is not None]
+
+    def values(self, split: str, key: str) -> list[float]:
+        """Return the values of a curve."""
+        return [value for _, value in self.curve(split, key)]
 
     def best(self, split: str) -> Optional[tuple[float, int]]:
         """Return (top-1, epoch) of the best evaluation of a split, the first of equal ones, or None."""
@@ -98,12 +104,15 @@ class Run:
 
     def last(self, split: str, key: str) -> Optional[float]:
         """Return the last value of `key`, or None."""
-        values = self.curve(split, key)
-        return values[-1][1] if values else None
+        values = self.values(split, key)
+        return values[-1] if values else None
 
     def at(self, split: str, key: str, epoch: int) -> Optional[float]:
         """Return the value of `key` in the evaluation of a split after `epoch`, or None."""
-        return next((value for x, value in self.curve(split, key) if round(x) == epoch), None)
+        for x, value in self.curve(split, key):
+            if round(x) == epoch:
+                return value
+        return None
 
     @property
     def judged(self) -> tuple[str, Optional[Predictions]]:

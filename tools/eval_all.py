@@ -148,16 +148,14 @@ def last_line(path: str, pretrained: str) -> dict[str, str]:
 
 def table(rows: Results) -> str:
     """Format lines of a results CSV as a Markdown table."""
-    cells = [list(SHOWN.values())]
-    for row in rows:
-        cells.append([os.path.basename(row[key]) for key in SHOWN])
-    widths = [max(len(cell) for cell in column) for column in zip(*cells)]
-    lines = []
-    for texts in cells:
-        padded = [text.ljust(width) for text, width in zip(texts, widths)]
-        lines.append(f'| {" | ".join(padded)} |')
-    rule = '|'.join('-' * (width + 2) for width in widths)
-    return '\n'.join([lines[0], f'|{rule}|', *lines[1:]])
+    lines = [''] * (len(rows) + 2)
+    for key, heading in SHOWN.items():
+        cells = [heading, '', *(os.path.basename(row[key]) for row in rows)]
+        width = max(len(cell) for cell in cells)
+        cells[1] = '-' * width
+        for i, cell in enumerate(cells):
+            lines[i] += f'| {cell:{width}} '
+    return '|\n'.join(lines) + '|'
 
 
 def parser() -> cli.Parser:

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
@@ -96,10 +96,12 @@ def predict(model: Any, config: Any, pictures: Iterable[Picture], *, batch_size:
     pictures = iter(pictures)
     kept = 0
     with ThreadPoolExecutor() as pool, paddle.no_grad():
-        coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
+        def start_batch() -> list[Future]:
+            return [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
+        coming = start_batch()
         while coming:
             batch = [future.result() for future in coming]
-            coming = [pool.submit(prepare, picture) for picture in itertools.islice(pictures, batch_size)]
+            coming = start_batch()
             classify(model, config, [picture for picture in batch if not picture.error], topk)
             for picture in batch:
                 kept += 1

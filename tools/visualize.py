@@ -188,8 +188,11 @@ class Text:
 
 def sheet(rows: list[Row], title: str) -> Image.Image:
     """Draw all rows with a title and a legend; the sheet is as wide as the panels and the texts need."""
-    captions = [line for row in rows for caption in row.captions for line in caption]
-    writer = Writer([title, *captions])
+    lines = [title]
+    for row in rows:
+        for caption in row.captions:
+            lines += caption
+    writer = Writer(lines)
     side = rows[0].panels[0].width // FINE
     row_height = side + round(4.2 * TEXT) + GAP
     head = round(4.2 * TEXT) + GAP
@@ -201,10 +204,12 @@ def sheet(rows: list[Row], title: str) -> Image.Image:
             pictures.append((picture, (x, y)))
             texts += caption_texts(caption, x, y + FINE * (side + 4), writer)
     legend_at = FINE * GAP, FINE * (GAP + round(2.1 * TEXT)), writer.font(FINE * (TEXT - 1))
-    ends = [x + picture.width for picture, (x, _) in pictures]
-    ends += [text.right for text in texts]
-    ends.append(legend(ImageDraw.Draw(Image.new('RGB', (1, 1))), *legend_at))
-    width = -(-max(ends) // FINE) + GAP
+    right = legend(ImageDraw.Draw(Image.new('RGB', (1, 1))), *legend_at)
+    for picture, (x, _) in pictures:
+        right = max(right, x + picture.width)
+    for text in texts:
+        right = max(right, text.right)
+    width = -(-right // FINE) + GAP
     height = head + len(rows) * row_height
     image = Image.new('RGB', (FINE * width, FINE * height), PAPER)
     draw = ImageDraw.Draw(image)
@@ -279,7 +284,9 @@ def choose_layers(maps: list[Any], wanted: list[str]) -> list[Any]:
         if name not in by_name:
             known = ', '.join(attention.name for attention in maps)
             raise ValueError(f'-layer {name}: the layers with halo attention are {known}')
-    return [by_name[name] for name in wanted] if wanted else maps
+    if not wanted:
+        return maps
+    return [by_name[name] for name in wanted]
 
 
 def choose_heads(maps: list[Any], wanted: list[str]) -> list[Head]:
