@@ -20,8 +20,6 @@ import paddle
 import paddle.distributed as dist
 from paddle.nn import functional as F
 
-from reporting import report
-
 SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')      # keys of a record that are curves
 
 
@@ -251,6 +249,7 @@ def write_page(folder: str) -> None:
     """Write report.html of the run folder, on rank 0."""
     if utils.rank() == 0:
         with harmless('report.html'):
+            from reporting import report  # here, because a training goes on without Jinja2
             log.info('page: %s', report.write([folder], os.path.join(folder, 'report.html')))
 
 
