@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a clean checkout to a trained and evaluated HaloNet: real images, no download but the Python packages, CPU is enough.
+# Train and evaluate a small HaloNet on real images, from a clean checkout. Downloads nothing but the Python packages;
+# a CPU is enough.
 #
 #   ./run_demo.sh                        install what is missing into .venv, train and evaluate
 #   ./run_demo.sh -opts SEED 1           options of config.py for both the training and the evaluation
@@ -30,27 +31,29 @@ from config import parse_args
 sys.argv[0] = 'run_demo.sh'
 config = parse_args()
 if config.EVAL or config.MODEL.RESUME or config.MODEL.PRETRAINED or config.OUTPUT:
-    print('run_demo.sh: error: it sets -output, -eval, -resume and -pretrained itself; leave them out', file=sys.stderr)
+    print('run_demo.sh: error: it sets -output, -eval, -resume and -pretrained itself; leave them out',
+          file=sys.stderr)
     sys.exit(2)
 END
 }
 
 tools/setup_env.sh requirements-dev.txt
-check_options -cfg "$cfg" -data_path "$data" "$@"   # before the run of last time is removed
+check_options -cfg "$cfg" -data_path "$data" "$@"   # before the last run is removed
 mkdir -p demo
 exec 9> demo/lock
-! command -v flock > /dev/null || flock -n 9 || {
+if command -v flock > /dev/null && ! flock -n 9; then
     echo 'run_demo.sh: error: another demo is running in this folder' >&2
     exit 2
-}
+fi
 "$python" tools/make_digits.py "$data"
 
 echo "demo: training ($cfg)"
 rm -rf "$run" demo/eval
-"${guard[@]}" "$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output "$run"
+program=("${guard[@]}" "$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@")
+"${program[@]}" -output "$run"
 
 echo "demo: evaluating the saved weights"
-"${guard[@]}" "$python" main_single_gpu.py -cfg "$cfg" -data_path "$data" "$@" -output demo/eval -eval -pretrained "$run/final.pdparams"
+"${program[@]}" -output demo/eval -eval -pretrained "$run/final.pdparams"
 result=$(grep -o 'acc@1 .*' demo/eval/log.txt | tail -n 1) || {
     echo 'demo: demo/eval/log.txt holds no accuracy' >&2
     exit 1

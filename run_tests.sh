@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The test suite, in an environment of its own (.venv); CPU is enough. Arguments go to pytest, paths from the repository root:
+# Run the tests in .venv, which is made at the first call; a CPU is enough. Arguments go to pytest, with paths from
+# the repository root:
 #
 #   ./run_tests.sh                       all but the slow ones
 #   ./run_tests.sh -m slow               the slow ones

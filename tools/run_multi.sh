@@ -1,56 +1,88 @@
-# For run_train_multi.sh and run_eval_multi.sh: main_multi_gpu.py with "${options[@]}" and the arguments, on this machine or,
-# with NNODES, as one of several; and once more, up to MAX_RESTARTS times, when it fails. Sourced; needs root, then options, and
-# again, the options of a further start.
+# For run_train_multi.sh and run_eval_multi.sh: run main_multi_gpu.py with "${options[@]}" and the arguments, on this
+# machine or, with NNODES, as one of several machines; and again, up to MAX_RESTARTS times, when it fails.
+# Sourced. Needs root, then options, and again: the further options of a restart.
 
 usage_error() {
     echo "${0##*/}: $1" >&2
     exit 2
 }
 
-[[ -n ${PYTHON:-} ]] || { [[ -x $root/.venv/bin/python ]] && PYTHON=$root/.venv/bin/python; } || PYTHON=python
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python
+    if [[ -x $root/.venv/bin/python ]]; then PYTHON=$root/.venv/bin/python; fi
+fi
 source "$root/tools/usage.sh"
 
+# show_options: print the options of main_multi_gpu.py.
 show_options() {
     printf '\nOptions of main_multi_gpu.py:\n\n'
     PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$root/main_multi_gpu.py" -h || true
 }
 
+# prepare [ARGUMENT ...]: check the variables and the arguments, and set `start` to the words of the command.
 prepare() {
     NNODES=${NNODES:-1} MAX_RESTARTS=${MAX_RESTARTS:-0}
-    [[ $NNODES =~ ^[1-9][0-9]*$ && $MAX_RESTARTS =~ ^[0-9]+$ ]] || usage_error 'NNODES and MAX_RESTARTS take whole numbers'
-    [[ $MAX_RESTARTS == 0 || -n ${OUTPUT:-} ]] || usage_error 'MAX_RESTARTS needs OUTPUT, the run folder to go on in'
-    [[ $MAX_RESTARTS == 0 || " $* " != *' MODEL.RESUME '* ]] || usage_error 'MAX_RESTARTS needs -resume, not -opts MODEL.RESUME'
+    if [[ ! $NNODES =~ ^[1-9][0-9]*$ || ! $MAX_RESTARTS =~ ^[0-9]+$ ]]; then
+        usage_error 'NNODES and MAX_RESTARTS take whole numbers'
+    fi
+    if (( MAX_RESTARTS > 0 )); then
+        if [[ -z ${OUTPUT:-} ]]; then
+            usage_error 'MAX_RESTARTS needs OUTPUT, the run folder to go on in'
+        fi
+        if [[ " $* " == *' MODEL.RESUME '* ]]; then
+            usage_error 'MAX_RESTARTS needs -resume, not -opts MODEL.RESUME'
+        fi
+    fi
     if (( NNODES > 1 )); then
-        [[ -n ${MASTER:-} && -n ${NODE_RANK:-} ]] || usage_error 'NNODES needs MASTER=host:port, the same on all, and NODE_RANK=0..'
-        start=("$PYTHON" -m paddle.distributed.launch --nnodes "$NNODES" --rank "$NODE_RANK" --master "$MASTER"
-               --log_dir "${OUTPUT:-output}/launch_$NODE_RANK" ${NPROCS:+--nproc_per_node "$NPROCS"} "$root/main_multi_gpu.py")
+        if [[ -z ${MASTER:-} || -z ${NODE_RANK:-} ]]; then
+            usage_error 'NNODES needs MASTER=host:port, the same on all, and NODE_RANK=0..'
+        fi
+        start=("$PYTHON" -m paddle.distributed.launch --nnodes "$NNODES" --rank "$NODE_RANK"
+               --master "$MASTER" --log_dir "${OUTPUT:-output}/launch_$NODE_RANK")
+        if [[ -n ${NPROCS:-} ]]; then start+=(--nproc_per_node "$NPROCS"); fi
+        start+=("$root/main_multi_gpu.py")
     else
         start=("$PYTHON" "$root/main_multi_gpu.py")
-        [[ -z ${NPROCS:-} ]] || options+=(-nprocs "$NPROCS")
+        if [[ -n ${NPROCS:-} ]]; then options+=(-nprocs "$NPROCS"); fi
     fi
 }
 
+# stop_child: ask the program to stop, if it runs.
+stop_child() {
+    if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
+}
+
+# wait_for_child: wait until the program ends, and set `code` to its exit code.
+wait_for_child() {
+    while :; do                                     # a trapped signal ends the waiting, not the program
+        code=0
+        wait "$child" || code=$?
+        if (( code <= 128 )) || ! kill -0 "$child" 2>/dev/null; then return; fi
+    done
+}
+
+# run_multi [ARGUMENT ...]: run the program, restart it after failures, and exit with its code.
 run_multi() {
     local child='' code='' restarts=0 stopped='' resume=()
     guard
-    trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
+    trap 'stopped=1; stop_child' TERM INT
     while :; do
         "${guard[@]}" "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
         child=$!
-        [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true        # it came before there was a child
-        while :; do                             # a trapped signal ends the waiting, not the child
-            code=0
-            wait "$child" || code=$?
-            (( code > 128 )) && kill -0 "$child" 2>/dev/null || break
-        done
-        # The launcher ends with the number of the signal that it got, else with the code of its first process that failed
-        (( NNODES > 1 )) && [[ $code == 15 || $code == 2 && $stopped ]] && code=75
-        [[ $stopped && $code == 143 ]] && code=75   # before it could listen: there was nothing to save
-        [[ $code != 0 && $code != 2 && $code != 75 && ! $stopped && $restarts -lt $MAX_RESTARTS ]] || exit "$code"
+        if [[ $stopped ]]; then stop_child; fi      # the signal came before there was a child
+        wait_for_child
+        # The launcher ends with the number of its signal, else with the code of the first process that failed
+        if (( NNODES > 1 )) && [[ $code == 15 || $code == 2 && $stopped ]]; then code=75; fi
+        # Stopped before it could listen: there was nothing to save
+        if [[ $stopped && $code == 143 ]]; then code=75; fi
+        case $code in
+        0 | 2 | 75) exit "$code" ;;                 # done, a mistake, stopped
+        esac
+        if [[ $stopped ]] || (( restarts >= MAX_RESTARTS )); then exit "$code"; fi
         restarts=$((restarts + 1))
         echo "${0##*/}: ended with code $code; starting again ($restarts of $MAX_RESTARTS)" >&2
         sleep 2
-        [[ -z $stopped ]] || exit 75
+        if [[ $stopped ]]; then exit 75; fi
         resume=("${again[@]}")
     done
 }

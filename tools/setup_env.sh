@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install a requirement file into it; at once when that is done already.
+# Make .venv in the repository root and install a requirement file into it, unless that is done already.
 #
-#   tools/setup_env.sh [requirements.txt]        or requirements-dev.txt: also what the demo and the tests need
-#   PYTHON=python3.12 tools/setup_env.sh         with this Python, 3.9 to 3.13 (default: python3, or what .venv has)
+#   tools/setup_env.sh [requirements.txt]    or requirements-dev.txt: also what the demo and the tests need
+#   PYTHON=python3.12 tools/setup_env.sh     with this Python, 3.9 to 3.13 (default: python3, or what .venv has)
 #
-# Installs nothing outside .venv. A paddlepaddle-gpu that .venv holds is kept, instead of installing Paddle for CPU.
+# Installs nothing outside .venv. Keeps a paddlepaddle-gpu that .venv has, instead of installing Paddle for CPU.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"   # sh tools/setup_env.sh works too
 set -euo pipefail
 
@@ -30,22 +30,25 @@ version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>
 supported() { [[ $1 =~ ^3\.(9|10|11|12|13)\. ]]; }
 usable() { supported "$installed" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
-# The stamp says what is installed: all requirement files (one may include another) and the Python
+# The stamp records what is installed: all requirement files (one may include another) and the Python
 state() { cat "$root"/requirements*.txt <(version_of "$venv/bin/python") | cksum; }
 
 make_venv() {
     local python=$1 version
     command -v "$python" >/dev/null ||
         fail "$python not found. Install Python 3.9 to 3.13, or name one: PYTHON=/path/to/python3.12"
-    version=$(version_of "$python") || fail "$python does not run as a Python 3. Name another one: PYTHON=/path/to/python3.12"
+    version=$(version_of "$python") ||
+        fail "$python does not run as a Python 3. Name another one: PYTHON=/path/to/python3.12"
     supported "$version" ||
-        fail "$python is Python $version, and Paddle 3.3 needs 3.9 to 3.13. Name another one: PYTHON=/path/to/python3.12"
+        fail "$python is Python $version, and Paddle 3.3 needs 3.9 to 3.13." \
+             "Name another one: PYTHON=/path/to/python3.12"
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python ($version) lacks the module venv or ensurepip. On Debian and Ubuntu: apt install python3-venv" \
              "(python${version%.*}-venv for a Python that is not the system's own)"
     echo "setup: making $venv with Python $version"
     "$python" -m venv --clear "$venv" ||
-        fail "'$python -m venv' failed, see above. On Debian and Ubuntu: apt install python3-venv; else check the free disk space"
+        fail "'$python -m venv' failed, see above. On Debian and Ubuntu: apt install python3-venv;" \
+             'else check the free disk space'
 }
 
 install() {

@@ -1,13 +1,13 @@
 # For the scripts in the root. Sourced.
 
-# guard: set `guard` to the words before a command that the kernel ends with this script, however that ends. They are of
-# util-linux 2.33; without it there are none.
+# guard: set `guard` to a prefix of commands that lets the kernel end them with this script, however that ends.
+# It needs util-linux 2.33; without it the prefix is empty.
 guard() {
     guard=(setpriv --pdeathsig KILL)
     "${guard[@]}" true 2>/dev/null || guard=()
 }
 
-# show_usage SCRIPT [WORD ...]: print the comment at the head of SCRIPT and succeed, if a WORD asks for help; else fail.
+# show_usage SCRIPT [WORD ...]: if a WORD asks for help, print the comment at the head of SCRIPT; else fail.
 show_usage() {
     local script=$1 word
     shift
