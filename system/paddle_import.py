@@ -1,7 +1,7 @@
 """Import Paddle and undo what its import does to the process: a handler of SIGTERM, and OMP_NUM_THREADS.
 
 The handler, in C++, allocates memory. A signal in the middle of an allocation, or of the fork of a data
-worker, would leave the process waiting for ever. It works until this module is imported.
+worker, would leave the process waiting for ever. Paddle's handler stays until this module is imported.
 """
 import os
 import signal

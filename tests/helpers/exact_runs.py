@@ -8,13 +8,13 @@ from runs import TINY, options, records
 from config import get_config
 from training import engine
 
-CHANCE = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
-          'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', 'TRAIN.ACCUM_ITER', 2, 'DATA.BATCH_SIZE', 2,
-          'MODEL.DROPOUT', 0.2, 'MODEL.DROPPATH', 0.2, 'TRAIN.GRAD_CLIP', 1.0, 'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 100,
-          'REPORT_FREQ', 3]
-STEPS = 20                                          # of such a run: 4 epochs of 5 steps of 2 x 2 of the 20 images
-TWO = [*CHANCE, 'SAVE_STEPS', 2, 'SAVE_KEEP', 3, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 1, 'TRAIN.NUM_EPOCHS', 6,
-       'MODEL.RESUME', 'auto']                      # on two processes: 30 steps of 2 x 2 images
+CHANCE = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY', 0.9,
+          'TRAIN.RANDOM_ERASE_PROB', 0.5, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1',
+          'TRAIN.ACCUM_ITER', 2, 'DATA.BATCH_SIZE', 2, 'MODEL.DROPOUT', 0.2, 'MODEL.DROPPATH', 0.2,
+          'TRAIN.GRAD_CLIP', 1.0, 'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 100, 'REPORT_FREQ', 3]
+STEPS = 20                                          # of such a run: 4 epochs of 5 steps of 2 x 2 images
+TWO = [*CHANCE, 'SAVE_STEPS', 2, 'SAVE_KEEP', 3, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 1,
+       'TRAIN.NUM_EPOCHS', 6, 'MODEL.RESUME', 'auto']        # on two processes: 30 steps of 2 x 2 images
 TIMED = ('images_per_s', 'data_wait')               # what differs from run to run in a record
 
 

@@ -1,4 +1,7 @@
-"""main_multi_gpu.py with a fault: python -m paddle.distributed.launch tests/helpers/faulty.py FAULT options ..."""
+"""main_multi_gpu.py with a fault.
+
+    python -m paddle.distributed.launch tests/helpers/faulty.py FAULT OPTIONS ...
+"""
 import os
 import signal
 import sys

@@ -12,8 +12,8 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = ['DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 8, 'DATA.NUM_WORKERS', 0, 'DATA.CROP_PCT', 1.0,
         'MODEL.NUM_CLASSES', 4, 'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STEM_POOL', False,
-        'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2],
-        'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NAME', 'tiny',
+        'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2],
+        'MODEL.HEADS', [0, 2], 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NAME', 'tiny',
         'TRAIN.NUM_EPOCHS', 2, 'TRAIN.WARMUP_EPOCHS', 1, 'REPORT_FREQ', 1, 'DEVICE', 'cpu']
 
 
@@ -40,8 +40,8 @@ def options(values):
 def program(name, *words, check=True, timeout=120, **environment):
     """Run a main program as a user would; returns the finished process with its output as text."""
     command = [sys.executable, name, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-                          timeout=timeout)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True,
+                          text=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -57,8 +57,8 @@ def start(name, *words, log, prefix=(), **environment):
     """Start a main program, or a script, in a session of its own; its output goes to the file `log`."""
     command = [f'./{name}'] if name.endswith('.sh') else [sys.executable, name]
     environment = {**os.environ, 'PYTHON': sys.executable, 'RUN_OF_TEST': str(log), **environment}
-    return subprocess.Popen([*prefix, *command, *map(str, words)], cwd=ROOT, env=environment, stdout=log.open('w'),
-                            stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen([*prefix, *command, *map(str, words)], cwd=ROOT, env=environment,
+                            stdout=log.open('w'), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def processes(log):

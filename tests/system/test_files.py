@@ -7,14 +7,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 
 from system import files, stopping
 import utils
 
 import pytest
 from exact_runs import words
-from runs import ROOT, TINY, processes, program, records, start, wait_for_step, wait_until
+from runs import TINY, processes, program, records, start, wait_for_step, wait_until
 
 from config import get_config
 from halonet import build_halonet
@@ -32,7 +31,7 @@ def content(folder):
 
 @contextlib.contextmanager
 def full_at(size):
-    """No file may grow beyond `size` bytes: a write that crosses it is done in part, and the next one fails."""
+    """Limit files to `size` bytes: a write that crosses the limit is done in part, and the next one fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))             # Python ignores its signal
     try:
@@ -56,7 +55,7 @@ def failing(number, only_folders=False):
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 @pytest.mark.parametrize('only_folders', [True, False])
-def test_a_file_system_without_fsync_is_no_error(tmp_path, monkeypatch, number, only_folders):
+def test_file_system_without_fsync(tmp_path, monkeypatch, number, only_folders):
     monkeypatch.setattr(os, 'fsync', failing(number, only_folders))
     files.atomic_write(tmp_path / 'a', lambda file: file.write(b'new'))
     assert content(tmp_path) == {'a': b'new'}
@@ -65,7 +64,7 @@ def test_a_file_system_without_fsync_is_no_error(tmp_path, monkeypatch, number, 
 @pytest.mark.parametrize('only_folders, message, left', [
     (True, 'written, but its folder cannot be flushed to the disk', b'new'),
     (False, 'cannot write: .* what was there before is intact', b'old')])
-def test_a_failing_disk_is_reported_as_it_is(tmp_path, monkeypatch, only_folders, message, left):
+def test_failing_fsync_is_reported(tmp_path, monkeypatch, only_folders, message, left):
     (tmp_path / 'a').write_bytes(b'old')
     monkeypatch.setattr(os, 'fsync', failing(errno.EIO, only_folders))
     with pytest.raises(OSError, match=message) as error:
@@ -73,7 +72,7 @@ def test_a_failing_disk_is_reported_as_it_is(tmp_path, monkeypatch, only_folders
     assert error.value.filename == str(tmp_path / 'a') and content(tmp_path) == {'a': left}
 
 
-def test_a_folder_that_may_not_be_read_can_be_written_to(tmp_path, monkeypatch):
+def test_write_to_a_folder_without_read_permission(tmp_path, monkeypatch):
     open_ = os.open
 
     def refuse(path, *rest, **options):
@@ -85,14 +84,14 @@ def test_a_folder_that_may_not_be_read_can_be_written_to(tmp_path, monkeypatch):
     assert content(tmp_path) == {'a': b'new'}
 
 
-def test_a_device_is_written_to_and_not_replaced(tmp_path):
+def test_pipe_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     reader = subprocess.Popen(['cat', tmp_path / 'pipe'], stdout=subprocess.PIPE)
     files.atomic_write(tmp_path / 'pipe', lambda file: file.write(b'new'))
     assert reader.communicate(timeout=10)[0] == b'new' and (tmp_path / 'pipe').is_fifo()
 
 
-def test_only_what_dead_writers_left_is_removed(tmp_path):
+def test_temporary_files_of_living_writers_stay(tmp_path):
     """As when a training starts while tools/report.py writes its page into the same folder."""
     (tmp_path / 'a.tmp1234').write_bytes(b'half')
 
@@ -111,7 +110,7 @@ def append(path, line, is_whole=lambda line: False):
 
 
 @pytest.mark.parametrize('room', [0, 1, 4])
-def test_a_line_that_does_not_fit_is_undone(tmp_path, room):
+def test_line_that_does_not_fit_is_undone(tmp_path, room):
     path = tmp_path / 'a'
     append(path, b'first\n')
     with full_at(6 + room), pytest.raises(OSError, match='cannot append to it: File too large; .*intact.*/a'):
@@ -121,7 +120,7 @@ def test_a_line_that_does_not_fit_is_undone(tmp_path, room):
 
 
 @pytest.mark.parametrize('last, left', [(b'whole', b'whole\n'), (b'who', b''), (b'', b'')])
-def test_a_last_line_without_its_end_is_not_continued(tmp_path, last, left):
+def test_last_line_without_a_line_end_is_not_continued(tmp_path, last, left):
     (tmp_path / 'a').write_bytes(b'first\n' + last)
     append(tmp_path / 'a', b'next\n', is_whole=lambda line: line == b'whole')
     assert (tmp_path / 'a').read_bytes() == b'first\n' + left + b'next\n'
@@ -153,7 +152,7 @@ def save(path, model, weights='w'):
     results.save_result(str(path), results.row(columns, model, weights, result))
 
 
-def test_the_table_of_results_survives_a_full_disk(tmp_path, model):
+def test_full_disk_keeps_the_table_of_results(tmp_path, model):
     path = tmp_path / 'results.csv'
     for size in (0, 10, 140):                       # before and in the heading, and in the first row
         with full_at(size), pytest.raises(OSError, match='File too large.*results.csv'):
@@ -168,16 +167,17 @@ def test_the_table_of_results_survives_a_full_disk(tmp_path, model):
     save(path, model, 'four')
     path.write_text(path.read_text()[:-1])          # by an editor
     save(path, model, 'five')
-    assert [line.split(',')[1] for line in path.read_text().splitlines()] == ['weights', 'one', 'four', 'five']
+    rows = path.read_text().splitlines()
+    assert [line.split(',')[1] for line in rows] == ['weights', 'one', 'four', 'five']
 
 
-def test_a_table_of_results_cannot_be_a_pipe(tmp_path):
+def test_pipe_as_a_table_of_results_is_refused(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     with pytest.raises(ValueError, match='/pipe: not a file that lines can be appended to'):
         results.check_table(str(tmp_path / 'pipe'))
 
 
-def test_the_records_survive_a_full_disk(tmp_path):
+def test_full_disk_keeps_the_records(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.write(epoch=1, step=0, split='val', loss=1.0)
     whole = (tmp_path / 'metrics.jsonl').read_text()
@@ -188,7 +188,7 @@ def test_the_records_survive_a_full_disk(tmp_path):
     assert [record['loss'] for record in records(tmp_path)] == [1.0, 3.0]
 
 
-def test_curves_that_cannot_be_written_end_no_run(tmp_path, caplog):
+def test_unwritable_curves_give_one_warning(tmp_path, caplog):
     metrics = Metrics(tmp_path)
     (tmp_path / 'tensorboard').write_text('a file in its place')
     for step in (1, 2):
@@ -198,7 +198,7 @@ def test_curves_that_cannot_be_written_end_no_run(tmp_path, caplog):
         f'{tmp_path}/tensorboard/train: cannot write: Not a directory; the run goes on without these curves']
 
 
-def test_a_log_without_room_complains_once(tmp_path, capfd, monkeypatch):
+def test_log_on_a_full_disk_warns_once(tmp_path, capfd, monkeypatch):
     """Not with a traceback for each line."""
     (tmp_path / 'log.txt').symlink_to('/dev/full')
     monkeypatch.setattr(utils.log, 'handlers', [])
@@ -208,15 +208,18 @@ def test_a_log_without_room_complains_once(tmp_path, capfd, monkeypatch):
     utils.log.handlers[0].close()
     out, err = capfd.readouterr()
     assert out == 'a line\n' * 3
-    assert err == f'warning: {tmp_path}/log.txt: cannot write: No space left on device; the run goes on, its log has gaps\n'
+    assert err == (f'warning: {tmp_path}/log.txt: cannot write: No space left on device; the run goes on, '
+                   'its log has gaps\n')
 
 
-def test_a_console_that_is_closed_ends_no_run(tmp_path):
+def test_console_on_a_full_disk_warns_once(tmp_path):
     """As by `| head -n 1`."""
-    code = ('import os, sys, utils; utils.setup_logger(sys.argv[1]); os.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n'
+    code = ('import os, sys, utils; utils.setup_logger(sys.argv[1])\n'
+            'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)\n'
             'for i in range(3): utils.log.info("line %d", i)')
-    done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stderr.count('console: cannot write: No space left on device') == 1 and 'Traceback' not in done.stderr
+    done = program('-c', code, tmp_path, check=False)
+    assert done.stderr.count('console: cannot write: No space left on device') == 1
+    assert 'Traceback' not in done.stderr
     assert len((tmp_path / 'log.txt').read_text().splitlines()) == 3
 
 
@@ -241,33 +244,36 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize('opts', [[], ['MODEL.RESUME', 'auto'], ['EVAL', True, 'MODEL.PRETRAINED', 'w']])
-def test_a_second_run_is_refused_by_name_and_changes_nothing(images, tmp_path, holder, monkeypatch, opts):
+def test_second_run_in_a_folder_is_refused_and_changes_nothing(images, tmp_path, holder, monkeypatch, opts):
     (tmp_path / 'log.txt').write_text('of the first')
     before = content(tmp_path)
     monkeypatch.setattr(files, 'LOCK_PATIENCE', 0.1)
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(tmp_path), *opts])
-    with pytest.raises(ValueError, match=f'{tmp_path} is in use by process {holder.pid} on host .* since 2.*-output'):
+    message = f'{tmp_path} is in use by process {holder.pid} on host .* since 2.*-output'
+    with pytest.raises(ValueError, match=message):
         engine.run(config)
     assert content(tmp_path) == before
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_with_one_line(images, tmp_path):
+def test_second_start_is_refused_with_one_line(images, tmp_path):
     """By the commands; the first goes on and ends well."""
     folder, log = tmp_path / 'run', tmp_path / 'output.txt'
-    first = start('main_single_gpu.py', *words(images, folder, 'TRAIN.NUM_EPOCHS', 100, 'DATA.NUM_WORKERS', 1), log=log)
+    opts = ['TRAIN.NUM_EPOCHS', 100, 'DATA.NUM_WORKERS', 1]
+    first = start('main_single_gpu.py', *words(images, folder, *opts), log=log)
     wait_for_step(folder, 1, first)
     for command in (['main_single_gpu.py'], ['main_multi_gpu.py', '-nprocs', 2]):
-        second = program(*command, *words(images, folder, 'MODEL.RESUME', 'auto', 'DATA.BATCH_SIZE', 4), check=False)
-        assert second.returncode == stopping.MISTAKE and second.stderr.count(f'in use by process {first.pid} on') == 1
-        assert 'Traceback' not in second.stderr
+        line = words(images, folder, 'MODEL.RESUME', 'auto', 'DATA.BATCH_SIZE', 4)
+        second = program(*command, *line, check=False)
+        assert second.returncode == stopping.MISTAKE and 'Traceback' not in second.stderr
+        assert second.stderr.count(f'in use by process {first.pid} on') == 1
     first.terminate()
     assert first.wait(60) == stopping.STOPPED and not processes(log)
     steps = [record['step'] for record in records(folder, 'train')]
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_the_next_start_waits_for_an_ending_run(tmp_path, holder):
+def test_next_start_waits_for_a_run_that_ends(tmp_path, holder):
     """A process that is killed leaves the file, and no lock."""
     pipe, end = fork.Pipe()
     other = fork.Process(target=hold, args=(tmp_path, end), daemon=True)
@@ -285,7 +291,7 @@ def is_free(path):
         return files.lock(file, wait=False)
 
 
-def test_a_data_worker_does_not_keep_the_lock(tmp_path):
+def test_data_worker_does_not_keep_the_lock(tmp_path):
     with files.reserved(tmp_path):
         worker = fork.Process(target=signal.pause, daemon=True)
         worker.start()
@@ -295,7 +301,7 @@ def test_a_data_worker_does_not_keep_the_lock(tmp_path):
     worker.join()
 
 
-def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*args):
         raise OSError(errno.ENOLCK, 'No locks available')
     monkeypatch.setattr(fcntl, 'flock', refuse)

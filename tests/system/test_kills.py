@@ -18,7 +18,7 @@ DRAW = random.Random(4)                             # the steps at which runs ar
 
 
 def test_kill_and_sigterm_with_data_workers(images, whole, tmp_path, log):
-    """SIGKILL somewhere, then SIGTERM to the whole process group: the resumed run ends as an uninterrupted one."""
+    """SIGKILL, then SIGTERM to the whole process group: the resumed run ends as an uninterrupted one."""
     folder, kill_at, stop_at = tmp_path / 'run', DRAW.randrange(3, 9), DRAW.randrange(10, 16)
     line = words(images, folder, *CHANCE, 'SAVE_STEPS', 2, 'DATA.NUM_WORKERS', 2, 'MODEL.RESUME', 'auto')
     process = start('main_single_gpu.py', *line, log=log)
@@ -55,7 +55,7 @@ def interrupt(process, log, how):
 
 
 def interrupted_run(start_it, folder, log, codes):
-    """Start a run of TWO once for each of `codes` {how to end it: exit codes}, then to its end, at random steps."""
+    """Start a run of TWO once for each of `codes` {how to end it: exit codes}, then let it finish."""
     steps = sorted(DRAW.sample(range(2, 26), len(codes)))
     for step, (how, code) in zip(steps, codes.items()):
         process = start_it()
@@ -63,7 +63,8 @@ def interrupted_run(start_it, folder, log, codes):
         asked = time.monotonic()
         interrupt(process, log, how)
         assert leaves(process, log) in code, (how, log.read_text())
-        assert 'Traceback (most recent call last):' not in log.read_text().splitlines()     # C++ traces may be
+        lines = log.read_text().splitlines()
+        assert 'Traceback (most recent call last):' not in lines             # C++ traces may be
         print(f'{how} at step {step}: all gone after {time.monotonic() - asked:.1f} s')
     assert start_it().wait(120) == 0, log.read_text()
 
@@ -73,13 +74,14 @@ def test_interrupted_run_of_two_spawned_processes_is_bit_identical(images, two, 
     folder = tmp_path / 'run'
     line = ['main_multi_gpu.py', '-nprocs', 2, *words(images, folder, *TWO)]
     interrupted_run(lambda: start(*line, log=log), folder, log, {
-        'kill rank 0': [1], 'SIGTERM': [75], 'kill rank 1': [1], 'kill all but the ranks': [-9], 'Ctrl-C': [75]})
+        'kill rank 0': [1], 'SIGTERM': [75], 'kill rank 1': [1], 'kill all but the ranks': [-9],
+        'Ctrl-C': [75]})
     assert_same_run(folder, two)
 
 
 @pytest.mark.slow
 def test_interrupted_run_of_two_launched_processes_is_bit_identical(images, two, tmp_path, log):
-    """The launcher ends with the number of its signal, or the code of a rank that failed (241 is SIGTERM's)."""
+    """The launcher ends with the number of its signal, or the code of a failed rank (241 is SIGTERM's)."""
     folder = tmp_path / 'run'
     line = ['-mpaddle.distributed.launch', '--nproc_per_node', 2, '--log_dir', tmp_path / 'launch',
             'main_multi_gpu.py', *words(images, folder, *TWO)]
@@ -107,10 +109,10 @@ def test_logged_accuracy_is_that_of_the_saved_weights(images, two, tmp_path):
 
 @pytest.mark.slow
 def test_resume_with_another_number_of_processes(tmp_path):
-    """8 images a step on one process, then on two, then on one; no dropout, which each process draws alone."""
+    """8 images a step on one process, then on two, then on one; without dropout, which differs by process."""
     images = make_images(tmp_path / 'data', train=16)
-    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.NUM_EPOCHS', 4,
-            'SAVE_STEPS', 1, 'SAVE_KEEP', 100, 'REPORT_FREQ', 4]
+    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9,
+            'TRAIN.NUM_EPOCHS', 4, 'SAVE_STEPS', 1, 'SAVE_KEEP', 100, 'REPORT_FREQ', 4]
     run(images, tmp_path / 'one', *opts)
     step3 = checkpoint.steps(tmp_path / 'one')[5]                            # of 8
     line = words(images, tmp_path / 'two', *opts, 'DATA.BATCH_SIZE', 4, 'MODEL.RESUME', step3)

@@ -73,7 +73,8 @@ def test_host_of_rank_0(endpoints, expected):
 
 @pytest.mark.parametrize('host, address, bound', [
     ('127.0.0.1', '127.0.0.1', '127.0.0.1'), ('own-name', '127.0.1.1', '0.0.0.0'),
-    ('other-name', '127.0.0.1', '0.0.0.0'), ('192.0.2.1', '192.0.2.1', '0.0.0.0'), ('unknown', None, '0.0.0.0')])
+    ('other-name', '127.0.0.1', '0.0.0.0'), ('192.0.2.1', '192.0.2.1', '0.0.0.0'),
+    ('unknown', None, '0.0.0.0')])
 def test_listens_on_one_address_only(monkeypatch, host, address, bound):
     """On all only where others would not reach it: Debian's own name, a foreign address, an unknown name."""
     def resolve(name, port, **options):

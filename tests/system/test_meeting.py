@@ -76,15 +76,15 @@ GLOO = '[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:'
 
 @pytest.mark.parametrize('error', [
     ValueError(f'(InvalidArgument) TCP connection reset by peer. Details: Success. {TCP}111)'),
-    ValueError('(InvalidArgument) TCP send error. Details: Broken pipe.\n  [Hint: Expected byte_sent > 0, but received '
-               f'byte_sent:-1 <= 0:0.] {TCP}85)\n'),
+    ValueError('(InvalidArgument) TCP send error. Details: Broken pipe.\n  [Hint: Expected byte_sent > 0, '
+               f'but received byte_sent:-1 <= 0:0.] {TCP}85)\n'),
     RuntimeError(f'{GLOO}584] TIMEOUT self_rank = 0 pair_rank = 1 peer_str = [127.0.0.1]:7575'),
     RuntimeError(f'{GLOO}534] Connection closed by peer [127.0.0.1]:35561')])
 def test_lost_connection_is_a_failure_in_one_line(error, capsys, monkeypatch):
-    """Not a mistake, after which nothing would restart, and no traceback: the other process has the reason."""
+    """No mistake, after which nothing would restart, and no traceback: the other process has the reason."""
     monkeypatch.setattr(utils.log, 'handlers', [])
     with pytest.raises(SystemExit) as stop, utils.plain_errors():
         raise error
     assert stop.value.code == stopping.FAILURE
-    assert capsys.readouterr().err == ('error: another process has ended or does not answer; its own message tells '
-                                       'why\n')
+    message = 'error: another process has ended or does not answer; its own message tells why\n'
+    assert capsys.readouterr().err == message

@@ -1,4 +1,4 @@
-"""system/paddle_internals.py: what a new Paddle has lost. Every function has a check below, named after it."""
+"""system/paddle_internals.py: name what a new Paddle has lost. Each function has a check, named after it."""
 import ctypes
 import inspect
 import os
@@ -158,11 +158,13 @@ def check_run_operator():
 
 def check_operator_includes():
     for header in ('paddle/extension.h', 'Python.h'):
-        assert any(os.path.isfile(os.path.join(folder, header)) for folder in paddle_internals.operator_includes())
+        folders = paddle_internals.operator_includes()
+        assert any(os.path.isfile(os.path.join(folder, header)) for folder in folders)
 
 
 def check_library_folders():
-    assert any(os.path.isfile(os.path.join(folder, 'libpaddle.so')) for folder in paddle_internals.library_folders())
+    folders = paddle_internals.library_folders()
+    assert any(os.path.isfile(os.path.join(folder, 'libpaddle.so')) for folder in folders)
 
 
 def check_openmp_library():
@@ -171,7 +173,8 @@ def check_openmp_library():
                                for folder in paddle_internals.library_folders())
 
 
-CHECKS = {name.removeprefix('check_'): check for name, check in list(globals().items()) if name.startswith('check_')}
+CHECKS = {name.removeprefix('check_'): check for name, check in list(globals().items())
+          if name.startswith('check_')}
 
 
 @pytest.mark.parametrize('name', CHECKS)

@@ -14,7 +14,7 @@ fork = multiprocessing.get_context('fork')
 
 
 def work(signals, end, code):
-    """Count SIGTERMs in `signals`, and exit with `code`: at the first one if `end` is 'asked', or 'at once', or never."""
+    """Count SIGTERMs in `signals`, and exit with `code`: when 'asked' by the first, 'at once' or never."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def count(*_):
@@ -28,7 +28,7 @@ def work(signals, end, code):
 
 @pytest.fixture
 def started():
-    """A function that starts processes (end, exit code), and returns them with the numbers of their SIGTERMs."""
+    """A function that starts processes (end, exit code); returns them and the counts of their SIGTERMs."""
     processes = []
 
     def start(*kinds):

@@ -27,8 +27,8 @@ def fake(tmp_path):
         (tmp_path / 'codes').write_text(''.join(f'{code}\n' for code in codes))
         path_first = f'{tmp_path}:{os.environ["PATH"]}'
         environment = {'PYTHON': str(path), 'PATH': path_first, 'PRETRAINED': 'w', **variables}
-        done = subprocess.run([f'./{script}', '-amp'], cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=30)
+        done = subprocess.run([f'./{script}', '-amp'], cwd=ROOT, env=environment, capture_output=True,
+                              text=True, timeout=30)
         calls = (tmp_path / 'calls').read_text().splitlines() if (tmp_path / 'calls').exists() else []
         return done.returncode, calls, done.stderr
     return call
@@ -84,7 +84,7 @@ def test_stopped_script_stops_the_program_and_does_not_restart(tmp_path, log, no
 
 @contextmanager
 def machines():
-    """Two machines, as network namespaces that a cable joins: [(address, network interface, prefix of commands)]."""
+    """Two machines, as joined network namespaces: [(address, network interface, prefix of commands)]."""
     names = [f'halonet{os.getpid()}{i}' for i in 'ab']
     addresses = ['10.77.31.1', '10.77.31.2']
     commands = [f'netns add {names[0]}', f'netns add {names[1]}',

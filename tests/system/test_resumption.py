@@ -1,4 +1,4 @@
-"""Nothing lost when things break: exact resume, stopping on request, failing together, full disks, broken input."""
+"""A resumed run ends as one without interruption, or is refused with a reason."""
 import os
 import random
 import resource
@@ -34,13 +34,14 @@ class StopAfter(stopping.Stop):
 
 @pytest.mark.parametrize('step', sorted(DRAW.sample(range(1, STEPS), 4)) + [STEPS])
 def test_resumed_run_is_bit_identical(images, whole, tmp_path, step):
-    """With another number of data workers; and with the records and best weights that a later kill leaves behind."""
+    """With another number of data workers, and with the later records and best weights that a kill leaves."""
     shutil.copytree(whole, tmp_path / 'run')
     for path in checkpoint.steps(tmp_path / 'run')[:STEPS - step]:
         os.remove(path)
     for name in ('final.pdparams', 'final_ema.pdparams'):
         os.remove(tmp_path / 'run' / name)
-    run(images, tmp_path / 'run', *CHANCE, 'SAVE_STEPS', 1, 'MODEL.RESUME', 'auto', 'DATA.NUM_WORKERS', step % 3)
+    opts = ['SAVE_STEPS', 1, 'MODEL.RESUME', 'auto', 'DATA.NUM_WORKERS', step % 3]
+    run(images, tmp_path / 'run', *CHANCE, *opts)
     assert_same_run(tmp_path / 'run', whole)
 
 
@@ -52,11 +53,12 @@ def test_run_does_not_depend_on_its_checkpoints(images, whole, tmp_path):
 
 @pytest.mark.parametrize('count', [1, 8, 16])
 def test_stopped_and_resumed_run_is_bit_identical(images, whole, tmp_path, count):
-    """The questions of an epoch: 5 after steps, 6 or less in each of 2 evaluations of 6 batches, 1 after each."""
+    """An epoch asks 5 times after steps, up to 6 times in each of 2 evaluations, and once after each."""
     starts = 1
     while True:
         try:
-            run(images, tmp_path, *CHANCE, 'MODEL.RESUME', 'auto', stop=StopAfter(count if starts < 4 else 10 ** 6))
+            stop = StopAfter(count if starts < 4 else 10 ** 6)
+            run(images, tmp_path, *CHANCE, 'MODEL.RESUME', 'auto', stop=stop)
             break
         except stopping.Stopped:
             starts += 1
@@ -68,26 +70,30 @@ def test_stop_during_an_evaluation_saves_the_epoch(images, whole, tmp_path):
     with pytest.raises(stopping.Stopped, match='evaluation'):
         run(images, tmp_path, *CHANCE, stop=StopAfter(8))
     state = checkpoint.load(checkpoint.newest(tmp_path))
-    assert state['progress']['epoch'] == 0 and state['progress']['steps_of_epoch'] == state['progress']['step'] == 5
+    progress = state['progress']
+    assert progress['epoch'] == 0 and progress['steps_of_epoch'] == progress['step'] == 5
     assert state['optimizer'].keys() == checkpoint.load(checkpoint.steps(whole)[0])['optimizer'].keys()
 
 
 def test_checkpoint_every_save_minutes(images, tmp_path, monkeypatch):
+    def monotonic():
+        return clock.pop(0) if len(clock) > 1 else clock[0]
     for module in (builders, engine):
-        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock.pop(0) if len(clock) > 1 else clock[0]))
-    clock = [0, 30, 59, 60, 60, 119, 120, 120, 150]          # the start, then each question, and each checkpoint's time
+        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=monotonic))
+    clock = [0, 30, 59, 60, 60, 119, 120, 120, 150]  # the start, then each question and each checkpoint
     run(images, tmp_path, 'TRAIN.NUM_EPOCHS', 3, 'SAVE_MINUTES', 1.0, 'SAVE_FREQ', 3, 'SAVE_KEEP', 100)
-    assert [os.path.basename(path)[5:13] for path in checkpoint.steps(tmp_path)] == ['00000006', '00000005', '00000003']
+    saved = [os.path.basename(path)[5:13] for path in checkpoint.steps(tmp_path)]
+    assert saved == ['00000006', '00000005', '00000003']
 
 
 def test_resume_with_another_accum_iter(tmp_path):
     """8 images a step, in one pass and then in two: the same images, mixing and weights."""
     images = make_images(tmp_path / 'data', train=16)
-    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.NUM_EPOCHS', 3, 'SAVE_STEPS', 1,
-            'SAVE_KEEP', 100]
+    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9,
+            'TRAIN.NUM_EPOCHS', 3, 'SAVE_STEPS', 1, 'SAVE_KEEP', 100]
     run(images, tmp_path / 'one', *opts, 'DATA.BATCH_SIZE', 8)
-    run(images, tmp_path / 'two', *opts, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2,
-        'MODEL.RESUME', checkpoint.steps(tmp_path / 'one')[3])               # after step 3 of 6, in the middle of an epoch
+    step3 = checkpoint.steps(tmp_path / 'one')[3]   # of 6, in the middle of an epoch
+    run(images, tmp_path / 'two', *opts, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2, 'MODEL.RESUME', step3)
     assert [record['step'] for record in records(tmp_path / 'two', 'train')] == [4, 5, 6]
     assert_close_weights(tmp_path / 'one', tmp_path / 'two')
 
@@ -105,18 +111,24 @@ def test_changed_option_is_reported_unless_free(key):
 
 def test_resume_with_changed_options_needs_resume_force(images, whole, tmp_path):
     shutil.copytree(whole, tmp_path / 'run')
-    content = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*.*') if path.name != 'log.txt'}
+
+    def content():
+        paths = [path for path in (tmp_path / 'run').rglob('*.*') if path.name != 'log.txt']
+        return {path: path.read_bytes() for path in paths}
+
+    before = content()
     other = [*CHANCE, 'TRAIN.BASE_LR', 0.01, 'DATA.BATCH_SIZE', 4, 'TRAIN.HFLIP', 0.0, 'MODEL.RESUME', 'auto']
     with pytest.raises(ValueError) as error:
         run(images, tmp_path / 'run', *other)
-    for text in ('step_00000020.pdckpt was written with other settings: ', 'TRAIN.BASE_LR was 0.001, is 0.01; ', 'was 4, is 8',
-                 'TRAIN.HFLIP was 0.5, is 0.0', 'images per step', 'RESUME_FORCE True'):
+    for text in ('step_00000020.pdckpt was written with other settings: ', 'was 4, is 8', 'images per step',
+                 'TRAIN.BASE_LR was 0.001, is 0.01; ', 'TRAIN.HFLIP was 0.5, is 0.0', 'RESUME_FORCE True'):
         assert text in str(error.value)
     assert '\n' not in str(error.value) and 'NUM_EPOCHS' not in str(error.value)
-    assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*.*') if path.name != 'log.txt'} == content
+    assert content() == before
     run(images, tmp_path / 'run', *other, 'MODEL.RESUME_FORCE', True, 'TRAIN.NUM_EPOCHS', 5)
     assert {record['epoch'] for record in records(tmp_path / 'run', 'val')} == {1, 2, 3, 4, 5}
-    assert os.path.basename(checkpoint.newest(tmp_path / 'run')) == 'step_00000023.pdckpt'       # three steps after the 20th
+    newest = os.path.basename(checkpoint.newest(tmp_path / 'run'))
+    assert newest == 'step_00000023.pdckpt'         # three steps after the 20th
 
 
 def test_resume_with_another_list_is_refused(images, whole, tmp_path):
@@ -138,9 +150,10 @@ def test_full_disk_keeps_the_checkpoints(images, whole, tmp_path):
     shutil.copy(checkpoint.steps(whole)[12], tmp_path / 'run' / 'checkpoints')
     before = {path.name: path.read_bytes() for path in (tmp_path / 'run').rglob('*.pd*')}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))        # Python turns its signal into an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))        # Python ignores its signal
     try:
-        with pytest.raises(OSError, match='cannot write: File too large; what was there before is intact: .*step_00000009'):
+        message = 'cannot write: File too large; what was there before is intact: .*step_00000009'
+        with pytest.raises(OSError, match=message):
             run(images, tmp_path / 'run', *CHANCE, 'SAVE_STEPS', 1, 'MODEL.RESUME', 'auto')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -12,8 +12,14 @@ from system import stopping
 import pytest
 from runs import ROOT, TINY, make_images, options, processes, program, start, wait_for_step, wait_until
 
-guarded = pytest.mark.skipif(subprocess.run(['setpriv', '--pdeathsig', 'KILL', 'true'], check=False).returncode != 0
-                             if shutil.which('setpriv') else True, reason='no setpriv of util-linux 2.33')
+
+def has_setpriv():
+    """True if the scripts can tie a program to themselves."""
+    command = ['setpriv', '--pdeathsig', 'KILL', 'true']
+    return shutil.which('setpriv') is not None and subprocess.run(command, check=False).returncode == 0
+
+
+guarded = pytest.mark.skipif(not has_setpriv(), reason='no setpriv of util-linux 2.33')
 
 
 def ends_with(process, log, seconds=10):
@@ -26,7 +32,8 @@ def ends_with(process, log, seconds=10):
 # ---- SIGTERM
 
 @pytest.mark.parametrize('imports, handler, caught', [
-    ('ops', 'signal.SIG_DFL', 0), ('paddle, utils', 'signal.SIG_DFL', 0), ('utils', "lambda *_: print('called')", 1)])
+    ('ops', 'signal.SIG_DFL', 0), ('paddle, utils', 'signal.SIG_DFL', 0),
+    ('utils', "lambda *_: print('called')", 1)])
 def test_paddles_handler_of_sigterm_is_removed(imports, handler, caught):
     """It may wait for ever, in a fork above all. A handler of the caller stays."""
     code = f'''
@@ -42,14 +49,14 @@ signal.raise_signal(signal.SIGTERM)
     assert done.stdout.splitlines() == [f'[0, 0, {caught}]', *['called'] * caught]
 
 
-def test_the_tests_themselves_end_at_sigterm():
+def test_tests_end_at_sigterm():
     with open('/proc/self/status', encoding='ascii') as file:
         status = dict(line.split(':', 1) for line in file)
     assert not int(status['SigCgt'], 16) >> signal.SIGTERM - 1 & 1
 
 
 def test_sigterm_during_the_import_of_paddle_ends_the_program(tmp_path):
-    """At moments from the start of Python to well after the import; nothing of Paddle's handler is printed."""
+    """From the start of Python to well after the import; Paddle's handler prints nothing."""
     code = 'import utils, time; time.sleep(100)'
     for moment in (0.1, 0.8, 1.6):
         process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -67,14 +74,17 @@ def trained(tmp_path_factory):
     for name in 'ab':
         shutil.copytree(folder / 'data' / 'val', folder / 'classes' / name)
     program('main_single_gpu.py', '-data_path', folder / 'data', '-output', folder / 'run', *options(TINY))
-    (folder / 'list.csv').write_text(f'cfg,pretrained\n{folder}/run/config.yaml,{folder}/run/final.pdparams\n')
+    run = folder / 'run'
+    (folder / 'list.csv').write_text(f'cfg,pretrained\n{run}/config.yaml,{run}/final.pdparams\n')
     return folder
 
 
-PROGRAMS = {                                        # FOLDER is that of `trained`, OUT an empty one; and the exit codes
+WORKER = 'DATA.NUM_WORKERS 1 DATA.BATCH_SIZE 4'
+LOADED = '-pretrained FOLDER/run/final -data_path FOLDER/data'
+PROGRAMS = {                                        # and their exit codes; FOLDER is `trained`, OUT is empty
     'main_single_gpu.py -data_path FOLDER/data -output OUT/run -opts TINY DATA.NUM_WORKERS 2': {75},
-    'main_multi_gpu.py -nprocs 2 -data_path FOLDER/data -output OUT/run -opts TINY DATA.NUM_WORKERS 1 DATA.BATCH_SIZE 4': {75},
-    'main_single_gpu.py -eval -pretrained FOLDER/run/final -data_path FOLDER/data -output OUT/run -opts TINY': {75},
+    f'main_multi_gpu.py -nprocs 2 -data_path FOLDER/data -output OUT/run -opts TINY {WORKER}': {75},
+    f'main_single_gpu.py -eval {LOADED} -output OUT/run -opts TINY': {75},
     'tools/eval_all.py FOLDER/list.csv -data_path FOLDER/data -results OUT/results.csv': {},
     'tools/predict.py -pretrained FOLDER/run/final FOLDER/data/val -html OUT/a.html': {},
     'tools/visualize.py -pretrained FOLDER/run/final FOLDER/data/val/0.png -output OUT/a.png': {},
@@ -91,8 +101,8 @@ PROGRAMS = {                                        # FOLDER is that of `trained
 
 @pytest.mark.slow
 @pytest.mark.parametrize('line', PROGRAMS)
-def test_every_program_ends_at_sigterm_at_any_moment(trained, tmp_path, log, line):
-    """Before, during and after the import of Paddle, and at work: within a time, by a documented code, leaving no process."""
+def test_program_ends_at_sigterm_at_any_moment(trained, tmp_path, log, line):
+    """Before, during and after the import of Paddle: in time, by a documented code, leaving no process."""
     for moment in (0.05, 0.4, 1.0, 2.0, 4.0):
         shutil.rmtree(tmp_path / 'out', ignore_errors=True)
         (tmp_path / 'out').mkdir()
@@ -107,7 +117,8 @@ def test_every_program_ends_at_sigterm_at_any_moment(trained, tmp_path, log, lin
 
 
 def test_every_tool_is_among_the_programs():
-    tools = {f'tools/{path.name}' for path in Path(ROOT, 'tools').glob('*.py') if "__name__ == '__main__'" in path.read_text()}
+    paths = Path(ROOT, 'tools').glob('*.py')
+    tools = {f'tools/{path.name}' for path in paths if "__name__ == '__main__'" in path.read_text()}
     assert tools - {line.split()[0] for line in PROGRAMS} <= {'dev/bench_pipeline.py'}
 
 
@@ -127,7 +138,8 @@ def in_a_fork(work):
 def test_second_interrupt_ends_at_once():
     def work():
         stop = stopping.Stop().listen()
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):       # what a terminal and a launcher send for one Ctrl-C
+        # What a terminal and a launcher send for one Ctrl-C
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), signum)
         wait_until(lambda: stop.requested, 5, 'the first is noted')
         time.sleep(0.1)
@@ -160,17 +172,24 @@ def sleeping_python(tmp_path, *names):
     return path
 
 
+def sleeps(log):
+    """True if the sleeping Python of this run has started."""
+    return any(command.startswith('sleep') for command in processes(log).values())
+
+
 @guarded
-@pytest.mark.parametrize('script, nodes', [('run_train_multi.sh', 1), ('run_train_multi.sh', 2), ('run_eval_multi.sh', 1)])
-def test_a_program_ends_with_its_script(tmp_path, log, script, nodes):
+@pytest.mark.parametrize('script, nodes', [
+    ('run_train_multi.sh', 1), ('run_train_multi.sh', 2), ('run_eval_multi.sh', 1)])
+def test_program_ends_with_its_script(tmp_path, log, script, nodes):
     python = sleeping_python(tmp_path, 'main_multi_gpu.py')
-    process = start(script, log=log, PYTHON=str(python), PRETRAINED='w', NNODES=str(nodes), NODE_RANK='0', MASTER='host:1')
-    wait_until(lambda: any(command.startswith('sleep') for command in processes(log).values()), 10, 'it has started')
+    variables = {'PRETRAINED': 'w', 'NNODES': str(nodes), 'NODE_RANK': '0', 'MASTER': 'host:1'}
+    process = start(script, log=log, PYTHON=str(python), **variables)
+    wait_until(lambda: sleeps(log), 10, 'it has started')
     ends_with(process, log)
 
 
 @guarded
-def test_the_demo_ends_with_its_script(tmp_path, log):
+def test_demo_ends_with_its_script(tmp_path, log):
     for name in ('run_demo.sh', 'tools/usage.sh'):
         os.makedirs((tmp_path / name).parent, exist_ok=True)
         shutil.copy(os.path.join(ROOT, name), tmp_path / name)
@@ -179,10 +198,11 @@ def test_the_demo_ends_with_its_script(tmp_path, log):
     python = sleeping_python(tmp_path, 'main_single_gpu.py')
     (tmp_path / '.venv' / 'bin').mkdir(parents=True)
     python.rename(tmp_path / '.venv' / 'bin' / 'python')
-    process = subprocess.Popen([tmp_path / 'run_demo.sh'], stdout=log.open('w'), stderr=subprocess.STDOUT, cwd=tmp_path,
+    script = tmp_path / 'run_demo.sh'
+    process = subprocess.Popen([script], stdout=log.open('w'), stderr=subprocess.STDOUT, cwd=tmp_path,
                                env={**os.environ, 'RUN_OF_TEST': str(log)})
-    wait_until(lambda: any(command.startswith('sleep') for command in processes(log).values()), 10, 'it has started')
-    second = subprocess.run([tmp_path / 'run_demo.sh'], capture_output=True, text=True, timeout=30, check=False)
+    wait_until(lambda: sleeps(log), 10, 'it has started')
+    second = subprocess.run([script], capture_output=True, text=True, timeout=30, check=False)
     assert second.returncode == 2 and 'another demo is running' in second.stderr
     ends_with(process, log)
 
@@ -191,7 +211,7 @@ def test_the_demo_ends_with_its_script(tmp_path, log):
     "from tools import cli; cli.run_program(['sleep', '100'])",
     "import time; from tools import check_data\ndef slow(*_, **__): time.sleep(100)\n"
     "check_data.read = slow; check_data.main(check_data.parser().parse_args(['DATA', '-workers', '2']))"])
-def test_what_a_tool_starts_ends_with_it(tmp_path, log, code):
+def test_processes_of_a_tool_end_with_it(tmp_path, log, code):
     process = start('-c', code.replace('DATA', make_images(tmp_path / 'data')), log=log)
     wait_until(lambda: len(processes(log)) > 1, 20, f'it has started another: {log.read_text()}')
     time.sleep(0.3)
@@ -201,10 +221,11 @@ def test_what_a_tool_starts_ends_with_it(tmp_path, log, code):
 
 @guarded
 @pytest.mark.slow
-def test_a_training_ends_with_its_script(tmp_path, log):
+def test_training_ends_with_its_script(tmp_path, log):
     """With two processes and their data workers; and another start goes on from its checkpoint."""
     data = make_images(tmp_path / 'data')
-    words = ['-resume', 'auto', *options([*TINY, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 4, 'TRAIN.NUM_EPOCHS', 200])]
+    opts = [*TINY, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 4, 'TRAIN.NUM_EPOCHS', 200]
+    words = ['-resume', 'auto', *options(opts)]
     variables = {'DATA': data, 'OUTPUT': str(tmp_path / 'run'), 'NPROCS': '2', 'MAX_RESTARTS': '1'}
     process = start('run_train_multi.sh', *words, log=log, **variables)
     wait_for_step(tmp_path / 'run', 3, process)
