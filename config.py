@@ -1,8 +1,8 @@
 """Every option of the project, and how files and the command line override the defaults.
 
-Order: the defaults below, the files named by BASE (relative to the file that names them, depth first), the
-file itself, the command line. A flag and -opts may not contradict each other. The result is checked and
-frozen. An unknown key, or a value of another type, is an error that names the file and the key.
+Order: the defaults below, the files named by BASE (relative to the file that names them, depth first),
+the file itself, the command line. A flag and -opts may not contradict each other. The result is checked
+and frozen. An unknown key, or a value of another type, is an error that names the file and the key.
 
 The columns of the table are the key, the default, whose type is the type of the option, and the meaning.
 Then, where needed:
@@ -232,6 +232,7 @@ OPTIONS = (
     Option('TRAIN.MIXUP_SWITCH_PROB', 0.5,      'probability of cutmix where both are on', ge=0, le=1),
 )
 
+
 # ---- relations between options: what must hold, and what to do where it does not
 
 def is_color(text: str) -> bool:
@@ -259,18 +260,19 @@ RELATIONS = (
     Relation('MODEL.INNER_WIDTHS MODEL.STAGES',
              lambda widths, stages: widths == [] or one_per_stage(widths, stages),
              'give one number for each stage, or []'),
-    Relation('MODEL.LAMBDA_SIZE', lambda size: size % 2 == 1, 'it must be an odd number, to have a middle'),
+    Relation('MODEL.LAMBDA_SIZE', lambda size: size % 2 == 1,
+             'it must be an odd number, to have a middle'),
     Relation('MODEL.FREEZE MODEL.STAGES', lambda parts, stages: parts <= len(stages) + 1,
-             'the parts are the stem and the stages'),
+             'MODEL.FREEZE can be at most the number of stages, and 1 for the stem'),
     Relation('TRAIN.RECOMPUTE MODEL.STAGES', lambda recomputed, stages: recomputed <= len(stages),
-             'it can be at most the number of stages'),
+             'TRAIN.RECOMPUTE can be at most the number of stages'),
     Relation('TRAIN.RECOMPUTE TRAIN.TO_STATIC', lambda recomputed, static: not (recomputed and static),
              'recomputing works in eager mode only; leave it 0, or TRAIN.TO_STATIC False'),
     Relation('TRAIN.WARMUP_EPOCHS TRAIN.COOLDOWN_EPOCHS TRAIN.NUM_EPOCHS',
              lambda warmup, cooldown, epochs: warmup + cooldown < epochs,
              'no epoch is left between warm-up and cool-down; shorten them or raise TRAIN.NUM_EPOCHS'),
     Relation('TRAIN.LAST_EPOCH TRAIN.NUM_EPOCHS', lambda last, epochs: last <= epochs,
-             'no epoch would be left to train'),
+             'no epoch would be left to train; lower the first or raise the second'),
 )
 TABLE = Table(OPTIONS, RELATIONS)
 OF_ONE_START = tuple(option.key for option in OPTIONS if option.on_resume == 'unsaved')
@@ -288,8 +290,8 @@ def defaults() -> dict[str, Any]:
 def get_config(cfg_file: str | os.PathLike | None = None, opts: Iterable = ()) -> CfgNode:
     """Return the defaults, changed by `cfg_file` with its BASE files and by `opts`; checked and frozen.
 
-    `opts` is [KEY, VALUE, KEY, VALUE, ...]. Raises ValueError for an unknown key, for a value of another type
-    or outside its limits, and FileNotFoundError.
+    `opts` is [KEY, VALUE, KEY, VALUE, ...]. Raises ValueError for an unknown key, for a value of another
+    type or outside its limits, and FileNotFoundError.
     """
     values = defaults()
     if cfg_file:
@@ -312,7 +314,7 @@ def get_config(cfg_file: str | os.PathLike | None = None, opts: Iterable = ()) -
 
 
 def find_config(name: str | os.PathLike) -> str:
-    """Return the path of a config file: a file, or the name of a file or a model in configs/, as halonet_26t.
+    """Return the path of a config file, which is `name`, or is called so in configs/, as halonet_26t is.
 
     Raises FileNotFoundError.
     """
@@ -339,7 +341,7 @@ def dump_run(config: CfgNode) -> str:
 # ---- the command line
 
 def parse_args(argv: Sequence[str] | None = None) -> CfgNode:
-    """Return the config of a command line (default: sys.argv); a mistake ends the program with one line."""
+    """Return the config of a command line (default: sys.argv). A mistake is one line and exit code 2."""
     console.prepare()
     parser = Parser(description='Train or evaluate a HaloNet.')
     parser.elsewhere = {option.name: f'-opts {option.key}' for option in OPTIONS}
@@ -407,9 +409,9 @@ def _choose_weights(values: dict[str, Any], explicit: Sequence) -> None:
                          f'leave one of them out{hint}')
 
 
-# Earlier versions wrote all options into RUN/config.yaml, also these, which no later file holds together.
-ONLY_IN_OLD_FILES = {'BASE', 'DEVICE', 'NPROCS', 'EVAL', 'OUTPUT', 'SAVE', 'MODEL.PRETRAINED', 'MODEL.RESUME',
-                     'TRAIN.LAST_EPOCH'}
+# Earlier versions wrote all options into RUN/config.yaml, also these. No later file holds all of them.
+ONLY_IN_OLD_FILES = {'BASE', 'DEVICE', 'NPROCS', 'EVAL', 'OUTPUT', 'SAVE', 'MODEL.PRETRAINED',
+                     'MODEL.RESUME', 'TRAIN.LAST_EPOCH'}
 WEIGHTS_OF_ONE_START = ('MODEL.PRETRAINED', 'MODEL.PRETRAINED_EMA', 'MODEL.RESUME', 'MODEL.RESUME_FORCE',
                         'TRAIN.LAST_EPOCH')
 
@@ -426,4 +428,4 @@ def _leave_out_an_old_start(content: dict[str, Any], path: str) -> None:
         value = content.pop(key, default)
         if value != default:
             logging.getLogger('halonet').warning(
-                '%s: %s %s was asked of the start that wrote this file, and is left out', path, key, value)
+                '%s: %s %s belongs to the start that wrote this file, and is ignored', path, key, value)

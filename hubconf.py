@@ -2,12 +2,12 @@
 
     model = paddle.hub.load(FOLDER, 'halonet_26t', source='local', pretrained=FILE)
 
-`pretrained` is a weight file as for -pretrained, or '' for fresh weights. `opts` are options as after -opts,
-such as ['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
+`pretrained` is a weight file as for -pretrained, or '' for fresh weights. `opts` are options as after
+-opts, such as ['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
 
-Modules of this project have common names, such as utils and config. Those of the caller may have them too.
-So ours are imported under these names and then taken out of sys.modules again: both work, in any order. They
-stay there only for a caller who can import this project directly.
+Modules of this project have common names, such as utils and config. Those of the caller may have them
+too. So ours are imported under these names and then taken out of sys.modules again: both work, in any
+order. They stay there only for a caller who can import this project directly.
 """
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import types
 import typing
 
 _ROOT = pathlib.Path(__file__).resolve().parent
-_NAMES = {path.stem for path in _ROOT.glob('*.py')} | {path.parent.name for path in _ROOT.glob('*/*.py')}
-_NAMES.discard('hubconf')
-# paddle.hub imports this file at each call. This keeps what the first call imported: {folder: {name: module}}
+_FILES = [*_ROOT.glob('*.py'), *_ROOT.glob('*/*.py')]
+_NAMES = {path.relative_to(_ROOT).parts[0].removesuffix('.py') for path in _FILES} - {'hubconf'}
+# paddle.hub imports this file at each call. The first call's imports are kept: {folder: {name: module}}
 _LOADED = vars(sys.modules.setdefault('_halonet_hub', types.ModuleType('_halonet_hub')))
 
 
@@ -38,7 +38,7 @@ def _modules() -> dict[str, types.ModuleType]:
 
 
 def _can_import_us() -> bool:
-    """True if the caller imported this project, or sys.path has its folder besides the entry of paddle.hub."""
+    """True if the caller imported this project, or has its folder on sys.path as paddle.hub has."""
     entries = [pathlib.Path(entry).resolve() for entry in sys.path]
     return entries.count(_ROOT) > 1 or any(_is_ours(module) for module in _modules().values())
 

@@ -1,6 +1,6 @@
-"""Machinery of config.py that knows no option: a row of the table, a relation, config files and their BASE.
+"""Machinery of config.py that knows no option: a row of the table, a relation, files and their BASE.
 
-A flat config is {'GROUP.KEY': value}, and `tree` makes of it the frozen node that the other rooms read.
+A flat config is {'GROUP.KEY': value}. The other rooms read the frozen node that `tree` makes of it.
 """
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Option:
     default: Any
     comment: str
     choices: tuple[str, ...] = ()
-    ge: float | None = None                          # limits of a number, or of each number of a list
+    ge: float | None = None                         # limits of a number, or of each number of a list
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    length: int | None = None                        # of a list
-    items: type | None = None                        # type of what is in a list; None: as in the default
+    length: int | None = None                       # of a list
+    items: type | None = None                       # type of what is in a list; None: as in the default
     hint: str = ''                                  # what to do about a number outside the limits
     path: str = ''                                  # FILE or DIR: a path, where ~ is the home folder
     flag: bool = False                              # True: has a flag on the command line
@@ -92,12 +92,14 @@ class Option:
         return f'{limits}. {self.hint}' if self.hint else limits
 
     def _check_size(self, number: Any, value: Any) -> None:
+        """Raise ValueError for a number of `value` that is not finite, or an integer beyond 64 bits."""
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f'{self.key} is {value}; it must be a finite number')
         if isinstance(number, int) and abs(number) > LARGEST:
             raise ValueError(f'{self.key} is {value}; whole numbers must be at most {LARGEST}')
 
     def _within_limits(self, number: Any) -> bool:
+        """True if a number is within the limits; anything is, where there are none."""
         if self.ge is not None and number < self.ge:
             return False
         if self.gt is not None and number <= self.gt:
@@ -183,7 +185,7 @@ def find_file(name: str | os.PathLike, folder: str) -> str:
 
 
 class ConfigFiles:
-    """Reads config files with the files that their BASE names.
+    """Read config files, and the files that their BASE names.
 
     `identity` is the option that only a file of a model states. `clean` is called with the flat content of
     each file and its path, and may remove options from it.
@@ -215,6 +217,7 @@ class ConfigFiles:
         return settings
 
     def _names_of_bases(self, base: Any, path: str) -> list[str]:
+        """Return the names of the BASE of a file, which may be one name, a list or nothing."""
         if base is None:
             return []
         names = self.table.parse('BASE', [base] if isinstance(base, str) else base, path)
@@ -271,10 +274,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 # ---- values
 
-def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
-    """Return nested dicts as a flat config."""
+def flatten(nested: Mapping, prefix: str = '') -> dict[str, Any]:
+    """Return nested dicts as a flat config; `prefix` is put before the keys."""
     flat = {}
-    for key, value in tree.items():
+    for key, value in nested.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f'{prefix}{key}.'))
         else:

@@ -125,7 +125,7 @@ def test_options_left_out_of_an_old_file_are_logged(resumed, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, 'halonet'):
         get_config(old)
     messages = [record.getMessage().partition(': ')[2] for record in caplog.records]
-    end = 'was asked of the start that wrote this file, and is left out'
+    end = 'belongs to the start that wrote this file, and is ignored'
     assert messages == [f'MODEL.PRETRAINED x {end}', f'MODEL.RESUME auto {end}']
 
 
@@ -217,7 +217,7 @@ def test_main_programs_evaluate_explicit_weights(images, resumed, tmp_path):
     other = resumed / 'other' / 'final.pdparams'
     done = program('main_single_gpu.py', '-cfg', old, '-eval', '-pretrained', other,
                    '-output', tmp_path / 'a', '-data_path', images)
-    assert f'evaluating {other}' in done.stdout and 'MODEL.RESUME auto was asked of the start' in done.stderr
+    assert f'evaluating {other}' in done.stdout and 'MODEL.RESUME auto belongs to the start' in done.stderr
     done = program('main_single_gpu.py', '-eval', '-pretrained', other, '-resume', 'auto',
                    '-output', tmp_path / 'b', *options(TINY), check=False)
     assert done.returncode == 2 and not (tmp_path / 'b').exists() and done.stderr.count('\n') == 1
