@@ -1,16 +1,16 @@
-// What the ways to compute a convolution share: maps, their rows, tiles of products, and what follows.
+// Parts of convolution.h and winograd.h: feature maps, their rows, the tiles of a GEMM, and what follows a convolution.
 #pragma once
 
 #include "activation.h"
 
 namespace halo {
 
-constexpr int kHeight = 6;                             // channels and vectors of pixels of a tile, which the registers hold
-constexpr int kVectors = kAccumulators / kHeight;
+constexpr int kHeight = 6;                             // channels of a tile, whose sums stay in the registers
+constexpr int kVectors = kAccumulators / kHeight;      // vectors of pixels of a tile
 template <class T>
-constexpr int kStrip = kVectors * kLanes<T>;           // its pixels
+constexpr int kStrip = kVectors * kLanes<T>;           // pixels of a tile
 
-// (images, channels, H, W)
+// A feature map (images, channels, H, W).
 template <class T>
 struct Map {
   T* data;
@@ -20,29 +20,30 @@ struct Map {
   T* plane(int image, int channel) const { return data + (static_cast<ptrdiff_t>(image) * channels + channel) * H * W; }
 };
 
-// Calls visit(y, first column, last column, place) for each row that pixels [first, first + count) of a grid touch; `place` is the
-// pixel that starts it, counted from the first one.
+// Calls visit(y, begin, end, index) for each row of a grid that pixels [first, first + count) touch: they are columns
+// [begin, end) of row y, and pixel `index` of the `count` is the first of them.
 template <class Visit>
 void each_row(int columns, int first, int count, Visit visit) {
-  for (int place = 0; place < count;) {
-    const int y = (first + place) / columns, x = (first + place) % columns, length = std::min(columns - x, count - place);
-    visit(y, x, x + length, place);
-    place += length;
+  for (int index = 0; index < count;) {
+    const int y = (first + index) / columns, x = (first + index) % columns;
+    const int length = std::min(columns - x, count - index);
+    visit(y, x, x + length, index);
+    index += length;
   }
 }
 
-// What follows a convolution in a network whose statistics are settled: act(x * scale + shift + residual).
+// The rest of a block after a convolution in inference: act(x * scale + shift + residual).
 template <class T>
 struct Finish {
   const T *scale, *shift, *residual;                   // (channels), (channels), shaped as the result or null
   Activation act;
 
-  // `count` pixels of a channel, the first of them being number `place` of the result.
-  void operator()(int channel, ptrdiff_t place, int count, T* x) const {
+  // Finishes `count` pixels of a channel in x. The first of them is number `index` of the result.
+  void operator()(int channel, ptrdiff_t index, int count, T* x) const {
     for (int i = 0; i < count; i += kLanes<T>) {
       const Part lanes = part<T>(0, count - i);
       const Vec<T> sum = load(x + i, lanes) * scale[channel] + shift[channel];
-      store(x + i, activate<T>(residual ? sum + load(residual + place + i, lanes) : sum, act), lanes);
+      store(x + i, activate<T>(residual ? sum + load(residual + index + i, lanes) : sum, act), lanes);
     }
   }
 };

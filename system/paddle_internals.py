@@ -1,7 +1,7 @@
 """Paddle's internals that this project uses: one function each, so that a new Paddle is followed here alone.
 
-Each docstring names the public way, or says that there is none. tests/system/test_paddle_internals.py checks all
-of them and names what a new Paddle has lost.
+Each docstring names the public way, or says that there is none. tests/system/test_paddle_internals.py
+checks all of them and names what a new Paddle has lost.
 """
 import os
 import re
@@ -32,7 +32,7 @@ class ConvolutionSettings(NamedTuple):
     padding_mode: str
     groups: int
     data_format: str
-    zero_padding: Optional[list]                    # rows and columns of zeros on each side; None for other padding
+    zero_padding: Optional[list]                    # of zeros: rows, columns; None for another kind
     operator: str                                   # Paddle's: conv2d or depthwise_conv2d
 
 
@@ -40,9 +40,10 @@ def convolution_settings(conv: nn.Conv2D) -> ConvolutionSettings:
     """Return the settings of a convolution. Paddle shows them in repr(conv) only."""
     explicit = conv._padding_algorithm == 'EXPLICIT' and conv._padding_mode == 'zeros'
     return ConvolutionSettings(
-        in_channels=conv._in_channels, kernel_size=conv._kernel_size, stride=conv._stride, dilation=conv._dilation,
-        padding=conv._padding, padding_mode=conv._padding_mode, groups=conv._groups, data_format=conv._data_format,
-        zero_padding=conv._updated_padding if explicit else None, operator=conv._op_type)
+        in_channels=conv._in_channels, kernel_size=conv._kernel_size, stride=conv._stride,
+        dilation=conv._dilation, padding=conv._padding, padding_mode=conv._padding_mode, groups=conv._groups,
+        data_format=conv._data_format, zero_padding=conv._updated_padding if explicit else None,
+        operator=conv._op_type)
 
 
 def stride_of(conv: nn.Conv2D) -> int:
@@ -63,13 +64,13 @@ def norm_settings(norm: nn.BatchNorm2D) -> NormSettings:
 
 
 def set_momentum(norm: nn.BatchNorm2D, momentum: float) -> None:
-    """Set the fraction of the running statistics that a step of training keeps. Public when the norm is made."""
+    """Set the fraction of the running statistics that a training step keeps. Public when the norm is made."""
     norm._momentum = momentum
 
 
 def norm_statistics(norm: nn.BatchNorm2D) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Return the running mean and variance of a batch norm, (C,) each. The public way is state_dict(), a copy of
-    its dict at each call."""
+    """Return the running mean and variance of a batch norm, (C,) each. The public way is state_dict(), a
+    copy of its dict at each call."""
     return norm._mean, norm._variance
 
 
@@ -92,8 +93,8 @@ def freeze_statistics(norm: nn.BatchNorm2D) -> None:
 def synchronise(norm: nn.BatchNorm2D) -> None:
     """Make a batch norm compute the statistics of all processes. The names of its parameters stay.
 
-    The public way, SyncBatchNorm.convert_sync_batchnorm, converts norms with frozen statistics too, and forgets
-    that they are frozen.
+    The public way, SyncBatchNorm.convert_sync_batchnorm, converts norms with frozen statistics too, and
+    forgets that they are frozen.
     """
     norm.__class__ = nn.SyncBatchNorm               # both classes have the same attributes
 
@@ -101,8 +102,9 @@ def synchronise(norm: nn.BatchNorm2D) -> None:
 # ---- training
 
 class RMSProp(paddle.optimizer.RMSProp):
-    """RMSProp as in TensorFlow: epsilon inside the root, learning rate inside the momentum, mean square starting
-    at 1. Paddle starts at 0, which makes the first steps huge; there is no public way to set it."""
+    """RMSProp as in TensorFlow: epsilon inside the root, learning rate inside the momentum, mean square
+    starting at 1. Paddle starts at 0, which makes the first steps huge; there is no public way to set
+    it."""
 
     def _add_accumulator(self, name: str, param: paddle.Tensor, *args: Any, **kwargs: Any) -> Any:
         if name == self._mean_square_acc_str:
@@ -121,17 +123,20 @@ def shut_down_workers(reader: Any, timeout: float) -> None:
 # ---- processes and threads
 
 def set_num_threads(threads: int) -> None:
-    """Set the number of threads that Paddle computes with on a CPU. Public only before the import: OMP_NUM_THREADS."""
+    """Set the number of threads on a CPU. The public way works only before the import: OMP_NUM_THREADS."""
     paddle.base.core.set_num_threads(threads)
 
 
 def process_store() -> Any:
-    """Return the key-value store of all processes, with add(key, number). A public barrier of gloo ends after 30 s."""
+    """Return the key-value store of all processes, with add(key, number).
+
+    The public way to wait for each other, a barrier, gives up after 30 s with gloo.
+    """
     return paddle.base.core.create_or_get_global_tcp_store()
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """True if Paddle raised `error` as another process did not answer: only the source path in its text tells."""
+    """True if Paddle raised `error` as another process did not answer: by a source path in its text."""
     return bool(re.search('/third_party/gloo/|/core/distributed/store/', str(error)))
 
 
@@ -143,13 +148,14 @@ def register_operators(path: str) -> None:
 
 
 def run_operator(name: str, *arguments: Any) -> list:
-    """Call a registered operator with its inputs, then its attributes. The public way is a generated module."""
+    """Call a registered operator with its inputs, then its attributes. The public way: a generated module."""
     return paddle._C_ops._run_custom_op(name, *arguments)
 
 
 def operator_includes() -> list[str]:
-    """Return the folders of the headers that custom operators need: Paddle's, its third parties', Python's."""
-    return [*extension_utils.find_paddle_includes(), sysconfig.get_path('include')]
+    """Return the folders of the headers that custom operators need: Paddle's, third parties', Python's."""
+    # another scheme, Debian's default, may name a folder that does not exist
+    return [*extension_utils.find_paddle_includes(), sysconfig.get_path('include', 'posix_prefix')]
 
 
 def library_folders() -> list[str]:
