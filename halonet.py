@@ -1,7 +1,8 @@
 """HaloNet: a ResNet with blocked local self-attention instead of some of its 3x3 convolutions.
 
-Vaswani et al. 2021, 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones', arXiv 2103.12731.
-Layers, parameter names and arithmetic are those of timm's byoanet, so its published weights give its logits.
+Vaswani et al. 2021, 'Scaling Local Self-Attention for Parameter Efficient Visual Backbones', arXiv
+2103.12731. Layers, parameter names and arithmetic are those of timm's byoanet, so its published weights
+give its logits.
 
 In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a
 stride does not divide is rounded up: H/stride stands for ceil(H/stride).
@@ -14,7 +15,7 @@ from typing import Any, Callable
 from system import paddle_internals
 
 import paddle
-from paddle import nn
+from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 from paddle.nn.initializer import Normal
 
@@ -33,10 +34,11 @@ from model.layers import (
 
 
 class Stem(nn.Sequential):
-    """The first convolutions: (B, 3, H, W) -> (B, width, H/stride, W/stride), with timm's names for each kind.
+    """The first convolutions, with timm's names: (B, 3, H, W) -> (B, width, H/stride, W/stride).
 
-    kind: 'tiered' (three 3x3 convolutions), '7x7' or '3x3' (one); a 3x3 max pool of stride 2 follows with `pool`.
-    The stride is 4 with `pool`. Without it, it is 4 for the tiered stem, as its last convolution has stride 2, else 2.
+    kind: 'tiered' (three 3x3 convolutions), '7x7' or '3x3' (one); a 3x3 max pool of stride 2 follows with
+    `pool`. The stride is 4 with `pool`. Without it, it is 4 for the tiered stem, as its last convolution
+    has stride 2, else 2.
     """
 
     operators = 'auto'
@@ -58,7 +60,7 @@ class Stem(nn.Sequential):
             named = [(f'conv{i + 1}', layer) for i, layer in enumerate(layers)]
             super().__init__(*named, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.single:
             return norm_act(self, self.bn, self.act, convolve(self, self.conv, x))
         for name, layer in self.named_children():
@@ -67,22 +69,22 @@ class Stem(nn.Sequential):
 
 
 class Stage(nn.Sequential):
-    """Blocks one after another. With `recompute`, training keeps only their inputs and computes the rest again."""
+    """Blocks one after another. With `recompute`, training keeps only their inputs for the backward pass."""
 
     recompute = False
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self:
             needs_gradient = self.training and paddle.in_dynamic_mode() and not x.stop_gradient
             x = run_again_in_backward(block, x) if self.recompute and needs_gradient else block(x)
         return x
 
 
-def run_again_in_backward(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
-    """Compute block(x) without keeping activations: the backward pass repeats it with the same random numbers."""
+def run_again_in_backward(block: nn.Layer, x: Tensor) -> Tensor:
+    """Compute block(x) and keep no activations: the backward pass repeats it with the same random numbers."""
     passes = 0
 
-    def run(x: paddle.Tensor) -> paddle.Tensor:
+    def run(x: Tensor) -> Tensor:
         nonlocal passes
         passes += 1
         if passes == 1:
@@ -108,26 +110,30 @@ def statistics_kept(block: nn.Layer) -> Iterator[None]:
 
 
 class Head(nn.Layer):
-    """Global average pooling, dropout, classifier: (B, C, H, W) -> (B, num_classes); (B, C) with num_classes 0."""
+    """Global average pooling, dropout, classifier: (B, C, H, W) -> (B, num_classes), or (B, C) if it is 0."""
 
     def __init__(self, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01)) if num_classes else nn.Identity()
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01))
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.dropout(pixel_mean(x)))
 
 
 class HaloNet(nn.Layer):
-    """(B, 3, H, W) images, normalised -> (B, num_classes) logits, or with num_classes 0 the pooled features (B, C).
+    """Normalised images (B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) if it is 0.
 
-    stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]. `widths`, `strides`,
-    `num_heads` and `inner_widths` have one entry per stage. Without `inner_widths` the inner width of a block is
-    `bottleneck_ratio` times its output width, or with `bottleneck_in` times its input width. `image_size` is the
-    side of the images, for blocks that depend on it. Everything else about a block follows from its position.
+    stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]. `widths`,
+    `strides`, `num_heads` and `inner_widths` have one entry per stage. Without `inner_widths` the inner
+    width of a block is `bottleneck_ratio` times its output width, or with `bottleneck_in` times its input
+    width. `image_size` is the side of the images, for blocks that depend on it. Everything else about a
+    block follows from its position.
 
-    feature_info: for each stage, {'stride': image pixels per pixel of its feature map, 'width': its channels}.
+    feature_info: for each stage, {'stride': image pixels per pixel of its feature map, 'width': its
+    channels}.
     """
 
     def __init__(self, *, stages: Sequence[Sequence[str]], widths: Sequence[int], strides: Sequence[int],
@@ -141,7 +147,7 @@ class HaloNet(nn.Layer):
         self.stem = Stem(stem, stem_width, stem_pool, act)
         self.stages = nn.LayerList()
         self.feature_info: list[dict[str, int]] = []
-        last = max(sum(map(len, stages)) - 1, 1)            # index of the last block; its drop path is drop_path
+        last = max(sum(map(len, stages)) - 1, 1)            # index of the last block, which drop_path is for
         index, in_width, total_stride = 0, stem_width, self.stem.stride
         for i, (kinds, width, stride, heads) in enumerate(zip(stages, widths, strides, num_heads)):
             blocks = []
@@ -152,36 +158,37 @@ class HaloNet(nn.Layer):
                     inner_width = int((in_width if bottleneck_in else width) * bottleneck_ratio)
                 map_size = -(-image_size // total_stride)
                 spatial, spatial_width = operators.build(kind, inner_width, heads, stride, map_size)
-                blocks.append(Bottleneck(in_width, inner_width, width, spatial, spatial_width, stride=stride, act=act,
-                                         drop_path=drop_path * index / last, projection=projection,
-                                         linear_out=linear_out))
+                blocks.append(Bottleneck(
+                    in_width, inner_width, width, spatial, spatial_width, stride=stride, act=act,
+                    drop_path=drop_path * index / last, projection=projection, linear_out=linear_out))
                 index, in_width, total_stride, stride = index + 1, width, total_stride * stride, 1
             self.stages.append(Stage(*blocks))
             self.feature_info.append({'stride': total_stride, 'width': width})
         self.final_conv = ConvNormAct(in_width, head_width, 1, act=act) if head_width else nn.Identity()
         self.head = Head(head_width or in_width, num_classes, dropout)
 
-    def features(self, x: paddle.Tensor) -> list[paddle.Tensor]:
-        """(B, 3, H, W) -> the feature map of each stage, a list of (B, width, H/stride, W/stride) as in feature_info."""
+    def features(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> the feature map of each stage, (B, width, H/stride, W/stride): see feature_info."""
         x, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def forward_features(self, x: paddle.Tensor) -> paddle.Tensor:
-        """(B, 3, H, W) -> the last feature map (B, C, H/stride, W/stride), after the final convolution, before pooling."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the feature map before the pooling of the head: (B, C, H/stride, W/stride)."""
         return self.final_conv(self.features(x)[-1])
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
 
     def set_state_dict(self, state_dict: Mapping[str, Any], use_structured_name: bool = True, *,
                        partial: bool = False) -> tuple[list[str], list[str]]:
         """Load a state dict with our key names, PaddleViT's or timm's. Strict, unlike paddle.nn.Layer's.
 
-        Raises ValueError, with the keys, for a parameter without a value, an unknown key or another shape, and then
-        loads nothing. With `partial`, loads what fits. Returns (missing keys, unexpected keys).
+        Raises ValueError, with the keys, for a parameter without a value, an unknown key or another
+        shape, and then loads nothing. With `partial`, loads what fits. Returns (missing keys, unexpected
+        keys).
         """
         return weights.load_strictly(self, weights.to_ours(state_dict), partial)
 
@@ -197,7 +204,7 @@ def count_parameters(model: nn.Layer) -> int:
 
 
 def parse_stage(text: str) -> list[str]:
-    """Return the kinds of the blocks of a stage: 'conv*2 halo' -> ['conv', 'conv', 'halo']. Raises ValueError."""
+    """Parse the kinds of a stage's blocks: 'conv*2 halo' -> ['conv', 'conv', 'halo']. Raises ValueError."""
     kinds = []
     for word in text.split():
         kind, star, count = word.partition('*')
@@ -212,8 +219,8 @@ def parse_stage(text: str) -> list[str]:
 def freeze(network: HaloNet, parts: int) -> None:
     """Freeze the first `parts` of a HaloNet: 1 the stem, 2 also the first stage, and so on.
 
-    In training, too, their parameters get no gradient, their batch norms use and keep the running statistics, and
-    none of their blocks is dropped.
+    In training, too, their parameters get no gradient, their batch norms use and keep the running
+    statistics, and none of their blocks is dropped.
     """
     for part in [network.stem, *network.stages][:parts]:
         for parameter in part.parameters():
@@ -237,18 +244,20 @@ def build_halonet(config: Any) -> HaloNet:
     """
     model = config.MODEL
     if model.NUM_CLASSES < 0:
-        raise ValueError('MODEL.NUM_CLASSES is -1, as many classes as the data have; without data it must be a number')
+        raise ValueError('MODEL.NUM_CLASSES is -1, as many classes as the data have; '
+                         'without data it must be a number')
     operators = Operators(
-        block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM, qk_ratio=model.QK_RATIO,
-        value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE, group_size=model.GROUP_SIZE,
-        channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
+        block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM,
+        qk_ratio=model.QK_RATIO, value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE,
+        group_size=model.GROUP_SIZE, channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
     network = HaloNet(
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES,
         num_heads=model.HEADS, operators=operators, inner_widths=model.INNER_WIDTHS,
-        bottleneck_ratio=model.BOTTLENECK_RATIO, bottleneck_in=model.BOTTLENECK_IN, projection=model.PROJECTION,
-        linear_out=model.LINEAR_OUT, stem=model.STEM, stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL,
-        head_width=model.HEAD_WIDTH, num_classes=model.NUM_CLASSES, dropout=model.DROPOUT, drop_path=model.DROPPATH,
-        image_size=config.DATA.IMAGE_SIZE)
+        bottleneck_ratio=model.BOTTLENECK_RATIO, bottleneck_in=model.BOTTLENECK_IN,
+        projection=model.PROJECTION, linear_out=model.LINEAR_OUT,
+        stem=model.STEM, stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL,
+        head_width=model.HEAD_WIDTH, num_classes=model.NUM_CLASSES, dropout=model.DROPOUT,
+        drop_path=model.DROPPATH, image_size=config.DATA.IMAGE_SIZE)
     use_operators(network, model.ATTENTION)
     if model.FREEZE_NORM:
         freeze_norms(network)

@@ -11,7 +11,7 @@ from system import paddle_internals
 
 import paddle
 import paddle.nn.functional as F
-from paddle import nn
+from paddle import Tensor, nn
 from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
 from model.attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
@@ -30,13 +30,13 @@ class SqueezeExcite(nn.Layer):
         self.fc1 = nn.Conv2D(width, inner, 1, weight_attr=Normal(std=math.sqrt(2 / inner)))
         self.fc2 = nn.Conv2D(inner, width, 1, weight_attr=Normal(std=math.sqrt(2 / width)))
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         means = pixel_mean(x).unsqueeze([2, 3])                             # (B, C, 1, 1)
         return x * F.sigmoid(self.fc2(F.relu(self.fc1(means))))
 
 
 class EfficientChannelAttention(nn.Layer):
-    """Channel attention: scales channels by a 1D convolution over the means of all. (B, C, H, W) -> (B, C, H, W).
+    """Channel attention: scales channels by a 1D convolution over their means. (B, C, H, W) -> (B, C, H, W).
 
     Wang et al. 2020, 'ECA-Net', arXiv 1910.03151.
     """
@@ -49,7 +49,7 @@ class EfficientChannelAttention(nn.Layer):
         init = KaimingUniform(negative_slope=math.sqrt(5), nonlinearity='leaky_relu')
         self.conv = nn.Conv1D(1, 1, kernel_size, padding=kernel_size // 2, bias_attr=False, weight_attr=init)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = F.sigmoid(self.conv(pixel_mean(x).unsqueeze(1)))           # (B, 1, C)
         return x * weight.transpose([0, 2, 1]).unsqueeze(-1)                # (B, C, H, W) times (B, C, 1, 1)
 
@@ -64,11 +64,11 @@ class DropPath(nn.Layer):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(paddle.ones_like(x[:, :1, :1, :1]), self.rate)     # (B, 1, 1, 1), 0 or 1 / (1 - rate)
-        return x * keep
+        keep = paddle.ones_like(x[:, :1, :1, :1])                           # (B, 1, 1, 1)
+        return x * F.dropout(keep, self.rate)                               # times 0 or 1 / (1 - rate)
 
 
 class Bottleneck(nn.Layer):
@@ -76,15 +76,15 @@ class Bottleneck(nn.Layer):
 
     (B, C, H, W) -> (B, width, H/stride, W/stride).
 
-    `spatial` is {timm's name: layer} of the layers between the two convolutions, in their order; the last gives
-    `spatial_width` channels. `shortcut` is None in a block without one.
+    `spatial` is {timm's name: layer} of the layers between the two convolutions, in their order; the last
+    gives `spatial_width` channels. `shortcut` is None in a block without one.
     """
 
     operators = 'auto'
 
-    def __init__(self, in_width: int, inner_width: int, width: int, spatial: dict[str, nn.Layer], spatial_width: int,
-                 *, stride: int = 1, act: Callable[[], nn.Layer] = nn.ReLU, drop_path: float = 0.0,
-                 projection: bool = True, linear_out: bool = False) -> None:
+    def __init__(self, in_width: int, inner_width: int, width: int, spatial: dict[str, nn.Layer],
+                 spatial_width: int, *, stride: int = 1, act: Callable[[], nn.Layer] = nn.ReLU,
+                 drop_path: float = 0.0, projection: bool = True, linear_out: bool = False) -> None:
         super().__init__()
         if stride == 1 and in_width == width:
             self.shortcut = nn.Identity()
@@ -101,7 +101,7 @@ class Bottleneck(nn.Layer):
         self.drop_path = DropPath(drop_path)
         self.act = nn.Identity() if linear_out else act()
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = self.conv1_1x1(x)
         for name in self.spatial:
             layer = getattr(self, name)
@@ -112,8 +112,8 @@ class Bottleneck(nn.Layer):
         out = self.drop_path(self.conv3_1x1(out))
         return self.act(out if shortcut is None else out + shortcut)
 
-    def can_fuse_end(self, x: paddle.Tensor, shortcut: Optional[paddle.Tensor]) -> bool:
-        """True if one compiled operator gives what the last convolution of x, shortcut and activation give."""
+    def can_fuse_end(self, x: Tensor, shortcut: Optional[Tensor]) -> bool:
+        """True if one compiled operator gives what the last convolution of x, the shortcut and `act` give."""
         last, drop_path = self.conv3_1x1, self.drop_path
         return (type(last) is ConvNormAct and type(last.act) is nn.Identity and supported_act(last.act)
                 and type(drop_path) is DropPath and not drop_path.training
@@ -121,7 +121,7 @@ class Bottleneck(nn.Layer):
                 and (shortcut is None or can_add(last.conv, x, shortcut)))
 
 
-def can_add(conv: nn.Conv2D, x: paddle.Tensor, shortcut: paddle.Tensor) -> bool:
+def can_add(conv: nn.Conv2D, x: Tensor, shortcut: Tensor) -> bool:
     """True if `shortcut` has the type and shape that the convolution `conv` of x (B, C, H, W) gives."""
     B, _, H, W = x.shape
     stride = paddle_internals.stride_of(conv)
@@ -147,21 +147,23 @@ class Operators:
               ) -> tuple[dict[str, nn.Layer], int]:
         """Return ({timm's name: layer}, output width) of the layers that replace a ResNet's 3x3 convolution.
 
-        `map_size` is the side of the input feature map in pixels. Raises ValueError for an unknown kind and for
-        widths that the heads or groups do not divide.
+        `map_size` is the side of the input feature map in pixels. Raises ValueError for an unknown kind
+        and for widths that the heads or groups do not divide.
         """
         if kind == 'conv':
             return self.convolution(width, stride), width
         if kind == 'halo':
-            layer = HaloAttention(width, width, num_heads, self.block_size, self.halo_size, stride,
-                                  head_dim=self.head_dim, qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
+            layer = HaloAttention(
+                width, width, num_heads, self.block_size, self.halo_size, stride,
+                head_dim=self.head_dim, qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
         elif kind == 'bot':
             layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
                                         qk_ratio=self.qk_ratio)
         elif kind == 'lambda':
             layer = LambdaLayer(width, width, num_heads, self.lambda_size, stride, head_dim=self.head_dim)
         else:
-            raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; known are conv, halo, bot and lambda')
+            raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; '
+                             'known are conv, halo, bot and lambda')
         return {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}, layer.out_width
 
     def convolution(self, width: int, stride: int) -> dict[str, nn.Layer]:

@@ -1,7 +1,8 @@
 """The layers of every block, and the choice between Paddle's operators and the compiled ones of ops/.
 
-The network consists of Paddle's own layers (Conv2D, BatchNorm2D, MaxPool2D, ...), so that Paddle's tools know
-them. The blocks around them run one compiled operator instead of one or more layers, if the result is the same.
+The network consists of Paddle's own layers (Conv2D, BatchNorm2D, MaxPool2D, ...), so that Paddle's tools
+know them. The blocks around them run one compiled operator instead of one or more layers, if the result
+is the same.
 
 In the shapes below: B batch, C channels, H and W height and width of the feature map in pixels. A side that a
 stride does not divide is rounded up: H/stride stands for ceil(H/stride).
@@ -13,7 +14,7 @@ from typing import Callable, Optional
 from system import paddle_internals
 
 import paddle
-from paddle import nn
+from paddle import Tensor, nn
 from paddle.nn.initializer import Initializer, Normal
 
 import ops
@@ -27,8 +28,9 @@ FORWARD = {kind: kind.forward for kind in (nn.Conv2D, nn.BatchNorm2D, nn.MaxPool
 def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     """True if the compiled operators that exist for `devices` are to be used in the layer `owner`.
 
-    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU). A static
-    program for inference is traced with Paddle's operators, because it may run where ours do not exist.
+    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU).
+    A static program for inference is traced with Paddle's operators, because it may run where ours do not
+    exist.
 
     Raises ValueError if `operators` is fused and they cannot be compiled.
     """
@@ -40,8 +42,8 @@ def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     if device in ops.load():
         return True
     if kind == 'fused':
-        raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well (the log says '
-                         'what is amiss); auto and composed need neither')
+        raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well '
+                         '(the log says what is amiss); auto and composed need neither')
     return False
 
 
@@ -119,13 +121,13 @@ def can_fuse(owner: nn.Layer, conv: nn.Layer, norm: nn.Layer, act: nn.Layer, *sk
             and unchanged(*skipped) and compiled(owner))
 
 
-def can_normalise(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -> bool:
-    """True if one compiled operator gives what `norm` and `act` give for x in training by the batch's statistics."""
+def can_normalise(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: Tensor) -> bool:
+    """True if one compiled operator gives what `norm`, by the statistics of the batch x, and `act` give."""
     return (norm.training and supported_norm(norm) and not paddle_internals.has_frozen_statistics(norm)
             and not lacks_statistics(x) and supported_act(act) and compiled(owner))
 
 
-def lacks_statistics(x: paddle.Tensor) -> bool:
+def lacks_statistics(x: Tensor) -> bool:
     """True if a channel of x (B, C, H, W) has at most one value, so its variance is undefined.
 
     Paddle then keeps the running statistics. Always False while tracing.
@@ -135,14 +137,14 @@ def lacks_statistics(x: paddle.Tensor) -> bool:
 
 # ---- layers by one operator each, compiled where that gives the same result
 
-def convolve(owner: nn.Layer, conv: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+def convolve(owner: nn.Layer, conv: nn.Layer, x: Tensor) -> Tensor:
     """conv(x): (B, C, H, W) -> (B, width, H/stride, W/stride)."""
     if supported_convolution(conv) and compiled(owner):
         return ops.convolution(x, conv.weight, paddle_internals.stride_of(conv))
     return conv(x)
 
 
-def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: Tensor) -> Tensor:
     """act(norm(x)), x (B, C, H, W). Training by the batch's statistics takes one compiled operator."""
     if not can_normalise(owner, norm, act, x):
         return act(norm(x))
@@ -155,12 +157,12 @@ def norm_act(owner: nn.Layer, norm: nn.Layer, act: nn.Layer, x: paddle.Tensor) -
     return out
 
 
-def max_pool(owner: nn.Layer, pool: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+def max_pool(owner: nn.Layer, pool: nn.Layer, x: Tensor) -> Tensor:
     """pool(x): (B, C, H, W) -> (B, C, H/2, W/2) for a pool with a stride of 2."""
     return ops.max_pool(x) if supported_pool(pool) and compiled(owner) else pool(x)
 
 
-def pixel_mean(x: paddle.Tensor) -> paddle.Tensor:
+def pixel_mean(x: Tensor) -> Tensor:
     """Average over pixels: (B, C, H, W) -> (B, C).
 
     One axis at a time: on a CPU, Paddle's gradient of a mean over both takes 40 times as long.
@@ -176,7 +178,10 @@ def conv2d(in_width: int, width: int, kernel_size: int, stride: int = 1, groups:
 
 
 class ConvNormAct(nn.Layer):
-    """Convolution with half padding, batch norm, activation: (B, C, H, W) -> (B, width, H/stride, W/stride)."""
+    """Convolution with half padding, batch norm, activation.
+
+    (B, C, H, W) -> (B, width, H/stride, W/stride).
+    """
 
     operators = 'auto'
 
@@ -188,13 +193,13 @@ class ConvNormAct(nn.Layer):
         self.bn = nn.BatchNorm2D(width)
         self.act = act()
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         conv, norm, act = self.conv, self.bn, self.act      # Paddle looks these up in Python each time
         if can_fuse(self, conv, norm, act):
             return self.fused(x, act)
         return norm_act(self, norm, act, convolve(self, conv, x))
 
-    def fused(self, x: paddle.Tensor, act: nn.Layer, residual: Optional[paddle.Tensor] = None) -> paddle.Tensor:
+    def fused(self, x: Tensor, act: nn.Layer, residual: Optional[Tensor] = None) -> Tensor:
         """act(norm(convolution of x) + residual) by one compiled operator."""
         conv = self.conv
         return ops.convolution_norm_act(x, conv.weight, self.bn, stride=paddle_internals.stride_of(conv),
@@ -207,7 +212,7 @@ def batch_norms(network: nn.Layer) -> dict[str, nn.Layer]:
     return {name: layer for name, layer in network.named_sublayers() if isinstance(layer, kinds)}
 
 
-def running_statistics(network: nn.Layer) -> dict[str, paddle.Tensor]:
+def running_statistics(network: nn.Layer) -> dict[str, Tensor]:
     """Return {key: tensor} of the state dict's entries that a process's own batches change.
 
     These are the running statistics of batch norms, unless they are frozen.
@@ -242,5 +247,5 @@ class Traced(nn.Layer):
         self.network = network
         self.program = paddle.jit.to_static(network.forward, full_graph=True)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.program(x)

@@ -12,7 +12,7 @@ from typing import Any, Callable
 import paddle
 from paddle import nn
 
-from model.attention import HaloAttention
+from model.attention import HaloAttention, window_index
 from model.layers import convolve
 
 Box = tuple[int, int, int, int]                     # left, top, right, bottom
@@ -129,8 +129,8 @@ def attention_probabilities(layer: HaloAttention, x: paddle.Tensor) -> paddle.Te
 
 def grid_positions(pixel: int, block: int, halo: int) -> paddle.Tensor:
     """Return the rows (or columns) of the grid in the window of a query at `pixel`, in their order: (w,)."""
-    w = block + 2 * halo
-    return (pixel // block * block - halo + paddle.arange(w)) % w
+    windows = window_index(pixel // block + 1, block, halo) - halo
+    return windows[-1] % (block + 2 * halo)
 
 
 @paddle.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from model.attention import HaloAttention
+from model.attention import HaloAttention, window_index
 
 # ---- folding batch norms
 
@@ -92,14 +92,18 @@ def look_windows_up(model: nn.Layer) -> None:
 class Windows:
     """Square windows that cover a feature map, row by row: Y rows of X windows.
 
-    Blocks are windows whose side equals their step.
+    Blocks are windows without a halo.
     """
 
     height: int                                     # of the feature map, pixels
     width: int
     step: int                                       # from one window to the next
-    side: int                                       # of a window
-    halo: int = 0                                   # pixels by which a window begins before its block
+    halo: int = 0                                   # pixels of a window on each side of its block
+
+    @property
+    def side(self) -> int:
+        """Return the side of a window in pixels."""
+        return self.step + 2 * self.halo
 
     @property
     def count(self) -> int:
@@ -115,8 +119,7 @@ class Windows:
         return self._along(self.width)
 
     def _along(self, size: int) -> np.ndarray:
-        first: np.ndarray = np.arange(0, size, self.step)[:, None] - self.halo
-        return first + np.arange(self.side)
+        return window_index(-(-size // self.step), self.step, self.halo, np.arange) - self.halo
 
     def row_numbers(self, heads: int) -> np.ndarray:
         """Number the rows of all pixels and heads, pixel * N + head, in the order of the windows.
@@ -169,8 +172,8 @@ class WindowLookup(nn.Layer):
         """Map (B, C, H, W) to (B, N*v, ceil(H/stride), ceil(W/stride))."""
         H, W, N, b, w = x.shape[2], x.shape[3], self.heads, self.block_queries, self.window
         height, width = -(-H // self.stride), -(-W // self.stride)
-        blocks = Windows(height, width, step=b, side=b)
-        windows = Windows(H, W, step=self.block, side=w, halo=self.halo)
+        blocks = Windows(height, width, step=b)
+        windows = Windows(H, W, step=self.block, halo=self.halo)
         P = windows.count
 
         x = x.transpose([0, 2, 3, 1])                                       # (B, H, W, C)
