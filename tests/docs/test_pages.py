@@ -86,6 +86,13 @@ def test_names_of_a_page_exist(page):
             found = getattr(found, name)
 
 
+@pytest.mark.parametrize('page', PAGES)
+def test_names_of_a_file_exist(page):
+    """Names that a page gives with their file, such as `OPS` in `data/operations.py`."""
+    for name, path in re.findall(r'`(\w+)` (?:in|of) `([\w/]+\.py)`', text_of(page)):
+        assert re.search(rf'\b{name}\b', text_of(path)), f'{path} has no {name}'
+
+
 def test_readme_shows_the_end_of_the_demo():
     (end,) = re.findall(r'cat <<END\n(.*?)\nEND\n', text_of('run_demo.sh'), re.S)
     text = text_of('README.md')
