@@ -221,7 +221,7 @@ class ConfigFiles:
         if base is None:
             return []
         names = self.table.parse('BASE', [base] if isinstance(base, str) else base, path)
-        return [name for name in names if name]     # the predecessor writes BASE: ['']
+        return [os.path.expanduser(name) for name in names if name]     # the predecessor writes BASE: ['']
 
     def _refuse_overriding(self, settings: Mapping[str, Setting], base: Mapping[str, Setting], name: str,
                            path: str) -> None:
@@ -275,13 +275,17 @@ def read_yaml(path: str) -> dict[str, Any]:
 # ---- values
 
 def flatten(nested: Mapping, prefix: str = '') -> dict[str, Any]:
-    """Return nested dicts as a flat config; `prefix` is put before the keys."""
-    flat = {}
+    """Return nested dicts as a flat config; `prefix` is put before the keys.
+
+    Raises ValueError for a duplicate key, as in {'A.B': 1, 'A': {'B': 2}}.
+    """
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f'{prefix}{key}.'))
-        else:
-            flat[f'{prefix}{key}'] = value
+        path = f'{prefix}{key}'
+        part = flatten(value, f'{path}.') if isinstance(value, dict) else {path: value}
+        for duplicate in part.keys() & flat.keys():
+            raise ValueError(f'duplicate key {duplicate}')
+        flat.update(part)
     return flat
 
 

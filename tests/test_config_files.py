@@ -36,6 +36,12 @@ def test_base_is_relative_to_its_file_and_depth_first(write, tmp_path, monkeypat
     assert get_config(absolute).SEED == 4
 
 
+def test_tilde_in_base(write, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    write('home/base.yaml', 'SEED: 5')
+    assert get_config(write('own.yaml', 'BASE: ~/base.yaml')).SEED == 5
+
+
 @pytest.mark.parametrize('base', ["['']", '[]', "''", '~'])
 def test_empty_base(write, base):
     assert flatten(get_config(write('a.yaml', f'BASE: {base}\nSEED: 1'))) == DEFAULTS | {'SEED': 1}
@@ -146,10 +152,13 @@ def test_malformed_file_is_refused(write, content, message):
         get_config(path)
 
 
-def test_duplicate_key_is_refused(tmp_path):
-    (tmp_path / 'twice.yaml').write_text('TRAIN: {BASE_LR: 0.5}\nTRAIN: {NUM_EPOCHS: 7}\n')
-    with pytest.raises(ValueError, match='twice.yaml: .*duplicate key TRAIN'):
-        get_config(tmp_path / 'twice.yaml')
+@pytest.mark.parametrize('content, key', [
+    ('TRAIN: {BASE_LR: 0.5}\nTRAIN: {NUM_EPOCHS: 7}', 'TRAIN'), ('DATA: {TIMEOUT: 1, TIMEOUT: 2}', 'TIMEOUT'),
+    ('DATA.TIMEOUT: 1\nDATA: {TIMEOUT: 2}', 'DATA.TIMEOUT')])
+def test_duplicate_key_is_refused(write, content, key):
+    path = write('twice.yaml', content)
+    with pytest.raises(ValueError, match=f'^{path}: .*duplicate key {key}'):
+        get_config(path)
 
 
 def test_merged_mappings(write):
