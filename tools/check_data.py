@@ -31,7 +31,6 @@ from system.console import visible
 from tools import cli
 
 import numpy as np
-from tqdm import tqdm
 
 from data import class_names, image_files
 from data.list_file import ImageList, read_list
@@ -74,14 +73,13 @@ def read_all(samples: ImageList, workers: int, part: str, max_pixels: int) -> li
     """`read` each image of a list, in its order. Raises ValueError if a process dies."""
     paths = [samples.path(i) for i in range(len(samples))]
     read_one = partial(read, max_pixels=max_pixels)
-    # disable=None: no bar where the output is no terminal
-    show_progress = partial(tqdm, total=len(paths), desc=part, unit='image', disable=None)
     if not workers:
-        return list(show_progress(map(read_one, paths)))
+        return list(cli.progress(map(read_one, paths), len(paths), part))
     context = multiprocessing.get_context('fork')
     try:
         with ProcessPoolExecutor(workers, context, lifeline.die_with_parent) as pool:
-            return list(show_progress(pool.map(read_one, paths, chunksize=16)))
+            results = pool.map(read_one, paths, chunksize=16)
+            return list(cli.progress(results, len(paths), part))
     except BrokenProcessPool:
         raise ValueError('a reading process died, probably for want of memory: take fewer by -workers, or '
                          'look for the image with -workers 0') from None
