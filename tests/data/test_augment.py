@@ -1,4 +1,4 @@
-"""Augmentation against arithmetic by hand, Pillow, timm's tables, and the distributions that timm documents."""
+"""Augmentation of an image: against arithmetic, Pillow, timm's tables and documented distributions."""
 import collections
 import itertools
 import math
@@ -27,7 +27,7 @@ def pixels(image):
 
 # generators
 
-def test_generators_depend_on_every_key_and_on_nothing_else():
+def test_generators_depend_on_their_keys_only():
     keys = itertools.product((0, 1), (generators.ERASE, generators.MIX), (0, 1), (0, 1))
     first = {key: generators.rng_for(*key).random() for key in keys}
     assert len(set(first.values())) == 16
@@ -38,7 +38,7 @@ def test_generators_depend_on_every_key_and_on_nothing_else():
 
 # crop, flip, colours
 
-def test_crop_is_pillows_crop_and_bicubic_resize():
+def test_crop_equals_pillow_crop_and_bicubic_resize():
     image = picture()
     left, top, width, height = augment._crop_box(40, 30, rng(5), (0.08, 1.0), (3 / 4, 4 / 3))
     expected = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
@@ -53,8 +53,10 @@ def test_crop_boxes_have_uniform_area_and_log_uniform_ratio():
     assert abs(area.mean() - 0.15) < 0.004 and abs(area.std() - 0.2 / 12 ** 0.5) < 0.003
     assert 0.0499 < area.min() < 0.051 and 0.249 < area.max() < 0.2503
     assert abs(ratio.mean()) < 0.05 and abs(ratio.std() - 2 / 12 ** 0.5) < 0.03 and abs(ratio).max() < 1.01
-    assert (left >= 0).all() and (left + width <= 1600).all() and (top >= 0).all() and (top + height <= 900).all()
-    assert abs((left / (1600 - width)).mean() - 0.5) < 0.03 and abs((top / (900 - height)).mean() - 0.5) < 0.03
+    assert (left >= 0).all() and (left + width <= 1600).all() and (top >= 0).all()
+    assert (top + height <= 900).all()
+    assert abs((left / (1600 - width)).mean() - 0.5) < 0.03
+    assert abs((top / (900 - height)).mean() - 0.5) < 0.03
 
 
 def test_crop_ratios_are_width_over_height():
@@ -62,19 +64,22 @@ def test_crop_ratios_are_width_over_height():
     assert all(1.97 < width / height < 3.03 for _, _, width, height in boxes)
 
 
-@pytest.mark.parametrize('size, box', [((1000, 9), (494, 0, 12, 9)), ((9, 1000), (0, 494, 9, 12)), ((1, 1), (0, 0, 1, 1)),
-                                       ((100, 90), (0, 0, 100, 90))])
-def test_crop_falls_back_to_the_largest_centre(size, box):
-    assert augment._crop_box(*size, rng(), (5.0, 5.0), (3 / 4, 4 / 3)) == box         # five times the area never fits
+@pytest.mark.parametrize('size, box', [
+    ((1000, 9), (494, 0, 12, 9)), ((9, 1000), (0, 494, 9, 12)), ((1, 1), (0, 0, 1, 1)),
+    ((100, 90), (0, 0, 100, 90))])
+def test_crop_falls_back_to_largest_centre_crop(size, box):
+    # five times the area never fits
+    assert augment._crop_box(*size, rng(), (5.0, 5.0), (3 / 4, 4 / 3)) == box
 
 
-def test_a_line_of_pixels_can_be_cropped():
+def test_image_one_pixel_high_is_cropped():
     assert all(augment.random_resized_crop(picture(200, 1), 8, rng(i)).size == (8, 8) for i in range(20))
 
 
-def test_flip():
+def test_flip_has_its_probability():
     image, draw = picture(), rng()
-    flipped = [np.array_equal(pixels(augment.random_flip(image, draw, 0.3)), pixels(image)[:, ::-1]) for _ in range(1000)]
+    flipped = [np.array_equal(pixels(augment.random_flip(image, draw, 0.3)), pixels(image)[:, ::-1])
+               for _ in range(1000)]
     assert abs(np.mean(flipped) - 0.3) < 0.05
     assert augment.random_flip(image, rng(), 0) is image
 
@@ -90,7 +95,7 @@ class Recorder:
         return image
 
 
-def test_color_jitter_draws_each_order_and_uniform_factors():
+def test_color_jitter_draws_all_orders_and_uniform_factors():
     recorder, draw = Recorder(), rng()
     calls = recorder.calls
     for _ in range(1200):
@@ -107,7 +112,8 @@ def test_color_jitter_draws_each_order_and_uniform_factors():
 
 
 def test_color_jitter_pixels():
-    gray = Image.new('RGB', (4, 4), (100, 100, 100))         # contrast and saturation leave it; brightness multiplies
+    # contrast and saturation leave it; brightness multiplies
+    gray = Image.new('RGB', (4, 4), (100, 100, 100))
     values = {int(pixels(augment.color_jitter(gray, 0.2, rng(i)))[0, 0, 0]) for i in range(100)}
     assert min(values) in range(80, 84) and max(values) in range(117, 121)
     image = picture()
@@ -116,12 +122,14 @@ def test_color_jitter_pixels():
 
 # RandAugment: the strings
 
-def test_the_usual_string():
+def test_usual_string_is_parsed():
     policy = augment.parse_auto_augment('rand-m9-mstd0.5-inc1')
     assert policy == augment.RandAugment(magnitude=9, deviation=0.5, increasing=True)
-    assert policy.layers == 2 and policy.probability == 0.5 and policy.weights is None and policy.largest == 10
-    assert policy.ops == ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd', 'Color',
-                          'Contrast', 'Brightness', 'Sharpness', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
+    assert policy.layers == 2 and policy.probability == 0.5 and policy.weights is None
+    assert policy.largest == 10
+    assert policy.ops == (
+        'AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'SolarizeAdd', 'Color',
+        'Contrast', 'Brightness', 'Sharpness', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -132,7 +140,7 @@ def test_the_usual_string():
     ('rand-mstd101-inc1', {'deviation': math.inf, 'increasing': True}),
     ('rand-t3a', {'ops': ('Solarize', 'Desaturate', 'GaussianBlur'), 'increasing': True}),
 ])
-def test_strings(text, expected):
+def test_options_of_strings_are_parsed(text, expected):
     assert augment.parse_auto_augment(text) == augment.RandAugment(**expected)
 
 
@@ -140,7 +148,7 @@ def test_strings(text, expected):
     ('rand-w0', {'Rotate': 0.3, 'Brightness': 0.005}),
     ('rand-tweights', {'Rotate': 3 / 10.1, 'Invert': 0.05 / 10.1}),
     ('rand-t3aw', {'GaussianBlur': 6 / 33, 'Invert': 1 / 33})])
-def test_weights(text, weights):
+def test_weights_of_operations_sum_to_one(text, weights):
     policy = augment.parse_auto_augment(text)
     assert sum(policy.weights) == pytest.approx(1) and len(policy.weights) == len(policy.ops)
     assert policy.increasing == (text != 'rand-w0')
@@ -151,8 +159,9 @@ def test_weights(text, weights):
 @pytest.mark.parametrize('text', [
     '', 'augmix-m5', 'original-m9', 'v0-inc1', 'v1',
     'rand-', 'rand-m', 'rand-m9-x3', 'rand-m9-m8', 'rand-m-3', 'rand-n0', 'rand-n1.5', 'rand-p1.5',
-    'rand-inc2', 'rand-mmax0', 'rand-w1', 'rand-tother', 'rand-w0-tweights', 'rand-n14-w0', 'rand m9', 'rand-m9\n', 'rand-m²'])
-def test_wrong_strings_say_what_is_allowed(text):
+    'rand-inc2', 'rand-mmax0', 'rand-w1', 'rand-tother', 'rand-w0-tweights', 'rand-n14-w0', 'rand m9',
+    'rand-m9\n', 'rand-m²'])
+def test_wrong_strings_are_refused_with_the_grammar(text):
     with pytest.raises(ValueError, match='rand-m9-mstd0.5-inc1') as error:
         augment.parse_auto_augment(text)
     assert repr(text) in str(error.value)
@@ -161,7 +170,7 @@ def test_wrong_strings_say_what_is_allowed(text):
 # AutoAugment
 
 @pytest.mark.parametrize('name', ['original', 'originalr', 'v0', 'v0r', '3a'])
-def test_policies_are_those_of_timm(name):
+def test_policies_equal_timm(name):
     policy = augment.parse_auto_augment(name)
     expected = [[(op.replace('Rel', ''), chance, level) for op, chance, level in choice]
                 for choice in timm_recipes('policies')[name]]
@@ -170,21 +179,26 @@ def test_policies_are_those_of_timm(name):
     assert augment.parse_auto_augment(f'{name}-mstd101').deviation == 101               # unlike rand-mstd101
 
 
-def test_choices_of_a_policy_are_drawn_alike_and_in_order(monkeypatch):
+def test_choices_of_a_policy_are_drawn_uniformly_and_in_order(monkeypatch):
     drawn = record(monkeypatch, '3a', 1500)
     counts = collections.Counter(image[0] for image in drawn)
-    assert counts.keys() == {('Solarize', 5), ('Desaturate', 10), ('GaussianBlurRand', 10)} and min(counts.values()) > 430
+    assert counts.keys() == {('Solarize', 5), ('Desaturate', 10), ('GaussianBlurRand', 10)}
+    assert min(counts.values()) > 430
     drawn = record(monkeypatch, 'v0', 5000)
-    turned = [image for image in drawn if image[0:1] == [('Rotate', 7)]]               # one choice starts so, always applied
+    # one choice starts so, always applied
+    turned = [image for image in drawn if image[0:1] == [('Rotate', 7)]]
     assert abs(len(turned) / 5000 - 1 / 25) < 0.01
-    assert {len(image) for image in turned} == {1, 2} and all(image[1:] in ([], [('TranslateY', 9)]) for image in turned)
+    assert {len(image) for image in turned} == {1, 2}
+    assert all(image[1:] in ([], [('TranslateY', 9)]) for image in turned)
     assert abs(np.mean([len(image) == 2 for image in turned]) - 0.8) < 0.1
-    expected = sum(chance for choice in augment.parse_auto_augment('v0').choices for _, chance, _ in choice) / 25
+    choices = augment.parse_auto_augment('v0').choices
+    expected = sum(chance for choice in choices for _, chance, _ in choice) / 25
     assert abs(sum(map(len, drawn)) / 5000 - expected) < 0.03
 
 
 def test_magnitudes_of_a_policy_deviate(monkeypatch):
-    drawn = np.array([m for image in record(monkeypatch, '3a-mstd0.5') for name, m in image if name == 'Solarize'])
+    images = record(monkeypatch, '3a-mstd0.5')
+    drawn = np.array([magnitude for image in images for name, magnitude in image if name == 'Solarize'])
     assert abs(np.median(drawn) - 5) < 0.06 and abs(drawn.std() - 0.5) < 0.04
 
 
@@ -202,12 +216,13 @@ def record(monkeypatch, text, images=3000):
     return drawn
 
 
-def test_operations_are_drawn_alike(monkeypatch):
+def test_operations_are_drawn_uniformly(monkeypatch):
     drawn = record(monkeypatch, 'rand-m9-n3-p0.4')
     counts = collections.Counter(name for image in drawn for name, _ in image)
     expected = 3000 * 3 * 0.4 / 15
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert len(counts) == 15 and chi_square < 36.1                                    # one fair draw in a thousand is above
+    # one fair draw in a thousand is above
+    assert len(counts) == 15 and chi_square < 36.1
     assert abs(sum(counts.values()) / 9000 - 0.4) < 0.02
     assert any(len({name for name, _ in image}) < len(image) for image in drawn)      # with replacement
     assert {magnitude for image in drawn for _, magnitude in image} == {9}
@@ -224,7 +239,7 @@ def magnitudes(monkeypatch, text):
     return np.array([magnitude for image in record(monkeypatch, text) for _, magnitude in image])
 
 
-def test_magnitudes_are_normal_and_cut(monkeypatch):
+def test_magnitudes_are_clipped_normal(monkeypatch):
     drawn = magnitudes(monkeypatch, 'rand-m9-mstd0.5-p1')
     assert drawn.max() == 10 and abs((drawn == 10).mean() - 0.0228) < 0.008           # 2 deviations above
     assert abs(np.median(drawn) - 9) < 0.03 and abs(np.percentile(drawn, 15.87) - 8.5) < 0.04
@@ -232,24 +247,29 @@ def test_magnitudes_are_normal_and_cut(monkeypatch):
     assert magnitudes(monkeypatch, 'rand-m14-mmax15-p1').max() == 14
 
 
-def test_magnitudes_are_uniform_for_a_huge_deviation(monkeypatch):
+def test_magnitudes_are_uniform_for_infinite_deviation(monkeypatch):
     drawn = magnitudes(monkeypatch, 'rand-m8-mstd101-p1')
-    assert np.allclose(np.percentile(drawn, [0, 25, 50, 75, 100]), [0, 2, 4, 6, 8], atol=0.2) and drawn.max() <= 8
+    assert np.allclose(np.percentile(drawn, [0, 25, 50, 75, 100]), [0, 2, 4, 6, 8], atol=0.2)
+    assert drawn.max() <= 8
 
 
 # RandAugment: the operations
 
 @pytest.mark.parametrize('name, magnitude, plain, increasing', [
-    ('Rotate', 9, {27, -27}, {27, -27}), ('Posterize', 9, {3}, {1}), ('Posterize', 10, {4}, {0}), ('Posterize', 0, {0}, {4}),
-    ('Solarize', 9, {230}, {26}), ('Solarize', 10, {256}, {0}), ('Solarize', 20, {256}, {0}), ('SolarizeAdd', 9, {99}, {99}),
-    ('SolarizeAdd', 20, {128}, {128}), ('Color', 9, {1.72}, {0.19, 1.81}), ('Contrast', 5, {1.0}, {0.55, 1.45}),
-    ('Brightness', 10, {1.9}, {0.1, 1.9}), ('Sharpness', 0, {0.1}, {1.0}), ('Brightness', 20, {3.7}, {0.1, 2.8}),
+    ('Rotate', 9, {27, -27}, {27, -27}), ('Posterize', 9, {3}, {1}), ('Posterize', 10, {4}, {0}),
+    ('Posterize', 0, {0}, {4}),
+    ('Solarize', 9, {230}, {26}), ('Solarize', 10, {256}, {0}), ('Solarize', 20, {256}, {0}),
+    ('SolarizeAdd', 9, {99}, {99}), ('SolarizeAdd', 20, {128}, {128}), ('Color', 9, {1.72}, {0.19, 1.81}),
+    ('Contrast', 5, {1.0}, {0.55, 1.45}),
+    ('Brightness', 10, {1.9}, {0.1, 1.9}), ('Sharpness', 0, {0.1}, {1.0}),
+    ('Brightness', 20, {3.7}, {0.1, 2.8}),
     ('ShearX', 9, {0.27, -0.27}, {0.27, -0.27}), ('ShearY', 10, {0.3, -0.3}, {0.3, -0.3}),
     ('TranslateX', 9, {0.405, -0.405}, {0.405, -0.405}),
-    ('TranslateY', 10, {0.45, -0.45}, {0.45, -0.45}), ('Desaturate', 0, {0.5}, {0.5}), ('Desaturate', 9, {0.05}, {0.05}),
+    ('TranslateY', 10, {0.45, -0.45}, {0.45, -0.45}), ('Desaturate', 0, {0.5}, {0.5}),
+    ('Desaturate', 9, {0.05}, {0.05}),
     ('GaussianBlur', 9, {1.81}, {1.81}), ('GaussianBlur', 20, {2.0}, {2.0}),
 ])
-def test_arguments_of_operations(name, magnitude, plain, increasing):
+def test_values_of_operations(name, magnitude, plain, increasing):
     draw, recorder = rng(), Recorder()
     for wanted, up in ((plain, False), (increasing, True)):
         recorder.calls.clear()
@@ -263,11 +283,12 @@ def test_arguments_of_operations(name, magnitude, plain, increasing):
 
 
 TIMM_ARGUMENTS = timm_recipes('arguments')
-OURS = {'TranslateXRel': 'TranslateX', 'TranslateYRel': 'TranslateY', 'TranslateX': None, 'TranslateY': None}  # None: in pixels
+# timm's name: ours, or None for an operation in pixels
+OURS = {'TranslateXRel': 'TranslateX', 'TranslateYRel': 'TranslateY', 'TranslateX': None, 'TranslateY': None}
 
 
 @pytest.mark.parametrize('timm_name', TIMM_ARGUMENTS)
-def test_arguments_of_operations_equal_timm_s(timm_name):
+def test_values_of_operations_equal_timm(timm_name):
     name = OURS.get(timm_name, timm_name)
     if name is None:
         return
@@ -278,17 +299,20 @@ def test_arguments_of_operations_equal_timm_s(timm_name):
         ours = [float(op.draw_value(int(level) / 10, draw, increasing)) for _ in range(40)]
         if name == 'Desaturate':
             ours = [1 - factor for factor in ours]            # timm takes it from 1 later on
-        if name == 'GaussianBlurRand':                        # timm draws the radius later on, from 0.1 to twice the argument
+        # timm draws the radius later on, from 0.1 to twice the argument
+        if name == 'GaussianBlurRand':
             ends = sorted([0.1, 2 * expected[0]])
-            assert ends[0] <= min(ours) and max(ours) <= ends[1] and max(ours) - min(ours) > 0.8 * (ends[1] - ends[0])
+            assert ends[0] <= min(ours) and max(ours) <= ends[1]
+            assert max(ours) - min(ours) > 0.8 * (ends[1] - ends[0])
         else:
             np.testing.assert_allclose(sorted({round(value, 9) for value in ours}), expected, atol=1e-8)
 
 
-def test_every_operation_has_its_arguments_checked():
-    checked = test_arguments_of_operations.pytestmark[0].args[1]
-    assert {row[0] for row in checked} | {'AutoContrast', 'Equalize', 'Invert'} | TIMM_ARGUMENTS.keys() >= set(operations.OPS)
-    assert all(operations.OPS[name].value is None for name in ('AutoContrast', 'Equalize', 'Invert'))
+def test_values_of_all_operations_are_checked():
+    checked = test_values_of_operations.pytestmark[0].args[1]
+    without_value = {'AutoContrast', 'Equalize', 'Invert'}
+    assert {row[0] for row in checked} | without_value | TIMM_ARGUMENTS.keys() >= set(operations.OPS)
+    assert all(operations.OPS[name].value is None for name in without_value)
 
 
 def by_hand(name, value):
@@ -311,17 +335,19 @@ def by_hand(name, value):
 
 
 @pytest.mark.parametrize('name, value', [
-    ('Invert', None), ('Posterize', 4), ('Posterize', 1), ('Posterize', 0), ('Posterize', 8), ('Solarize', 26), ('Solarize', 256),
-    ('SolarizeAdd', 99), ('AutoContrast', None), ('Equalize', None), ('Brightness', 0.5), ('Contrast', 1.7), ('Color', 0.2),
+    ('Invert', None), ('Posterize', 4), ('Posterize', 1), ('Posterize', 0), ('Posterize', 8),
+    ('Solarize', 26), ('Solarize', 256), ('SolarizeAdd', 99), ('AutoContrast', None), ('Equalize', None),
+    ('Brightness', 0.5), ('Contrast', 1.7), ('Color', 0.2),
     ('Desaturate', 0.05), ('Sharpness', 1.8), ('GaussianBlur', 1.5)])
 def test_pixels_of_operations(name, value):
-    image = Image.fromarray((np.asarray(picture()) // 2 + 40).astype(np.uint8))       # leaves room for autocontrast
+    # leaves room for autocontrast
+    image = Image.fromarray((np.asarray(picture()) // 2 + 40).astype(np.uint8))
     before = pixels(image)
     assert np.array_equal(pixels(operations.PILLOW.apply(image, name, value)), by_hand(name, value)(image))
     assert np.array_equal(pixels(image), before)
 
 
-def test_posterize_beyond_the_range():
+def test_posterize_clips_bits_outside_the_range():
     image = picture()
     assert pixels(operations.PILLOW.apply(image, 'Posterize', -4)).max() == 0
     assert np.array_equal(pixels(operations.PILLOW.apply(image, 'Posterize', 12)), pixels(image))
@@ -331,7 +357,7 @@ def apply(image, name, value, resample=Image.Resampling.BILINEAR):
     return pixels(operations.PILLOW.apply(image, name, value, operations.Sampling(resample, FILL)))
 
 
-def test_translate_moves_by_a_share_of_the_side():
+def test_translate_moves_by_a_fraction_of_the_side():
     image = picture(40, 30)
     right = apply(image, 'TranslateX', -0.25)
     assert np.array_equal(right[:, 10:], pixels(image)[:, :-10]) and (right[:, :10] == FILL).all()
@@ -343,7 +369,8 @@ def test_shear_moves_each_row_by_its_height():
     image = picture(40, 30)
     sheared = apply(image, 'ShearX', 1.0, Image.Resampling.NEAREST)
     for y in (0, 10, 29):                                     # pixel centre (x, y) + 0.5 reads at x + y + 1
-        assert np.array_equal(sheared[y, :39 - y], pixels(image)[y, y + 1:]) and (sheared[y, 39 - y:] == FILL).all()
+        assert np.array_equal(sheared[y, :39 - y], pixels(image)[y, y + 1:])
+        assert (sheared[y, 39 - y:] == FILL).all()
     turned = image.transpose(Image.Transpose.TRANSPOSE)
     assert np.array_equal(apply(turned, 'ShearY', 0.3), apply(image, 'ShearX', 0.3).swapaxes(0, 1))
 
@@ -366,9 +393,10 @@ def test_affine_operations_draw_both_filters(monkeypatch):
 
 
 @pytest.mark.parametrize('text', [
-    'rand-m10-mstd2-mmax30-inc1-p1', 'rand-m10-mstd2-mmax30-p1', 'rand-m10-n4-p1-t3aw', 'rand-n9-w0-p1', 'original-mstd2',
+    'rand-m10-mstd2-mmax30-inc1-p1', 'rand-m10-mstd2-mmax30-p1', 'rand-m10-n4-p1-t3aw', 'rand-n9-w0-p1',
+    'original-mstd2',
     'v0r', '3a'])
-def test_policies_run_on_any_size_and_leave_the_image(text):
+def test_policies_run_on_any_size_without_changing_the_input(text):
     policy = augment.parse_auto_augment(text)
     for seed, size in enumerate([(1, 1), (7, 20), (32, 32)] * 20):
         image = picture(*size, seed)

@@ -34,7 +34,8 @@ def read(folder):
 
 
 def run(data, output, *opts):
-    return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', data, 'OUTPUT', str(output), 'TRAIN.NUM_EPOCHS', 1,
+    return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', data, 'OUTPUT', str(output),
+                                        'TRAIN.NUM_EPOCHS', 1,
                                         'TRAIN.WARMUP_EPOCHS', 0.0, *opts]))
 
 
@@ -46,20 +47,23 @@ def call(tool, *words):
 
 def predicted_names(run_folder, picture, capsys, *words):
     """{label: name} as predict says for a picture."""
-    assert call(predict, '-pretrained', run_folder / 'final.pdparams', picture, '-quiet', '-json', '-', *words) == 0
+    assert call(predict, '-pretrained', run_folder / 'final.pdparams', picture, '-quiet', '-json', '-',
+                *words) == 0
     (item,) = json.loads(capsys.readouterr().out)['pictures']
     return {top['label']: top['name'] for top in item['top']}
 
 
 # ---- where names come from
 
-def test_imagenet_s_names():
+def test_imagenet_class_names():
     classes = class_names.imagenet_classes()
-    assert len(classes) == 1000 and list(classes) == sorted(classes) and all(re.fullmatch(r'n\d{8}', key) for key in classes)
+    assert len(classes) == 1000 and list(classes) == sorted(classes)
+    assert all(re.fullmatch(r'n\d{8}', key) for key in classes)
     names = cli.find_class_names(get_config(None, ['DATA.DATA_PATH', 'nowhere']))
     assert len({*names}) == 1000
-    for label, name in {0: 'tench', 1: 'goldfish', 134: 'crane (bird)', 207: 'golden retriever', 281: 'tabby', 388: 'giant panda',
-                        463: 'bucket', 517: 'crane (machine)', 639: 'tank suit', 724: 'pirate', 817: 'sports car',
+    for label, name in {0: 'tench', 1: 'goldfish', 134: 'crane (bird)', 207: 'golden retriever',
+                        281: 'tabby', 388: 'giant panda', 463: 'bucket', 517: 'crane (machine)',
+                        639: 'tank suit', 724: 'pirate', 817: 'sports car',
                         933: 'cheeseburger', 954: 'banana', 985: 'daisy', 999: 'toilet tissue'}.items():
         assert names[label] == name
     assert classes['n02099601'] == 'golden retriever' and list(classes)[985] == 'n11939491'
@@ -76,7 +80,8 @@ def test_sources_of_names_in_their_order(tmp_path):
     for folder in ('run', 'data'):
         (tmp_path / folder).mkdir()
     assert found(tmp_path) == (None, [])
-    (tmp_path / 'data' / 'val_list.txt').write_text(''.join(f'val/{"dcba"[i % 4]}/{i}.png {i % 4}\n' for i in range(9)))
+    lines = [f'val/{"dcba"[i % 4]}/{i}.png {i % 4}\n' for i in range(9)]
+    (tmp_path / 'data' / 'val_list.txt').write_text(''.join(lines))
     assert found(tmp_path) == (['d', 'c', 'b', 'a'], [])
     write(tmp_path / 'data', ANIMALS)
     assert found(tmp_path) == (ANIMALS, [])
@@ -99,7 +104,7 @@ def test_class_folders_count_only_if_each_label_has_its_own(tmp_path):
 
 @pytest.mark.parametrize('folder', ['run', 'data'])
 @pytest.mark.parametrize('content', [b'one\n', b'1\n2\n3\n4\n5\n', b'\x89PNG'])
-def test_names_that_do_not_fit_are_not_used(tmp_path, folder, content):
+def test_wrong_number_of_names_is_not_used(tmp_path, folder, content):
     """Not even ImageNet's are, for a model of 1000 classes: it has learned something else."""
     for name in ('run', 'data'):
         (tmp_path / name).mkdir()
@@ -114,10 +119,11 @@ def test_names_that_do_not_fit_are_not_used(tmp_path, folder, content):
 
 # ---- they travel
 
-def test_a_cat_stays_a_cat_when_the_data_changes(data, tmp_path, capsys, caplog):
+def test_class_names_of_weights_survive_changed_data(data, tmp_path, capsys, caplog):
     run(data, tmp_path / 'run')
     assert read(tmp_path / 'run') == ANIMALS
-    write(tmp_path / 'data', ['dog', 'emu', 'fox', 'zebra'])             # cat/ was renamed to zebra/, and the lists made again
+    # cat/ was renamed to zebra/, and the lists made again
+    write(tmp_path / 'data', ['dog', 'emu', 'fox', 'zebra'])
     expected = dict(enumerate(ANIMALS))
     picture = tmp_path / 'data' / 'val' / '0.png'
     capsys.readouterr()
@@ -136,7 +142,7 @@ def test_a_cat_stays_a_cat_when_the_data_changes(data, tmp_path, capsys, caplog)
     assert predicted_names(tmp_path / 'run', picture, capsys, '-classes', tmp_path / 'own.txt')[0] == 'a'
 
 
-def test_a_resumed_run_keeps_its_names_and_says_so(data, tmp_path):
+def test_resumed_run_keeps_its_class_names_with_a_warning(data, tmp_path):
     run(data, tmp_path / 'run')
     write(tmp_path / 'data', ['cat', 'wolf', 'emu', 'fox'])
     more = ['TRAIN.NUM_EPOCHS', 2, 'MODEL.RESUME', 'auto', 'MODEL.RESUME_FORCE', True]
@@ -148,9 +154,10 @@ def test_a_resumed_run_keeps_its_names_and_says_so(data, tmp_path):
     assert read(tmp_path / 'run')[1] == 'wolf'
 
 
-@pytest.mark.parametrize('names, kept', [(['cat', 'dog', 'emu'], ['cat', 'dog', 'emu', 'class 3']), ([], None),
+@pytest.mark.parametrize('names, kept', [(['cat', 'dog', 'emu'], ['cat', 'dog', 'emu', 'class 3']),
+                                         ([], None),
                                          (['caf\u00e9', '\u98df', '<b>', 'x y'], 'all')])
-def test_names_that_a_run_keeps(data, tmp_path, names, kept):
+def test_names_kept_by_a_run(data, tmp_path, names, kept):
     write(tmp_path / 'data', names)
     if not names:
         os.remove(tmp_path / 'data' / 'class_names.txt')
@@ -162,13 +169,14 @@ def test_names_that_a_run_keeps(data, tmp_path, names, kept):
 def test_names_of_checkpoints_and_of_a_run_in_the_data_folder(data, tmp_path):
     (tmp_path / 'data' / 'class_names.txt').write_text('# by hand\n' + '\n'.join(ANIMALS))
     run(data, data)
-    assert (tmp_path / 'data' / 'class_names.txt').read_text().startswith('# by hand')       # not written again
+    # not written again
+    assert (tmp_path / 'data' / 'class_names.txt').read_text().startswith('# by hand')
     (path,) = (tmp_path / 'data' / 'checkpoints').glob('*.pdckpt')
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', 'nowhere', 'MODEL.PRETRAINED', str(path)])
     assert cli.find_class_names(config) == ANIMALS
 
 
-def test_an_export_has_the_names(tmp_path, capsys):
+def test_export_has_class_names(tmp_path, capsys):
     config = get_config(None, [*TINY, 'MODEL.ATTENTION', 'composed'])
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'config.yaml').write_text(config.dump())

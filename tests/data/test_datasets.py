@@ -25,12 +25,13 @@ from data import augment
 from data.operations import PILLOW
 
 FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
-HASHES = {key: value for key, value in json.loads((FIXTURES / 'sha256.json').read_text()).items() if key != 'about'}
+HASHES = {key: value for key, value in json.loads((FIXTURES / 'sha256.json').read_text()).items()
+          if key != 'about'}
 
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """A test that waits for a minute ends the whole run, with a traceback: a waiting loader does not react to signals."""
+    """End the run with a traceback if a test takes a minute: a waiting loader does not react to signals."""
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -43,7 +44,7 @@ def picture(width, height, seed=0):
 # pixels
 
 @pytest.mark.parametrize('key', HASHES)
-def test_evaluation_pixels_are_timms(key):
+def test_evaluation_pixels_equal_timm(key):
     name, size, crop = re.fullmatch(r'(.*\.(?:jpg|png))\.(\d+)\.(.*)', key).groups()
     pixels = datasets.eval_pixels(Image.open(FIXTURES / name), int(size), float(crop))
     assert pixels.shape == (int(size), int(size), 3) and pixels.dtype == np.uint8
@@ -51,9 +52,10 @@ def test_evaluation_pixels_are_timms(key):
 
 
 @pytest.mark.parametrize('mode, color, expected', [
-    ('L', 7, (7, 7, 7)), ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('P', 0, (1, 2, 3)),
+    ('L', 7, (7, 7, 7)), ('CMYK', (0, 255, 255, 0), (255, 0, 0)),
+    ('RGBA', (10, 20, 30, 255), (10, 20, 30)), ('P', 0, (1, 2, 3)),
     ('I;16', 9 * 257, (9, 9, 9)), ('LA', (5, 0), (255, 255, 255)), ('1', 1, (255, 255, 255))])
-def test_every_mode_becomes_rgb(mode, color, expected):
+def test_all_modes_become_rgb(mode, color, expected):
     image = Image.new(mode, (12, 9), color)
     if mode == 'P':
         image.putpalette([1, 2, 3])
@@ -73,10 +75,11 @@ def test_orientation_in_the_metadata_is_not_applied(tmp_path):
 @pytest.mark.parametrize('length, size, start', [
     (269, 256, 6), (271, 256, 8), (256, 256, 0), (257, 256, 0), (5, 8, -1), (5, 10, -2)])
 def test_centre_rounds_as_torchvision(length, size, start):
-    assert datasets._centre(length, size) == start            # halves go to the even pixel; padding is rounded down
+    # halves go to the even pixel; padding is rounded down
+    assert datasets._centre(length, size) == start
 
 
-def test_the_shorter_side_is_rounded_down():
+def test_shorter_side_is_rounded_down():
     image = picture(40, 30)                                   # 15 / 0.9 = 16.67
     expected = image.resize((21, 16), Image.Resampling.BICUBIC).crop((3, 0, 18, 15))
     assert np.array_equal(datasets.eval_pixels(image, 15, 0.9), np.asarray(expected))
@@ -94,14 +97,17 @@ def test_training_pixels_without_randomness_are_a_resize():
                'ratio': (4 / 3, 4 / 3), 'policy': None, 'jitter': 0, 'fill': (0, 0, 0)}
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
-    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=1, **options), expected[:, ::-1])
+    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=1, **options),
+                          expected[:, ::-1])
     options['policy'] = augment.RandAugment(ops=('Invert',), probability=1, layers=1)
-    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), 255 - expected)
+    assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options),
+                          255 - expected)
     options.update(policy=None, jitter=0.4)
-    assert not np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
+    assert not np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options),
+                              expected)
 
 
-def test_normalise():
+def test_normalise_equals_float64_arithmetic():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     tensor = paddle.to_tensor(images)
@@ -114,8 +120,8 @@ def test_normalise():
 
 # loaders
 
-BAD = {'gone.png': 'No such file', 'empty.png': 'the file is empty', 'text.png': 'not an image', 'cut.png': 'truncated',
-       'folder.png': 'directory'}
+BAD = {'gone.png': 'No such file', 'empty.png': 'the file is empty', 'text.png': 'not an image',
+       'cut.png': 'truncated', 'folder.png': 'directory'}
 
 
 @pytest.fixture(scope='module')
@@ -136,8 +142,9 @@ def data(tmp_path_factory):
 
 
 def config(data, *opts):
-    return get_config(None, ['DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.BATCH_SIZE_EVAL', 5,
-                             'MODEL.NUM_CLASSES', 10, 'DATA.NUM_WORKERS', 0, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
+    return get_config(None, [
+        'DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.BATCH_SIZE_EVAL', 5,
+        'MODEL.NUM_CLASSES', 10, 'DATA.NUM_WORKERS', 0, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
 
 
 def arrays(batches):
@@ -145,7 +152,9 @@ def arrays(batches):
 
 
 def equal(ours, theirs):
-    return len(ours) == len(theirs) and all(np.array_equal(a, b) for one, other in zip(ours, theirs) for a, b in zip(one, other))
+    if len(ours) != len(theirs):
+        return False
+    return all(np.array_equal(a, b) for one, other in zip(ours, theirs) for a, b in zip(one, other))
 
 
 def test_training_batches_do_not_depend_on_workers_ranks_or_start(data):
@@ -157,26 +166,32 @@ def test_training_batches_do_not_depend_on_workers_ranks_or_start(data):
         assert labels.dtype == indices.dtype == np.int64 and (labels == indices % 10).all()
     for workers in (1, 2):
         assert equal(arrays(datasets.build_train(config(data, 'DATA.NUM_WORKERS', workers)).epoch(1)), whole)
-    assert equal(arrays(datasets.build_train(config(data, 'DATA.NUM_WORKERS', 2)).epoch(1, start=4)), whole[4:])
-    halves = [arrays(datasets.build_train(config(data, 'DATA.BATCH_SIZE', 2), rank, 2).epoch(1)) for rank in (0, 1)]
+    assert equal(arrays(datasets.build_train(config(data, 'DATA.NUM_WORKERS', 2)).epoch(1, start=4)),
+                 whole[4:])
+    halves = [arrays(datasets.build_train(config(data, 'DATA.BATCH_SIZE', 2), rank, 2).epoch(1))
+              for rank in (0, 1)]
     assert equal([[np.concatenate(pair) for pair in zip(*step)] for step in zip(*halves)], whole)
     assert not equal(arrays(loader.epoch(2)), whole)
     assert not equal(arrays(datasets.build_train(config(data, 'SEED', 1)).epoch(1)), whole)
 
 
-def test_a_sample_is_another_crop_in_each_epoch(data):
+def test_sample_has_another_crop_in_each_epoch(data):
     dataset = datasets.build_train(config(data)).dataset
     (first, label, index), (second, _, _) = dataset[0, 3], dataset[1, 3]
-    assert (label, index) == (3, 3) and not np.array_equal(first, second) and np.array_equal(first, dataset[0, 3][0])
+    assert (label, index) == (3, 3) and not np.array_equal(first, second)
+    assert np.array_equal(first, dataset[0, 3][0])
 
 
 def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
     def steps(batch, world, accum):
         opts = ['DATA.BATCH_SIZE', batch, 'TRAIN.ACCUM_ITER', accum, 'TRAIN.AUG_REPEATS', 3]
-        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1)) for rank in range(world)]
-        batches = [batch for batches in zip(*ranks) for batch in batches]             # in the order of the images
+        ranks = [arrays(datasets.build_train(config(data, *opts), rank, world).epoch(1))
+                 for rank in range(world)]
+        # in the order of the images
+        batches = [batch for batches in zip(*ranks) for batch in batches]
         size = world * accum
-        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])] for i in range(0, len(batches), size)]
+        return [[np.concatenate(parts) for parts in zip(*batches[i:i + size])]
+                for i in range(0, len(batches), size)]
 
     whole = steps(8, 1, 1)
     assert equal(steps(4, 2, 1), whole) and equal(steps(2, 2, 2), whole) and equal(steps(4, 1, 2), whole)
@@ -184,16 +199,19 @@ def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
     assert sorted(collections.Counter(order % 24).values()) == [3] * 8 and len({*order}) == 24
     for images, labels, indices in whole:
         assert (labels == indices % 24 % 10).all()
-        for i in {*(indices % 24)}:                                                   # each copy is another crop
+        # each copy is another crop
+        for i in {*(indices % 24)}:
             copies = images[indices % 24 == i]
             assert len({copy.tobytes() for copy in copies}) == len(copies)
-    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3, 'DATA.NUM_WORKERS', 2))
+    again = datasets.build_train(config(data, 'DATA.BATCH_SIZE', 8, 'TRAIN.AUG_REPEATS', 3,
+                                        'DATA.NUM_WORKERS', 2))
     assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_evaluation_batches(data, workers):
-    batches = [arrays(datasets.build_eval(config(data, 'DATA.NUM_WORKERS', workers), rank, 2).epoch(0)) for rank in (0, 1)]
+def test_evaluation_batches_hold_every_sample_once(data, workers):
+    batches = [arrays(datasets.build_eval(config(data, 'DATA.NUM_WORKERS', workers), rank, 2).epoch(0))
+               for rank in (0, 1)]
     assert [len(indices) for _, _, indices in batches[0]] == [5, 5, 2]
     for rank in (0, 1):
         for images, _, indices in batches[rank]:
@@ -224,15 +242,16 @@ def test_batch_holds_its_samples(data):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_an_unreadable_image_raises(data, workers):
+def test_unreadable_image_raises(data, workers):
     loader = loader_of_bad(data, NUM_WORKERS=workers)
-    with pytest.raises(datasets.DataError, match=r'bad_list.txt:1[1-5] .*/(gone|empty|text|cut|folder).png: .*ON_ERROR'):
+    with pytest.raises(datasets.DataError,
+                       match=r'bad_list.txt:1[1-5] .*/(gone|empty|text|cut|folder).png: .*ON_ERROR'):
         list(loader.epoch(0))
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize('number, name', list(enumerate(BAD, 10)))
-def test_the_reason_is_told(data, number, name):
+def test_reason_of_unreadable_image_is_given(data, number, name):
     text = loader_of_bad(data).dataset[0, number]
     assert text.startswith(f'{data}/bad_list.txt:{number + 1} {data}/{name}: ') and BAD[name] in text
 
@@ -255,7 +274,7 @@ class Hanging:
         return self.read(path, **options)
 
 
-def test_a_hanging_read_is_ended_and_named(data):
+def test_hanging_read_is_killed_and_named(data):
     loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2, 'DATA.TIMEOUT', 2))
     loader.dataset.read = Hanging(loader.dataset.read, '7.png')
     with pytest.raises(stopping.Failure, match=r'val_list.txt:8 .*/7.png: .* within DATA.TIMEOUT 2 s'):
@@ -285,7 +304,7 @@ def test_unreadable_images_are_left_out_of_training(data, workers, caplog):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_whole_bad_batch(data, workers):
+def test_whole_batch_of_unreadable_images(data, workers):
     loader = loader_of_bad(data, datasets.build_eval, NUM_WORKERS=workers, ON_ERROR='skip')
     assert [indices.tolist() for _, _, indices in arrays(loader.epoch(0))] == [
         [*range(5)], [*range(5, 10)], [*range(15, 20)], [*range(20, 25)], [*range(25, 29)]]
@@ -295,8 +314,9 @@ def test_a_whole_bad_batch(data, workers):
         list(training.epoch(0))
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')  # Paddle's thread prints and ends
-def test_an_error_of_ours_is_no_unreadable_image(data):
+# Paddle's thread prints and ends
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_error_in_a_transform_is_raised(data):
     for workers, error in ((0, ZeroDivisionError), (2, RuntimeError)):
         loader = datasets.build_train(config(data, 'DATA.NUM_WORKERS', workers, 'DATA.ON_ERROR', 'skip'))
         loader.dataset.transform = lambda image, rng: 1 / 0
@@ -316,7 +336,7 @@ class Deadly:
         return self.transform(image, rng)
 
 
-def test_a_dead_worker_raises(data):
+def test_dead_worker_raises(data):
     loader = datasets.build_eval(config(data, 'DATA.NUM_WORKERS', 2))
     loader.dataset.transform = Deadly(loader.dataset.transform)
     received = []
@@ -328,7 +348,8 @@ def test_a_dead_worker_raises(data):
 
 
 def test_workers_have_a_process_group_of_their_own_and_end_with_the_epoch(data, monkeypatch):
-    monkeypatch.setattr(paddle.io.multiprocess_utils, '_SIGCHLD_handler_set', False)  # Paddle sets its handler only once
+    # Paddle sets its handler only once
+    monkeypatch.setattr(paddle.io.multiprocess_utils, '_SIGCHLD_handler_set', False)
     before = signal.getsignal(signal.SIGCHLD)
     batches = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 2)).epoch(0)
     next(batches)
@@ -342,15 +363,18 @@ def test_workers_have_a_process_group_of_their_own_and_end_with_the_epoch(data, 
 # the config
 
 def test_build_train_reads_the_config(data):
-    loader = datasets.build_train(config(data, 'DATA.ON_ERROR', 'skip', 'TRAIN.HFLIP', 0.25, 'TRAIN.CROP_SCALE', [0.3, 0.9],
-                                         'DATA.NUM_WORKERS', 3, 'SEED', 5, 'DATA.MEAN', [0.5, 0.25, 1.0]), rank=1, world=2)
-    assert loader.on_error == 'skip' and loader.num_workers == 3 and loader.dataset.seed == loader.sampler.seed == 5
+    changed = config(data, 'DATA.ON_ERROR', 'skip', 'TRAIN.HFLIP', 0.25, 'TRAIN.CROP_SCALE', [0.3, 0.9],
+                     'DATA.NUM_WORKERS', 3, 'SEED', 5, 'DATA.MEAN', [0.5, 0.25, 1.0])
+    loader = datasets.build_train(changed, rank=1, world=2)
+    assert loader.on_error == 'skip' and loader.num_workers == 3
+    assert loader.dataset.seed == loader.sampler.seed == 5
     assert (loader.sampler.rank, loader.sampler.world, loader.sampler.batch_size) == (1, 2, 4)
     options = loader.dataset.transform.keywords
     assert options == {'backend': PILLOW, 'image_size': 16, 'scale': [0.3, 0.9], 'ratio': [0.75, 4 / 3],
                        'flip': 0.25, 'jitter': 0.0,
                        'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1'), 'fill': (128, 64, 255)}
-    assert datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', '')).dataset.transform.keywords['policy'] is None
+    without = datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', ''))
+    assert without.dataset.transform.keywords['policy'] is None
 
 
 def test_build_eval_uses_the_training_batch_by_default(data):
@@ -358,7 +382,7 @@ def test_build_eval_uses_the_training_batch_by_default(data):
     assert len(datasets.build_eval(config(data))) == 5
 
 
-def test_build_errors(data, tmp_path):
+def test_missing_lists_and_wrong_options_are_refused(data, tmp_path):
     with pytest.raises(FileNotFoundError, match='train_list.txt'):
         datasets.build_train(config(tmp_path))
     with pytest.raises(FileNotFoundError, match='val_list.txt'):

@@ -37,7 +37,8 @@ def jpeg(image, **options):
 
 def smooth_picture(width, height, seed=0):
     noise = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    return image.filter(ImageFilter.GaussianBlur(2))
 
 
 def exif_rotated():
@@ -70,7 +71,7 @@ def png(image):
 
 @needs_cv2
 @pytest.mark.parametrize('name', FILES)
-def test_files_decode_to_pillows_pixels(tmp_path, name):
+def test_files_decode_to_the_pixels_of_pillow(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name]())
     photo = opencv.read(tmp_path / name)
     assert photo.size == (48, 48)
@@ -92,12 +93,13 @@ DAMAGED = {
 
 @needs_cv2
 @pytest.mark.parametrize('name', [*DAMAGED, 'gone.jpg', 'folder.jpg'])
-def test_what_pillow_cannot_read_is_unreadable_for_both(tmp_path, name):
+def test_files_unreadable_for_pillow_are_unreadable_for_both(tmp_path, name):
     if name in DAMAGED:
         (tmp_path / name).write_bytes(DAMAGED[name])
     (tmp_path / 'folder.jpg').mkdir()
     (tmp_path / 'train_list.txt').write_text(f'{name} 1\n' * 8)
-    pillow, cv2 = (datasets.build_train(config(tmp_path, 'DATA.BACKEND', backend)).dataset[0, 3] for backend in ('pillow', 'cv2'))
+    pillow, cv2 = (datasets.build_train(config(tmp_path, 'DATA.BACKEND', backend)).dataset[0, 3]
+                   for backend in ('pillow', 'cv2'))
     assert pillow.startswith(f'{tmp_path}/train_list.txt:4 {tmp_path}/{name}: ')
     assert re.sub('0x[0-9a-f]+', '', cv2) == re.sub('0x[0-9a-f]+', '', pillow)
 
@@ -105,12 +107,13 @@ def test_what_pillow_cannot_read_is_unreadable_for_both(tmp_path, name):
 @needs_cv2
 def test_too_many_pixels_are_unreadable_for_both(data):
     opts = ['DATA.MAX_PIXELS', 100, 'DATA.BACKEND']
-    texts = {datasets.build_train(config(data, *opts, backend)).dataset[0, 0] for backend in ('pillow', 'cv2')}
+    texts = {datasets.build_train(config(data, *opts, backend)).dataset[0, 0]
+             for backend in ('pillow', 'cv2')}
     assert len(texts) == 1 and 'pixels are more than DATA.MAX_PIXELS 100' in texts.pop()
 
 
 @needs_cv2
-def test_what_only_pillow_can_decode_is_decoded_by_pillow(monkeypatch):
+def test_pillow_decodes_where_opencv_cannot(monkeypatch):
     monkeypatch.setattr(opencv.cv2, 'imdecode', lambda data, flags: None)
     photo = opencv.read(PHOTO)
     assert np.array_equal(photo.decode(1)[:, :, ::-1], np.asarray(image_files.read(PHOTO)))
@@ -126,9 +129,11 @@ def differences(ours, theirs):
 
 @needs_cv2
 @pytest.mark.parametrize('box, size, mean', [
-    ((20, 30, 224, 224), 224, 0), ((0, 0, 333, 500), 224, 1.2), ((7, 11, 301, 333), 224, 1.2), ((40, 60, 90, 120), 224, 1.2),
-    ((0, 0, 333, 500), 160, 2), ((13, 21, 319, 477), 150, 2), ((1, 3, 331, 495), 80, 3), ((5, 5, 321, 323), 40, 7)])
-def test_crops_come_close_to_pillows(box, size, mean):
+    ((20, 30, 224, 224), 224, 0), ((0, 0, 333, 500), 224, 1.2), ((7, 11, 301, 333), 224, 1.2),
+    ((40, 60, 90, 120), 224, 1.2),
+    ((0, 0, 333, 500), 160, 2), ((13, 21, 319, 477), 150, 2), ((1, 3, 331, 495), 80, 3),
+    ((5, 5, 321, 323), 40, 7)])
+def test_crops_are_close_to_pillow(box, size, mean):
     """At full, half, quarter and eighth size; a shift by one pixel of the result would be seen."""
     pillow = PILLOW.resized_crop(image_files.read(PHOTO), box, size)
     ours = OPENCV.resized_crop(opencv.read(PHOTO), box, size)
@@ -140,7 +145,7 @@ def test_crops_come_close_to_pillows(box, size, mean):
 
 
 @needs_cv2
-def test_no_more_is_decoded_than_the_crop_needs():
+def test_jpeg_is_decoded_at_the_reduction_of_its_crop():
     asked = []
     photo = opencv.Photo((800, 600), lambda reduction: asked.append(reduction) or np.zeros(
         (-(-600 // reduction), -(-800 // reduction), 3), np.uint8), opencv.REDUCTIONS)
@@ -151,9 +156,11 @@ def test_no_more_is_decoded_than_the_crop_needs():
 
 # operations
 
-EXACT = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'SolarizeAdd', 'Contrast', 'Brightness')
+EXACT = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'SolarizeAdd', 'Contrast',
+         'Brightness')
 GEOMETRIC = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
-CLOSE = {                                           # name: bound of the mean and of the largest difference, border apart
+# name: bound of the mean and of the largest difference, border apart
+CLOSE = {
     'Color': (0.01, 1), 'Desaturate': (0.01, 1), 'Sharpness': (0.01, 1), 'GaussianBlur': (1.0, 30),
     **dict.fromkeys(GEOMETRIC, (1.0, 60)),
 }
@@ -172,30 +179,32 @@ def pictures():
     photo = Image.open(PHOTO).convert('RGB').crop((40, 100, 264, 324))
     dull = Image.fromarray(np.asarray(photo) // 3 + 40)
     flat = Image.new('RGB', (224, 224), (9, 100, 200))
-    uneven = Image.fromarray(np.repeat(np.where(np.arange(224) < 200, 7, np.arange(224)).astype(np.uint8)[None, :, None], 3, 2)
-                             .repeat(224, 0))
+    values = np.where(np.arange(224) < 200, 7, np.arange(224)).astype(np.uint8)
+    uneven = Image.fromarray(values[None, :, None].repeat(3, 2).repeat(224, 0))
     return photo, dull, flat, uneven
 
 
 @needs_cv2
 @pytest.mark.parametrize('name', EXACT)
-def test_operations_by_table_are_pillows(name):
+def test_operations_by_table_equal_pillow(name):
     for image in pictures():
         for value, sampling in drawn(name):
             ours = OPENCV.apply(np.asarray(image), name, value, sampling)
-            assert np.array_equal(ours, np.asarray(PILLOW.apply(image, name, value, sampling))), (value, sampling)
+            pillow = PILLOW.apply(image, name, value, sampling)
+            assert np.array_equal(ours, np.asarray(pillow)), (value, sampling)
 
 
 @needs_cv2
 @pytest.mark.parametrize('name', CLOSE)
-def test_operations_come_close_to_pillows(name):
+def test_operations_are_close_to_pillow(name):
     mean, largest = CLOSE[name]
     for image in pictures():
         for value, sampling in drawn(name):
             pillow = PILLOW.apply(image, name, value, sampling)
             before = np.asarray(image).copy()
             ours = OPENCV.apply(before, name, value, sampling)
-            assert ours.shape == (224, 224, 3) and ours.dtype == np.uint8 and np.array_equal(before, np.asarray(image))
+            assert ours.shape == (224, 224, 3) and ours.dtype == np.uint8
+            assert np.array_equal(before, np.asarray(image))
             difference = differences(ours, pillow)
             assert difference.mean() <= mean
             # where the picture ends Pillow has a hard edge, OpenCV one pixel of both colours
@@ -207,14 +216,14 @@ def test_operations_come_close_to_pillows(name):
 
 
 @needs_cv2
-def test_every_operation_is_there():
+def test_all_operations_are_checked():
     ours = {*opencv.OPS, *opencv.BY_TABLE, *opencv.MATRICES}
     assert {*EXACT, *CLOSE} == ours >= {*operations.RAND_OPS}
     assert ours <= operations.OPS.keys()
 
 
 @needs_cv2
-def test_an_operation_that_is_not_there_is_pillows(monkeypatch):
+def test_other_operations_are_applied_by_pillow(monkeypatch):
     blur = operations.Op(lambda image, value, sampling: image.filter(ImageFilter.BoxBlur(value)))
     monkeypatch.setitem(operations.OPS, 'Blur', blur)
     image, *_ = pictures()
@@ -223,10 +232,12 @@ def test_an_operation_that_is_not_there_is_pillows(monkeypatch):
 
 
 @needs_cv2
-@pytest.mark.parametrize('options', [{}, {'jitter': 0.4}, {'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1')}])
+@pytest.mark.parametrize('options', [{}, {'jitter': 0.4},
+                                     {'policy': augment.parse_auto_augment('rand-m9-mstd0.5-inc1')}])
 def test_both_backends_draw_the_same(options):
     """After the transforms the generators stand at the same place, and the pictures differ little."""
-    options = {'image_size': 96, 'scale': (0.08, 1.0), 'ratio': (0.75, 4 / 3), 'flip': 0.5, 'policy': None, 'jitter': 0.0,
+    options = {'image_size': 96, 'scale': (0.08, 1.0), 'ratio': (0.75, 4 / 3), 'flip': 0.5, 'policy': None,
+               'jitter': 0.0,
                'fill': FILL, **options}
     means = []
     for seed in range(20):
@@ -254,8 +265,9 @@ def data(tmp_path_factory):
 
 
 def config(data, *opts):
-    return get_config(None, ['DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.ON_ERROR', 'skip',
-                             'DATA.NUM_WORKERS', 0, 'MODEL.NUM_CLASSES', 10, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
+    return get_config(None, [
+        'DATA.DATA_PATH', str(data), 'DATA.IMAGE_SIZE', 16, 'DATA.BATCH_SIZE', 4, 'DATA.ON_ERROR', 'skip',
+        'DATA.NUM_WORKERS', 0, 'MODEL.NUM_CLASSES', 10, 'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', *opts])
 
 
 def batches(loader):
@@ -281,15 +293,18 @@ def test_batches_by_opencv_do_not_depend_on_workers_or_ranks(data, caplog):
 
 
 @needs_cv2
-def test_evaluation_keeps_to_pillow(data):
-    pillow, cv2 = (batches(datasets.build_eval(config(data, 'DATA.BACKEND', backend))) for backend in ('pillow', 'cv2'))
-    assert pillow == cv2 and datasets.build_eval(config(data, 'DATA.BACKEND', 'cv2')).dataset.read is image_files.read
+def test_evaluation_reads_by_pillow(data):
+    pillow, cv2 = (batches(datasets.build_eval(config(data, 'DATA.BACKEND', backend)))
+                   for backend in ('pillow', 'cv2'))
+    assert pillow == cv2
+    assert datasets.build_eval(config(data, 'DATA.BACKEND', 'cv2')).dataset.read is image_files.read
 
 
-def test_without_opencv_the_error_says_how_to_install_it(data, monkeypatch):
+def test_missing_opencv_is_reported_with_its_installation(data, monkeypatch):
     monkeypatch.setitem(sys.modules, 'cv2', None)
     monkeypatch.delitem(sys.modules, 'data.opencv', raising=False)
     monkeypatch.delattr('data.opencv', raising=False)
-    with pytest.raises(ValueError, match="DATA.BACKEND is cv2.*pip install 'opencv-python-headless.*BACKEND pillow"):
+    with pytest.raises(ValueError,
+                       match="DATA.BACKEND is cv2.*pip install 'opencv-python-headless.*BACKEND pillow"):
         datasets.build_train(config(data, 'DATA.BACKEND', 'cv2'))
     assert len(datasets.build_train(config(data))) == 6

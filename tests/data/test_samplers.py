@@ -32,24 +32,32 @@ def test_training_order_is_a_function_of_seed_and_epoch():
     assert orders[1, 1] == str(train_batches(50, 5, 1, 1, 1))
 
 
-def test_every_sample_comes_over_the_epochs():
-    seen = {index for epoch in range(6) for rank in train_batches(11, 4, 2, epoch) for batch in rank for index in batch}
-    assert len(seen) == 11                                    # the tail that is left out is another one in each epoch
+def test_all_samples_occur_over_the_epochs():
+    seen = set()
+    for epoch in range(6):                                    # each epoch leaves out another tail
+        for rank in train_batches(11, 4, 2, epoch):
+            seen.update(*rank)
+    assert len(seen) == 11
 
 
-@pytest.mark.parametrize('repeats, num_samples, step_size', [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
-def test_repeated_order(repeats, num_samples, step_size):
+@pytest.mark.parametrize('repeats, num_samples, step_size',
+                         [(3, 96, 24), (3, 103, 16), (2, 50, 7), (4, 9, 64)])
+def test_repeated_order_keeps_copies_in_one_step(repeats, num_samples, step_size):
     order = repeated_order(num_samples, repeats, step_size, np.random.default_rng(0))
     images, copies = order % num_samples, order // num_samples
     assert len(order) == num_samples and len(set(order)) == num_samples and copies.max() == repeats - 1
     counts = collections.Counter(images)
-    assert len(counts) == -(-num_samples // repeats)                                  # others have their turn in other epochs
-    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)               # the end may cut one short
+    # others have their turn in other epochs
+    assert len(counts) == -(-num_samples // repeats)
+    # the end may cut one short
+    assert sorted(counts.values())[1:] == [repeats] * (len(counts) - 1)
     steps = [images[first:first + step_size] for first in range(0, num_samples, step_size)]
     parted = sum(len({*step} & {*following}) for step, following in zip(steps, steps[1:]))
-    assert parted <= len(steps) - 1                                                   # at most one image at each step's end
+    # at most one image at each step's end
+    assert parted <= len(steps) - 1
     for first in range(0, num_samples, step_size):
-        assert (np.diff(copies[first:first + step_size]) >= 0).all()                  # all first copies, then all second, ...
+        # all first copies, then all second, ...
+        assert (np.diff(copies[first:first + step_size]) >= 0).all()
         distinct = images[first:first + step_size][copies[first:first + step_size] == 0]
         assert len({*distinct}) == len(distinct)
 
@@ -58,8 +66,9 @@ def test_training_starts_at_any_batch():
     assert train_batches(40, 3, 2, start=4)[1] == train_batches(40, 3, 2)[1][4:]
 
 
-def test_a_list_too_short_for_one_batch_is_an_error():
-    with pytest.raises(ValueError, match='15 training images do not fill one batch of 8 on each of 2 .*DATA.BATCH_SIZE to 7'):
+def test_list_too_short_for_one_batch_is_refused():
+    message = '15 training images do not fill one batch of 8 on each of 2 .*DATA.BATCH_SIZE to 7'
+    with pytest.raises(ValueError, match=message):
         TrainSampler(15, 8, seed=0, rank=0, world=2)
     assert len(TrainSampler(16, 8, seed=0, rank=0, world=2)) == 1
 

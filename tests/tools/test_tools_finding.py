@@ -28,7 +28,7 @@ def animals(folder, count=3, classes=('cat', 'dog')):
     return sorted(f'{name}/{i}.jpg' for name in classes for i in range(count))
 
 
-def test_links_list_nothing_twice_and_end(tmp_path, capsys):
+def test_links_are_followed_without_duplicates_or_loops(tmp_path, capsys):
     expected = animals(tmp_path)
     os.symlink('../cat', tmp_path / 'cat' / 'cat')
     os.symlink('..', tmp_path / 'cat' / 'up')
@@ -40,7 +40,8 @@ def test_links_list_nothing_twice_and_end(tmp_path, capsys):
     assert tool(make_lists, tmp_path) == 0
     assert listed(tmp_path) == expected
     out = capsys.readouterr().out
-    for text in ('folders linked again (4)', 'images linked again (1)', 'broken links (1)', 'special files (1)'):
+    for text in ('folders linked again (4)', 'images linked again (1)', 'broken links (1)',
+                 'special files (1)'):
         assert text in out
 
 
@@ -54,7 +55,7 @@ def test_links_to_other_folders_are_followed_once(tmp_path):
     assert listed(tmp_path / 'data') == sorted(f'{name}/{i}.jpg' for name in 'xy' for i in range(3))
 
 
-def test_images_that_are_links_are_listed_once(tmp_path):
+def test_linked_images_are_listed_once(tmp_path):
     animals(tmp_path / 'store')
     for name in ('cat', 'dog'):
         (tmp_path / 'data' / name).mkdir(parents=True)
@@ -65,15 +66,16 @@ def test_images_that_are_links_are_listed_once(tmp_path):
     assert listed(tmp_path / 'data') == sorted(f'{name}/{i}.jpg' for name in ('cat', 'dog') for i in range(3))
 
 
-def test_val_is_no_link_to_train(tmp_path, capsys):
+def test_val_that_links_to_train_is_refused(tmp_path, capsys):
     animals(tmp_path / 'train')
     os.symlink('train', tmp_path / 'val')
     assert tool(make_lists, tmp_path) == 2
     assert 'folders linked again (1)' in capsys.readouterr().err
 
 
-def test_the_content_decides_where_the_ending_does_not(tmp_path, capsys):
-    names = {'a.jfif': 'JPEG', 'b.jpe': 'JPEG', 'c.JPG': 'JPEG', 'd': 'PNG', 'e.data': 'GIF', 'f.1': 'TIFF', 'g.pbm': 'PPM'}
+def test_content_decides_for_unknown_endings(tmp_path, capsys):
+    names = {'a.jfif': 'JPEG', 'b.jpe': 'JPEG', 'c.JPG': 'JPEG', 'd': 'PNG', 'e.data': 'GIF',
+             'f.1': 'TIFF', 'g.pbm': 'PPM'}
     if features.check('avif'):
         names['h.avif'] = 'AVIF'
     for folder in ('cat', 'dog'):
@@ -91,7 +93,8 @@ def test_the_content_decides_where_the_ending_does_not(tmp_path, capsys):
 
 def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
     expected = animals(tmp_path)
-    for name in ('cat/@eaDir/0.jpg/THUMB.jpg', 'cat/.thumbnails/1.jpg', '__MACOSX/cat/._0.jpg', 'dog/.ipynb_checkpoints/0.jpg',
+    for name in ('cat/@eaDir/0.jpg/THUMB.jpg', 'cat/.thumbnails/1.jpg', '__MACOSX/cat/._0.jpg',
+                 'dog/.ipynb_checkpoints/0.jpg',
                  'dog/._0.jpg', '.git/x.jpg'):
         save(tmp_path / name)
     assert tool(make_lists, tmp_path) == 0
@@ -102,8 +105,9 @@ def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('train, val', [
-    ('Train', 'Test'), ('train', 'valid'), ('TRAIN', 'Validation'), ('training', 'testing'), ('train', 'VAL')])
-def test_splits_by_any_of_their_names(tmp_path, train, val):
+    ('Train', 'Test'), ('train', 'valid'), ('TRAIN', 'Validation'), ('training', 'testing'),
+    ('train', 'VAL')])
+def test_all_names_of_splits_are_accepted(tmp_path, train, val):
     for part in (train, val):
         animals(tmp_path / part)
     assert tool(make_lists, tmp_path) == 0
@@ -112,7 +116,7 @@ def test_splits_by_any_of_their_names(tmp_path, train, val):
     assert (tmp_path / 'class_names.txt').read_text() == 'cat\ndog\n'
 
 
-def test_of_val_and_test_val_is_taken(tmp_path, capsys):
+def test_val_is_taken_before_test(tmp_path, capsys):
     for part in ('train', 'val', 'test', 'more'):
         animals(tmp_path / part)
     assert tool(make_lists, tmp_path) == 0
@@ -126,9 +130,10 @@ def test_of_val_and_test_val_is_taken(tmp_path, capsys):
     (('cat', 'dog', 'test'), 'test/ looks like a split, and there is no train/'),
     (('Valid/cat', 'Valid/dog'), 'Valid/ looks like a split'),
     (('car', 'plane', 'train'), 'has train/ and no val/'),
-    (('train/train/cat', 'train/train/dog', 'train/val/cat', 'val/cat'), 'train/train looks like a split in a split'),
+    (('train/train/cat', 'train/train/dog', 'train/val/cat', 'val/cat'),
+     'train/train looks like a split in a split'),
 ])
-def test_what_may_be_a_split_or_a_class_is_refused(tmp_path, capsys, folders, message):
+def test_ambiguous_splits_and_classes_are_refused(tmp_path, capsys, folders, message):
     for name in folders:
         save(tmp_path / name / '0.jpg')
         save(tmp_path / name / '1.jpg')
@@ -139,7 +144,7 @@ def test_what_may_be_a_split_or_a_class_is_refused(tmp_path, capsys, folders, me
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_named_train_is_accepted(tmp_path):
     for part in ('train', 'val'):
         animals(tmp_path / part, classes=('car', 'train'))
     assert tool(make_lists, tmp_path) == 0
@@ -154,7 +159,8 @@ def test_classes_without_images_are_named(tmp_path, capsys):
     save(tmp_path / 'loose.jpg')
     assert tool(make_lists, tmp_path) == 0
     out = capsys.readouterr().out
-    assert 'classes without a validation image: bird' in out and 'folders without images, which are no classes: cow' in out
+    assert 'classes without a validation image: bird' in out
+    assert 'folders without images, which are no classes: cow' in out
     assert '.heic (1)' in out and 'images in no class folder (1)' in out
 
 
@@ -167,8 +173,9 @@ def test_unusual_names_are_listed(tmp_path, name):
     assert f'cat/{name}' in listed(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['a\x1b[31mb.jpg', 'a\nb.jpg', 'a\tb.jpg', 'a\u2028b.jpg', 'a\x85b.jpg', b'a\xffb.jpg'])
-def test_names_that_a_list_cannot_hold_are_refused(tmp_path, capsys, name):
+@pytest.mark.parametrize('name', ['a\x1b[31mb.jpg', 'a\nb.jpg', 'a\tb.jpg', 'a\u2028b.jpg', 'a\x85b.jpg',
+                                  b'a\xffb.jpg'])
+def test_names_outside_the_list_format_are_refused(tmp_path, capsys, name):
     animals(tmp_path)
     shutil.copy(tmp_path / 'cat' / '0.jpg', os.path.join(tmp_path, 'cat', os.fsdecode(name)))
     assert tool(make_lists, tmp_path) == 2
@@ -180,12 +187,13 @@ def test_names_that_a_list_cannot_hold_are_refused(tmp_path, capsys, name):
 NOT_UTF_8 = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
 
 
-def test_a_locale_without_utf_8_reads_and_writes_the_same_lists(tmp_path):
+def test_lists_are_the_same_in_a_locale_without_utf_8(tmp_path):
     for name in ('Bär', '食'):
         animals(tmp_path / 'data' / name, classes=('ü', 'x'))
     assert tool(make_lists, tmp_path / 'data') == 0
     before = {path: path.read_bytes() for path in (tmp_path / 'data').glob('*.txt')}
-    done = program('tools/make_lists.py', tmp_path / 'data', **NOT_UTF_8)     # it would refuse to write other lists
+    # it would refuse to write other lists
+    done = program('tools/make_lists.py', tmp_path / 'data', **NOT_UTF_8)
     assert '2 classes' in done.stdout
     done = program('tools/check_data.py', tmp_path / 'data', **NOT_UTF_8)
     assert 'no bad files' in done.stdout and '12 images' not in done.stderr

@@ -30,13 +30,14 @@ def picture(path, value=0):
 
 def entries(folder, part):
     classes = len(class_names.read_names(folder / 'class_names.txt'))
-    samples = datasets.read_list(str(folder / f'{part}_list.txt'), str(folder), classes)     # as training reads it
+    # as training reads it
+    samples = datasets.read_list(str(folder / f'{part}_list.txt'), str(folder), classes)
     return [(samples.name(i), int(samples.labels[i])) for i in range(len(samples))]
 
 
 @pytest.fixture
 def flowers(tmp_path):
-    """One folder per class: 10 asters, 5 red roses, 1 tulip in a subfolder; beside them what is not an image."""
+    """Write one folder per class: 10 asters, 5 red roses, 1 tulip in a subfolder; and other files."""
     for name, count in (('aster', 10), ('red rose', 5)):
         for i in range(count):
             picture(tmp_path / 'flowers' / name / f'{i}.JPEG', i)
@@ -48,19 +49,21 @@ def flowers(tmp_path):
     return tmp_path / 'flowers'
 
 
-def test_a_folder_per_class_is_split_by_class(flowers, capsys):
+def test_folder_per_class_is_split_by_class(flowers, capsys):
     assert tool(make_lists, flowers) == 0
     assert 'train with -data_path' in capsys.readouterr().out
     train, val = entries(flowers, 'train'), entries(flowers, 'val')
     assert (flowers / 'class_names.txt').read_text() == 'aster\nred rose\ntulip\n'
-    assert Counter(label for _, label in train) == {0: 8, 1: 4, 2: 1} and Counter(label for _, label in val) == {0: 2, 1: 1}
-    found = {str(path.relative_to(flowers)) for path in flowers.rglob('*.[Jp]*') if not path.name.startswith('.')}
+    assert Counter(label for _, label in train) == {0: 8, 1: 4, 2: 1}
+    assert Counter(label for _, label in val) == {0: 2, 1: 1}
+    found = {str(path.relative_to(flowers)) for path in flowers.rglob('*.[Jp]*')
+             if not path.name.startswith('.')}
     assert {path for path, _ in train + val} == found and len(train + val) == len(found)
     for path, label in train + val:
         assert path.split('/')[0] == ['aster', 'red rose', 'tulip'][label]
 
 
-def test_the_split_depends_on_the_seed_alone(flowers):
+def test_split_depends_on_the_seed_only(flowers):
     tool(make_lists, flowers, '-val_share', '0.4')
     first = entries(flowers, 'val')
     assert Counter(label for _, label in first) == {0: 4, 1: 2}
@@ -96,12 +99,13 @@ def kinds_of_labels():
     labels = [sorted(IDS.values()).index(wnid) for wnid in wnids]
     yield 'names', [f'{name}.JPEG {wnid}' for name, wnid in zip(names, wnids)][::-1]
     yield 'labels', [f'val/{name}.JPEG {label}' for name, label in zip(names, labels)]
-    yield 'kaggle', ['ImageId,PredictionString', *(f'{name},{wnid} 85 1 499 272 ' for name, wnid in zip(names, wnids))]
+    yield 'kaggle', ['ImageId,PredictionString',
+                     *(f'{name},{wnid} 85 1 499 272 ' for name, wnid in zip(names, wnids))]
     yield 'ids', TRUTH
 
 
 @pytest.mark.parametrize('kind, lines', [*kinds_of_labels()])
-def test_a_flat_val_gets_the_labels_of_its_file(imagenet, kind, lines):
+def test_flat_val_gets_the_labels_of_its_file(imagenet, kind, lines):
     (imagenet / 'truth.txt').write_text('\n'.join(lines) + '\n')
     for text in (['1 n03', '2 n01', '3 n02'], ['n03 1 kit_fox', 'n01 2 x', 'n02 3 y']):
         (imagenet / 'table.txt').write_text('\n'.join(text))
@@ -111,17 +115,19 @@ def test_a_flat_val_gets_the_labels_of_its_file(imagenet, kind, lines):
     assert entries(imagenet, 'train') == [(f'train/n0{i}/n0{i}_1.JPEG', i - 1) for i in (1, 2, 3)]
 
 
-def test_imagenet_s_meta_mat(imagenet):
+def test_meta_mat_of_imagenet_is_read(imagenet):
     from scipy.io import savemat
     kind = [('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('num_children', 'O')]
-    rows = [(int(i), name, 0) for i, name in IDS.items()] + [(4, 'n00', 3)]   # the last is no class, but stands above others
+    # the last is no class, but stands above others
+    rows = [(int(i), name, 0) for i, name in IDS.items()] + [(4, 'n00', 3)]
     savemat(imagenet / 'meta.mat', {'synsets': np.array(rows, kind).reshape(-1, 1)})
     (imagenet / 'truth.txt').write_text('\n'.join(TRUTH))
-    assert tool(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', '-synsets', imagenet / 'meta.mat') == 0
+    assert tool(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', '-synsets',
+                imagenet / 'meta.mat') == 0
     assert entries(imagenet, 'val') == EXPECTED
 
 
-def test_val_by_class_folders_and_imagenet_s_names(imagenet):
+def test_val_by_class_folders_and_imagenet_names(imagenet):
     shutil.rmtree(imagenet / 'val')
     picture(imagenet / 'val' / 'n03' / 'x.png')
     assert tool(make_lists, imagenet) == 0
@@ -132,14 +138,20 @@ def test_val_by_class_folders_and_imagenet_s_names(imagenet):
 
 @pytest.mark.parametrize('change, words, message', [
     (lambda f: (f / 'truth.txt').write_text('\n'.join(TRUTH)), [], 'ids of its development kit, not labels'),
-    (lambda f: (f / 'truth.txt').write_text('1\n2'), ['-synsets', 'table.txt'], '2 lines, and there are 5 pictures'),
-    (lambda f: (f / 'truth.txt').write_text('1\n2\n3\n1\n9'), ['-synsets', 'table.txt'], 'does not say what class 9 is'),
-    (lambda f: (f / 'truth.txt').write_text('a.JPEG 1'), [], 'says nothing about ILSVRC2012_val_00000001.JPEG'),
-    (lambda f: (f / 'truth.txt').write_text('\n'.join(f'ILSVRC2012_val_0000000{i}.JPEG 3' for i in range(1, 6))), [],
+    (lambda f: (f / 'truth.txt').write_text('1\n2'), ['-synsets', 'table.txt'],
+     '2 lines, and there are 5 pictures'),
+    (lambda f: (f / 'truth.txt').write_text('1\n2\n3\n1\n9'), ['-synsets', 'table.txt'],
+     'does not say what class 9 is'),
+    (lambda f: (f / 'truth.txt').write_text('a.JPEG 1'), [],
+     'says nothing about ILSVRC2012_val_00000001.JPEG'),
+    (lambda f: (f / 'truth.txt').write_text('\n'.join(f'ILSVRC2012_val_0000000{i}.JPEG 3'
+                                                      for i in range(1, 6))), [],
      'neither one of the 3 class folders'),
-    (lambda f: (f / 'truth.txt').write_text('a.JPEG n01\nb.JPEG'), [], "the line 'b.JPEG' has one word and others have more"),
+    (lambda f: (f / 'truth.txt').write_text('a.JPEG n01\nb.JPEG'), [],
+     "the line 'b.JPEG' has one word and others have more"),
     (lambda f: (f / 'truth.txt').write_bytes(b'\x89PNG'), [], 'truth.txt: not a UTF-8 text file'),
-    (lambda f: (f / 'truth.txt').write_text('\n'.join(TRUTH)), ['-synsets', 'meta.mat'], "meta.mat: not the meta.mat of"),
+    (lambda f: (f / 'truth.txt').write_text('\n'.join(TRUTH)), ['-synsets', 'meta.mat'],
+     "meta.mat: not the meta.mat of"),
     (lambda f: picture(f / 'train' / 'n04' / 'x.png') or (f / 'truth.txt').write_text('\n'.join(TRUTH)),
      ['-synsets', 'table.txt'], 'differ in 1 classes, such as n04'),
 ])
@@ -153,7 +165,7 @@ def test_labels_that_do_not_fit_are_refused(imagenet, monkeypatch, capsys, chang
     assert not (imagenet / 'train_list.txt').exists()
 
 
-def test_other_mistakes_are_one_line(flowers, imagenet, tmp_path, capsys):
+def test_mistakes_of_make_lists_are_one_line(flowers, imagenet, tmp_path, capsys):
     def error(*words):
         assert tool(make_lists, *words) == 2
         return capsys.readouterr().err.splitlines()[-1]
@@ -183,14 +195,14 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp('images') / 'data')
 
 
-def test_good_data(images, capsys):
+def test_good_data_is_described(images, capsys):
     assert tool(check_data, images, '-workers', 2, '-classes', 4) == 0
     out = capsys.readouterr().out
     assert '20 images' in out and '11 images' in out and 'no bad files' in out and '24x20' in out
 
 
 @pytest.mark.parametrize('workers', [0, 3])
-def test_what_is_wrong_is_found(images, tmp_path, capsys, workers):
+def test_bad_files_duplicates_and_labels_are_found(images, tmp_path, capsys, workers):
     shutil.copytree(images, tmp_path / 'data')
     data = tmp_path / 'data'
     whole = (data / 'train/3.png').read_bytes()
@@ -198,23 +210,26 @@ def test_what_is_wrong_is_found(images, tmp_path, capsys, workers):
     (data / 'train/5.png').write_bytes(b'')
     (data / 'val/2.png').unlink()
     shutil.copy(data / 'train/8.png', data / 'val/0.png')
-    shutil.copy(data / 'train/9.png', data / 'train/10.png')                  # the same image with labels 1 and 2
+    # the same image with labels 1 and 2
+    shutil.copy(data / 'train/9.png', data / 'train/10.png')
     with open(data / 'train_list.txt', 'a') as file:
         file.write('train/0.png 7\n')
     assert tool(check_data, data, '-workers', workers, '-json', tmp_path / 'report.json') == 1
     out = capsys.readouterr().out
     report = json.loads((tmp_path / 'report.json').read_text())
-    assert [bad['where'].rsplit('/', 1)[1] for bad in report['bad']] == ['train_list.txt:4', 'train_list.txt:6', 'val_list.txt:3']
+    assert [bad['where'].rsplit('/', 1)[1] for bad in report['bad']] == ['train_list.txt:4',
+                                                                         'train_list.txt:6', 'val_list.txt:3']
     assert 'train_list.txt:4' in out and 'truncated' in out.lower() and 'the file is empty' in out
     assert [(pair['train'], pair['val']) for pair in report['in_both']] == [('train/8.png', 'val/0.png')]
     assert 'in both' in out and 'val/0.png' in out
-    assert [sorted(group) for group in report['other_label']] == [['train/0.png', 'train/0.png'], ['train/10.png', 'train/9.png']]
+    assert [sorted(group) for group in report['other_label']] == [['train/0.png', 'train/0.png'],
+                                                                  ['train/10.png', 'train/9.png']]
     assert report['train']['images'] == 21 and report['val']['images'] == 11
     assert report['train']['per_class'] == {'0': 5, '1': 5, '2': 5, '3': 5, '4': 0, '5': 0, '6': 0, '7': 1}
     assert 'without a training image: 4, 5, 6' in out
 
 
-def test_modes_and_what_becomes_of_them(tmp_path, capsys):
+def test_modes_are_reported_with_their_effect(tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     grey = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
@@ -222,7 +237,8 @@ def test_modes_and_what_becomes_of_them(tmp_path, capsys):
     images = {
         'a.png': (Image.new('RGBA', (8, 8)), {}), 'b.png': (Image.new('LA', (8, 8)), {}),
         'c.png': (grey, {}), 'd.tif': (grey, {}),
-        'e.jpg': (Image.new('CMYK', (8, 8)), {}), 'f.gif': (frames[0], {'save_all': True, 'append_images': frames[1:]}),
+        'e.jpg': (Image.new('CMYK', (8, 8)), {}),
+        'f.gif': (frames[0], {'save_all': True, 'append_images': frames[1:]}),
         'g.jpg': (Image.new('RGB', (8, 8)), {'exif': exif}), 'h.jpg': (Image.new('L', (8, 8)), {}),
         'i.png': (Image.new('RGB', (8, 8)), {'transparency': (1, 2, 3)}),
     }
@@ -233,18 +249,22 @@ def test_modes_and_what_becomes_of_them(tmp_path, capsys):
     (tmp_path / 'train_list.txt').write_text(''.join(f'{name} 0\n' for name in [*images, 'j.jpg', 'k.jpg']))
     assert tool(check_data, tmp_path, '-workers', 0, '-json', tmp_path / 'report.json') == 1
     out = capsys.readouterr().out
-    for text in ('3 with transparency: composited on DATA.BACKGROUND', '2 with 16 bits: scaled', '1 in CMYK: ',
-                 '1 with a palette: ', '1 with several frames: the first', '1 with an EXIF orientation: read as stored',
+    for text in ('3 with transparency: composited on DATA.BACKGROUND', '2 with 16 bits: scaled',
+                 '1 in CMYK: ',
+                 '1 with a palette: ', '1 with several frames: the first',
+                 '1 with an EXIF orientation: read as stored',
                  'EPS or PostScript', 'a FIFO'):
         assert text in out, text
     train = json.loads((tmp_path / 'report.json').read_text())['train']
-    assert train['traits'] == {'alpha': 3, '16 bits': 2, 'CMYK': 1, 'palette': 1, 'frames': 1, 'orientation': 1}
-    assert train['formats'] == {'PNG': 4, 'TIFF': 1, 'JPEG': 3, 'GIF': 1} and sum(train['modes'].values()) == 9
+    assert train['traits'] == {'alpha': 3, '16 bits': 2, 'CMYK': 1, 'palette': 1, 'frames': 1,
+                               'orientation': 1}
+    assert train['formats'] == {'PNG': 4, 'TIFF': 1, 'JPEG': 3, 'GIF': 1}
+    assert sum(train['modes'].values()) == 9
     assert tool(check_data, tmp_path, '-workers', 0, '-max_pixels', 63) == 1
     assert '8 x 8 = 64 pixels are more than DATA.MAX_PIXELS 63' in capsys.readouterr().out
 
 
-def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
+def test_mistakes_of_check_data_are_one_line(images, tmp_path, capsys):
     assert tool(check_data, tmp_path) == 2
     assert 'neither train_list.txt nor val_list.txt' in capsys.readouterr().err
     assert tool(check_data, images, '-workers', -1) == 2
@@ -259,7 +279,7 @@ def test_check_data_s_mistakes_are_one_line(images, tmp_path, capsys):
     assert out == '' and 'none/x: cannot be written: No such' in err          # before all is read
 
 
-def test_bad_class_names_are_told_before_all_is_read(images, tmp_path, capsys, monkeypatch):
+def test_bad_class_names_are_reported_before_reading_images(images, tmp_path, capsys, monkeypatch):
     shutil.copytree(images, tmp_path / 'data')
     (tmp_path / 'data' / 'class_names.txt').write_bytes(b'\x89PNG')
     monkeypatch.setattr(check_data, 'check', lambda *words: pytest.fail('it reads'))
@@ -267,7 +287,7 @@ def test_bad_class_names_are_told_before_all_is_read(images, tmp_path, capsys, m
     assert 'class_names.txt: not a UTF-8 text file' in capsys.readouterr().err
 
 
-def test_the_programs_run_from_anywhere(flowers):
+def test_programs_run_from_any_folder(flowers):
     for name in ('make_lists', 'check_data'):
         done = program(f'{cli.ROOT}/tools/{name}.py', flowers, check=False)
         assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
