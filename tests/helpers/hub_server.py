@@ -55,18 +55,44 @@ class Hub:
             return 401, b'{}', {'X-Error-Code': 'RepoNotFound', 'X-Error-Message': 'Repository not found'}
         files = self.repos[repo]
         if files is None:
-            return 403, b'{}', {'X-Error-Code': 'GatedRepo', 'X-Error-Message': 'Access to this model is restricted'}
+            return (
+                403,
+                b'{}',
+                {'X-Error-Code': 'GatedRepo', 'X-Error-Message': 'Access to this model is restricted'},
+            )
         if api:
-            body = json.dumps({'id': repo, 'sha': COMMIT, 'siblings': [{'rfilename': name} for name in files]}).encode()
+            body = json.dumps(
+                {'id': repo, 'sha': COMMIT, 'siblings': [{'rfilename': name} for name in files]}
+            ).encode()
             return 200, body, {'Content-Type': 'application/json'}
         _, _, verb, revision, name = parts
         assert verb == 'resolve'
         if revision not in ('main', COMMIT):
-            return 404, b'{}', {'X-Error-Code': 'RevisionNotFound', 'X-Error-Message': f'Invalid rev id: {revision}'}
+            return (
+                404,
+                b'{}',
+                {'X-Error-Code': 'RevisionNotFound', 'X-Error-Message': f'Invalid rev id: {revision}'},
+            )
         if name not in files:
-            return 404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found', 'X-Repo-Commit': COMMIT}
-        return 200, files[name], {'ETag': f'"{hashlib.sha256(files[name]).hexdigest()}"', 'X-Repo-Commit': COMMIT,
-                                  'Accept-Ranges': 'bytes', 'Content-Type': 'application/octet-stream'}
+            return (
+                404,
+                b'',
+                {
+                    'X-Error-Code': 'EntryNotFound',
+                    'X-Error-Message': 'Entry not found',
+                    'X-Repo-Commit': COMMIT,
+                },
+            )
+        return (
+            200,
+            files[name],
+            {
+                'ETag': f'"{hashlib.sha256(files[name]).hexdigest()}"',
+                'X-Repo-Commit': COMMIT,
+                'Accept-Ranges': 'bytes',
+                'Content-Type': 'application/octet-stream',
+            },
+        )
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -80,5 +106,14 @@ class Hub:
 
 def environment(home, url):
     """The variables with which huggingface_hub asks the server at `url`, and caches below `home`."""
-    return {'HF_HOME': str(home), 'HF_HUB_CACHE': str(home / 'hub'), 'HF_ENDPOINT': url, 'HF_HUB_OFFLINE': '0', 'HF_TOKEN': '',
-            'TRANSFORMERS_OFFLINE': '0', 'HF_HUB_DISABLE_TELEMETRY': '1', 'NO_PROXY': '127.0.0.1', 'no_proxy': '127.0.0.1'}
+    return {
+        'HF_HOME': str(home),
+        'HF_HUB_CACHE': str(home / 'hub'),
+        'HF_ENDPOINT': url,
+        'HF_HUB_OFFLINE': '0',
+        'HF_TOKEN': '',
+        'TRANSFORMERS_OFFLINE': '0',
+        'HF_HUB_DISABLE_TELEMETRY': '1',
+        'NO_PROXY': '127.0.0.1',
+        'no_proxy': '127.0.0.1',
+    }

@@ -15,8 +15,13 @@ def paddlevit_name(key):
     if key.startswith('stages.'):
         _, stage, block, rest = key.split('.', 3)
         key = f'stage{int(stage) + 1}.blocks.{block}.{rest}'
-    for ours, theirs in (('.shortcut.', '.creat_shortcut.'), ('height_rel', 'rel_height'), ('width_rel', 'rel_width'),
-                         ('.post_attn.', '.post_attn.bn.'), ('head.fc.', 'classifier.1.')):
+    for ours, theirs in (
+        ('.shortcut.', '.creat_shortcut.'),
+        ('height_rel', 'rel_height'),
+        ('width_rel', 'rel_width'),
+        ('.post_attn.', '.post_attn.bn.'),
+        ('head.fc.', 'classifier.1.'),
+    ):
         key = key.replace(ours, theirs)
     return key
 

@@ -45,7 +45,9 @@ def dump(obj):
 
 def tensor(key='0', *, count=6, offset=0, shape=(2, 3), strides=(3, 1), kind='FloatStorage', extra=()):
     storage = Ref(('storage', Named('torch', kind), key, 'cpu', count, *extra))
-    return Named('torch._utils', '_rebuild_tensor_v2', (storage, offset, shape, strides, False, OrderedDict()))
+    return Named(
+        'torch._utils', '_rebuild_tensor_v2', (storage, offset, shape, strides, False, OrderedDict())
+    )
 
 
 NUMBERS = np.arange(6, dtype='<f4')

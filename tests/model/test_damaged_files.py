@@ -30,12 +30,20 @@ class Runs:
 
 EVIL = {
     'pdparams': lambda path, evil: path.write_bytes(pickle.dumps({'a': np.zeros(2), 'b': evil})),
-    'pdckpt': lambda path, evil: path.write_bytes(pickle.dumps({'model': {'a': np.zeros(2)}, 'ema': {}, 'progress': evil})),
+    'pdckpt': lambda path, evil: path.write_bytes(
+        pickle.dumps({'model': {'a': np.zeros(2)}, 'ema': {}, 'progress': evil})
+    ),
     'zip': lambda path, evil: write_zip(path, {'a': tensor(), 'b': evil}),
     'legacy': lambda path, evil: write_legacy(path, {'a': legacy_tensor(), 'b': evil}),
     'legacy, in front': lambda path, evil: path.write_bytes(dump(weight_formats.TORCH_MAGIC) + dump(evil)),
     'legacy, behind': lambda path, evil: path.write_bytes(
-        b''.join(map(dump, (weight_formats.TORCH_MAGIC, 1001, {'little_endian': True}, {'a': legacy_tensor()}, [evil])))),
+        b''.join(
+            map(
+                dump,
+                (weight_formats.TORCH_MAGIC, 1001, {'little_endian': True}, {'a': legacy_tensor()}, [evil]),
+            )
+        )
+    ),
 }
 
 
@@ -50,9 +58,24 @@ def test_pickled_calls_are_refused_and_not_run(tmp_path, kind):
     assert trace.exists()                           # the trap works
 
 
-@pytest.mark.parametrize('name', ['builtins.eval', 'builtins.exec', 'builtins.getattr', 'torch.load', 'torch._utils._import',
-                                  'torch.storage._load_from_bytes', 'torch.FloatStorage.from_file', 'torch.hub.load', 'os.system',
-                                  'argparse.FileType', 'timm.models.byobnet.ByobNet', 'numpy.load', 'functools.partial'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'builtins.eval',
+        'builtins.exec',
+        'builtins.getattr',
+        'torch.load',
+        'torch._utils._import',
+        'torch.storage._load_from_bytes',
+        'torch.FloatStorage.from_file',
+        'torch.hub.load',
+        'os.system',
+        'argparse.FileType',
+        'timm.models.byobnet.ByobNet',
+        'numpy.load',
+        'functools.partial',
+    ],
+)
 def test_functions_and_classes_are_refused_by_name(tmp_path, name):
     path = write_zip(tmp_path / 'evil', {'a.a': tensor(), 'a.b': Named(*name.rsplit('.', 1), args=('x',))})
     with pytest.raises(ValueError, match=f'^{path}: .*it contains ' + name.replace('.', r'\.')):
@@ -60,13 +83,25 @@ def test_functions_and_classes_are_refused_by_name(tmp_path, name):
 
 
 BAD_TENSORS = {
-    'beyond the end': {'offset': 1}, 'long strides': {'strides': (4, 1)}, 'negative strides': {'strides': (-1, 1), 'offset': 3},
-    'negative offset': {'offset': -1}, 'negative size': {'shape': (-2, -3)}, 'more sizes than strides': {'shape': (1, 2, 3)},
-    'repeated numbers': {'shape': (10 ** 12,), 'strides': (0,)}, 'absurd size': {'shape': (10 ** 20, 10 ** 20)},
-    'not a number': {'offset': 'x'}, 'broken number': {'offset': 0.5}, 'truth': {'shape': (True, 3)},
-    'absurd storage': {'count': 10 ** 15}, 'negative storage': {'count': -1}, 'storage of text': {'count': 'x'},
-    'missing storage': {'key': '1'}, 'path as storage': {'key': '../../etc/passwd'}, 'absolute storage': {'key': '/etc/passwd'},
-    'another type': {'kind': 'DoubleStorage'}, 'complex': {'kind': 'ComplexFloatStorage'},
+    'beyond the end': {'offset': 1},
+    'long strides': {'strides': (4, 1)},
+    'negative strides': {'strides': (-1, 1), 'offset': 3},
+    'negative offset': {'offset': -1},
+    'negative size': {'shape': (-2, -3)},
+    'more sizes than strides': {'shape': (1, 2, 3)},
+    'repeated numbers': {'shape': (10**12,), 'strides': (0,)},
+    'absurd size': {'shape': (10**20, 10**20)},
+    'not a number': {'offset': 'x'},
+    'broken number': {'offset': 0.5},
+    'truth': {'shape': (True, 3)},
+    'absurd storage': {'count': 10**15},
+    'negative storage': {'count': -1},
+    'storage of text': {'count': 'x'},
+    'missing storage': {'key': '1'},
+    'path as storage': {'key': '../../etc/passwd'},
+    'absolute storage': {'key': '/etc/passwd'},
+    'another type': {'kind': 'DoubleStorage'},
+    'complex': {'kind': 'ComplexFloatStorage'},
 }
 
 
@@ -79,25 +114,43 @@ def test_tensors_outside_their_storage_are_refused(tmp_path, kind, change):
         weight_files.read(path)
 
 
-@pytest.mark.parametrize('write, message', [
-    (lambda path: write_zip(path, {'a': tensor()}, compression=zipfile.ZIP_DEFLATED), 'compressed'),
-    (lambda path: write_zip(path, {'a': tensor()}, storages={'0': b'123'}), 'not as long as a tensor says'),
-    (lambda path: write_zip(path, {'a': tensor()}, byteorder=b'big'), 'big-endian'),
-    (lambda path: write_zip(path, {'a': tensor()}, **{'constants.pkl': b''}), 'torch.save of a state dict did not write it'),
-    (lambda path: write_zip(path, {'a': tensor()}, **{'other/data.pkl': b''}), 'torch.save of a state dict did not write it'),
-    (lambda path: np.savez(open(path, 'wb'), a=NUMBERS), 'torch.save of a state dict did not write it'),
-    (lambda path: write_legacy(path, {'a': legacy_tensor()}, version=1000), 'another version'),
-    (lambda path: write_legacy(path, {'a': legacy_tensor()}, little=False), 'big-endian'),
-    (lambda path: write_legacy(path, {'a': legacy_tensor()}, storages={'0': NUMBERS[:5]}), 'incomplete: the storage .0.'),
-    (lambda path: write_legacy(path, {'a': tensor(extra=(('1', 0, 2),))}), 'it refers to'),
-    (lambda path: write_zip(path, {'a.b': Ref(('module', 1, 2, 3, 4))}), 'it contains Reference'),
-    (lambda path: path.write_bytes(dump({'a': tensor()})), 'it refers to'),
-    (lambda path: path.write_bytes(b'\x80\x04}r\xff\xff\xff\x7f.'), 'entry 2147483647'),       # Python would take 32 GB
-    (lambda path: path.write_bytes(b'\x80\x04\x8e' + b'\xff' * 7 + b'\x0f.'), '[mM]emory|bytes'),
-    (lambda path: path.write_bytes(b'\xff' * 7 + b'\x7f{}'), 'none of'),
-    (lambda path: path.write_bytes(struct.pack('<Q', 90_000_000) + b'{"a": 1}'), 'eader'),
-    (lambda path: path.write_bytes(struct.pack('<Q', 8) + b'{"a": 1}'), 'eader'),
-])
+@pytest.mark.parametrize(
+    'write, message',
+    [
+        (lambda path: write_zip(path, {'a': tensor()}, compression=zipfile.ZIP_DEFLATED), 'compressed'),
+        (
+            lambda path: write_zip(path, {'a': tensor()}, storages={'0': b'123'}),
+            'not as long as a tensor says',
+        ),
+        (lambda path: write_zip(path, {'a': tensor()}, byteorder=b'big'), 'big-endian'),
+        (
+            lambda path: write_zip(path, {'a': tensor()}, **{'constants.pkl': b''}),
+            'torch.save of a state dict did not write it',
+        ),
+        (
+            lambda path: write_zip(path, {'a': tensor()}, **{'other/data.pkl': b''}),
+            'torch.save of a state dict did not write it',
+        ),
+        (lambda path: np.savez(open(path, 'wb'), a=NUMBERS), 'torch.save of a state dict did not write it'),
+        (lambda path: write_legacy(path, {'a': legacy_tensor()}, version=1000), 'another version'),
+        (lambda path: write_legacy(path, {'a': legacy_tensor()}, little=False), 'big-endian'),
+        (
+            lambda path: write_legacy(path, {'a': legacy_tensor()}, storages={'0': NUMBERS[:5]}),
+            'incomplete: the storage .0.',
+        ),
+        (lambda path: write_legacy(path, {'a': tensor(extra=(('1', 0, 2),))}), 'it refers to'),
+        (lambda path: write_zip(path, {'a.b': Ref(('module', 1, 2, 3, 4))}), 'it contains Reference'),
+        (lambda path: path.write_bytes(dump({'a': tensor()})), 'it refers to'),
+        (
+            lambda path: path.write_bytes(b'\x80\x04}r\xff\xff\xff\x7f.'),
+            'entry 2147483647',
+        ),  # Python would take 32 GB
+        (lambda path: path.write_bytes(b'\x80\x04\x8e' + b'\xff' * 7 + b'\x0f.'), '[mM]emory|bytes'),
+        (lambda path: path.write_bytes(b'\xff' * 7 + b'\x7f{}'), 'none of'),
+        (lambda path: path.write_bytes(struct.pack('<Q', 90_000_000) + b'{"a": 1}'), 'eader'),
+        (lambda path: path.write_bytes(struct.pack('<Q', 8) + b'{"a": 1}'), 'eader'),
+    ],
+)
 def test_crafted_files_are_refused_with_a_reason(tmp_path, write, message):
     path = tmp_path / 'bad'
     write(path)
@@ -118,7 +171,9 @@ def test_truncated_file_is_named(tmp_path, name):
     whole, path = (TORCH / name).read_bytes(), tmp_path / 'cut'
     for length in {*range(0, len(whole) - 1, 37), 1, 8, 9, len(whole) // 2, len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f'^{path}: (not a readable weight file: .|expected a state dict)'):
+        with pytest.raises(
+            ValueError, match=f'^{path}: (not a readable weight file: .|expected a state dict)'
+        ):
             weight_files.read(str(path))
 
 
@@ -132,12 +187,22 @@ def test_flipped_bit_in_a_zip_file_is_detected(tmp_path):
         weight_files.read(str(path))
 
 
-@pytest.mark.parametrize('content, looks_like', [
-    (b'', 'it is empty'), (bytes(300), 'nothing but zeros'), (b'version https://git-lfs.github.com/spec/v1\n', 'git-lfs pointer'),
-    (b'<!DOCTYPE html>', 'web page'), (b'\n<html>', 'web page'), (b'{"error": "no"}', 'JSON'), (b'\x1f\x8b\x08', 'gzip'),
-    (b'\x89HDF\r\n', 'HDF5'), (b'PK\x03\x04torn', 'incomplete zip'), (bytes(200) + b'x' + bytes(56) + b'ustar\x0000', 'tar file'),
-    (b'just words', 'none of .pdparams, .pdckpt, .safetensors, .pth'),
-])
+@pytest.mark.parametrize(
+    'content, looks_like',
+    [
+        (b'', 'it is empty'),
+        (bytes(300), 'nothing but zeros'),
+        (b'version https://git-lfs.github.com/spec/v1\n', 'git-lfs pointer'),
+        (b'<!DOCTYPE html>', 'web page'),
+        (b'\n<html>', 'web page'),
+        (b'{"error": "no"}', 'JSON'),
+        (b'\x1f\x8b\x08', 'gzip'),
+        (b'\x89HDF\r\n', 'HDF5'),
+        (b'PK\x03\x04torn', 'incomplete zip'),
+        (bytes(200) + b'x' + bytes(56) + b'ustar\x0000', 'tar file'),
+        (b'just words', 'none of .pdparams, .pdckpt, .safetensors, .pth'),
+    ],
+)
 def test_other_kinds_of_files_are_recognised(tmp_path, content, looks_like):
     path = tmp_path / 'file.pth'
     path.write_bytes(content)

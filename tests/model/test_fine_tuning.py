@@ -24,7 +24,9 @@ def test_position_tables_are_interpolated_about_offset_0(w, new_w):
     stretched = weights.stretch_table(table, 2 * new_w - 1)
     assert stretched.dtype == np.float32
     np.testing.assert_allclose(stretched, hat(2 * w - 1, 2 * new_w - 1) @ table, atol=1e-6)
-    np.testing.assert_array_equal(stretched[[0, new_w - 1, -1]], table[[0, w - 1, -1]])       # the ends and offset 0
+    np.testing.assert_array_equal(
+        stretched[[0, new_w - 1, -1]], table[[0, w - 1, -1]]
+    )  # the ends and offset 0
     np.testing.assert_allclose(weights.stretch_table(table[::-1], 2 * new_w - 1), stretched[::-1], atol=1e-6)
     if new_w == 2 * w - 1:                          # every second row is an old one
         np.testing.assert_array_equal(stretched[::2], table)
@@ -45,7 +47,13 @@ def test_another_number_of_classes_gives_a_fresh_head(tmp_path, caplog):
     with caplog.at_level('INFO'):
         weights.load_pretrained(model, path, fine_tune=True)
     assert caplog.messages == ['fresh head for 3 classes: the weights have one for 10']
-    assert_holds(model, {key: before[key] if key.startswith('head.fc.') else array for key, array in weights.read(path).items()})
+    assert_holds(
+        model,
+        {
+            key: before[key] if key.startswith('head.fc.') else array
+            for key, array in weights.read(path).items()
+        },
+    )
 
 
 @pytest.mark.parametrize('drop', [['head.fc.weight', 'head.fc.bias'], ['head.fc.weight'], ['head.fc.bias']])
@@ -74,10 +82,16 @@ def test_another_window_gives_interpolated_tables(tmp_path, caplog, change):
     with caplog.at_level('INFO'):
         weights.load_pretrained(model, path, fine_tune=True)
     w = len(model.state_dict()['stages.1.0.self_attn.pos_embed.height_rel']) // 2 + 1
-    assert sorted(caplog.messages) == [f'stages.1.{block}.self_attn.pos_embed.{side}_rel: interpolated from a window of 6 pixels '
-                                       f'to one of {w}' for block in (0, 1) for side in ('height', 'width')]
+    assert sorted(caplog.messages) == [
+        f'stages.1.{block}.self_attn.pos_embed.{side}_rel: interpolated from a window of 6 pixels '
+        f'to one of {w}'
+        for block in (0, 1)
+        for side in ('height', 'width')
+    ]
     for key, array in ref.arrays(model).items():
-        np.testing.assert_allclose(array, hat(11, 2 * w - 1) @ file[key] if key.endswith('_rel') else file[key], atol=1e-6)
+        np.testing.assert_allclose(
+            array, hat(11, 2 * w - 1) @ file[key] if key.endswith('_rel') else file[key], atol=1e-6
+        )
 
 
 def test_fitting_weights_are_loaded_unchanged_and_nothing_is_logged(tmp_path, caplog):
@@ -94,7 +108,10 @@ def test_fitting_weights_are_loaded_unchanged_and_nothing_is_logged(tmp_path, ca
     (['MODEL.WIDTHS', [16, 64], 'MODEL.NUM_CLASSES', 3], r'other shape \(43\): stages'),
 ])
 def test_other_misfits_are_refused_when_fine_tuning(tmp_path, change, message):
-    path, model = saved(build_tiny(), tmp_path / 'a.pdparams'), build_halonet(get_config(None, [*ref.TINY, *change]))
+    path, model = (
+        saved(build_tiny(), tmp_path / 'a.pdparams'),
+        build_halonet(get_config(None, [*ref.TINY, *change])),
+    )
     before = ref.arrays(model)
     with pytest.raises(ValueError, match=f'(?s)^{path}: the weights do not fit.*{message}'):
         weights.load_pretrained(model, path, fine_tune=True)

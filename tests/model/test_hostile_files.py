@@ -1,4 +1,4 @@
-"""Weight files made to run code, to take memory or to take time: each ends in one line, soon, and in little memory.
+"""Weight files made to run code, to take memory or time are refused in one line, soon, in bounded memory.
 
 They are read in a process of their own, so that a crash or a hang is an outcome too. The slow test
 changes real files at random.
@@ -44,16 +44,21 @@ with open('/proc/self/status') as status:         # ru_maxrss would count the pr
 
 
 def read_apart(paths):
-    """The two lines of weight_files.read and read_pickle for each path, by a process of its own, and its megabytes."""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', READ, *map(str, paths)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=SECONDS)
+    """Return the lines of read and read_pickle for each path, by a new process, and its megabytes."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', READ, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=SECONDS,
+    )
     assert done.returncode == 0, (done.returncode, done.stdout[-400:], done.stderr[-400:])
     *lines, megabytes = done.stdout.splitlines()
     return list(zip(lines[::2], lines[1::2])), int(megabytes)
 
 
 def check(folder, contents):
-    """Each of {title: content} is refused by weight_files.read in one line, all within SECONDS and MEGABYTES."""
+    """Check that each {title: content} is refused in one line, all within SECONDS and MEGABYTES."""
     paths = [folder / str(n) for n in range(len(contents))]
     for path, content in zip(paths, contents.values()):
         path.write_bytes(content)
@@ -76,8 +81,13 @@ def test_millions_of_instructions_are_refused_soon(tmp_path, what):
 def test_sparse_files_are_not_read(tmp_path):
     """64 GB of zeros, of which the disk holds none, behind heads of every format."""
     header = json.dumps({'a.b': {'dtype': 'F32', 'shape': [2 ** 34], 'data_offsets': [0, 2 ** 36]}}).encode()
-    heads = [b'', pickle.PROTO + b'\4', pickle.PROTO + b'\4' + pickle.BINBYTES8 + struct.pack('<Q', 2 ** 35), b'PK\3\4',
-             struct.pack('<Q', len(header)) + header]
+    heads = [
+        b'',
+        pickle.PROTO + b'\4',
+        pickle.PROTO + b'\4' + pickle.BINBYTES8 + struct.pack('<Q', 2**35),
+        b'PK\3\4',
+        struct.pack('<Q', len(header)) + header,
+    ]
     paths = [tmp_path / str(n) for n in range(len(heads))]
     for path, head in zip(paths, heads):
         with open(path, 'wb') as file:
@@ -91,7 +101,11 @@ def test_sparse_files_are_not_read(tmp_path):
 
 def seeds(folder):
     """Real files of each format, by PyTorch, Paddle, numpy and safetensors."""
-    weights = {'stem.a': np.arange(6, dtype='f4').reshape(2, 3), 'stem.b': np.arange(4, dtype='f8')[::2], 'stem.c': np.int64([3])}
+    weights = {
+        'stem.a': np.arange(6, dtype='f4').reshape(2, 3),
+        'stem.b': np.arange(4, dtype='f8')[::2],
+        'stem.c': np.int64([3]),
+    }
     tensors = {key: paddle.to_tensor(value) for key, value in weights.items()}
     for protocol in (2, 3, 4, 5):
         (folder / f'numpy{protocol}').write_bytes(pickle.dumps({'model': weights, 'epoch': 3}, protocol))
@@ -107,9 +121,17 @@ def mutated(content, rng):
     for _ in range(min(rng.choice((1, 1, 2, 4, 16)), len(content) // 128)):
         at, length = rng.randrange(len(content)), rng.choice((1, 2, 4, 8, 64))
         piece = content[at:at + length]
-        content[at:at + length] = rng.choice((
-            bytes(rng.randrange(256) for _ in piece), b'', piece + piece, b'\xff' * len(piece), bytes(len(piece)),
-            bytes([piece[0] ^ 1 << rng.randrange(8)]) + piece[1:], rng.randbytes(length) + piece))
+        content[at : at + length] = rng.choice(
+            (
+                bytes(rng.randrange(256) for _ in piece),
+                b'',
+                piece + piece,
+                b'\xff' * len(piece),
+                bytes(len(piece)),
+                bytes([piece[0] ^ 1 << rng.randrange(8)]) + piece[1:],
+                rng.randbytes(length) + piece,
+            )
+        )
     return bytes(content)
 
 
@@ -127,7 +149,9 @@ def test_random_changes_of_real_files_are_read_or_refused(tmp_path):
                 read(str(path))
             except ValueError as error:
                 refused += 1
-                assert str(error).startswith(f'{path}: ') and str(error).isprintable() and len(str(error)) < 600
+                assert (
+                    str(error).startswith(f'{path}: ') and str(error).isprintable() and len(str(error)) < 600
+                )
     faulthandler.cancel_dump_traceback_later()
     assert refused > MUTATIONS / 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024

@@ -51,7 +51,9 @@ def as_torch(state, extra=()):
     for key, array in state.items():
         name, strides = str(len(storages)), tuple(step // array.itemsize for step in array.strides)
         storage = Ref(('storage', Named('torch', kinds[array.dtype.kind]), name, 'cpu', array.size, *extra))
-        content[key] = Named('torch._utils', '_rebuild_tensor_v2', (storage, 0, array.shape, strides, False, {}))
+        content[key] = Named(
+            'torch._utils', '_rebuild_tensor_v2', (storage, 0, array.shape, strides, False, {})
+        )
         storages[name] = array
     return content, storages
 
@@ -66,21 +68,36 @@ def write_old_pth(path, state):
     write_legacy(path, content, {name: array.reshape(-1) for name, array in storages.items()})
 
 
-WRITERS = {'safetensors': lambda path, state: save_file(state, path), 'pth': write_pth, 'old pth': write_old_pth,
-           'checkpoint of timm': lambda path, state: write_pth_checkpoint(path, state),
-           'checkpoint of Paddle': lambda path, state: write_nested(path, state)}
+WRITERS = {
+    'safetensors': lambda path, state: save_file(state, path),
+    'pth': write_pth,
+    'old pth': write_old_pth,
+    'checkpoint of timm': lambda path, state: write_pth_checkpoint(path, state),
+    'checkpoint of Paddle': lambda path, state: write_nested(path, state),
+}
 
 
 def write_pth_checkpoint(path, state):
     content, storages = as_torch({f'module.{key}': array for key, array in state.items()})
-    write_zip(path, {'epoch': 3, 'state_dict': content, 'optimizer': {'state': {}, 'param_groups': [{'lr': 0.1}]}},
-              {name: array.tobytes() for name, array in storages.items()})
+    write_zip(
+        path,
+        {'epoch': 3, 'state_dict': content, 'optimizer': {'state': {}, 'param_groups': [{'lr': 0.1}]}},
+        {name: array.tobytes() for name, array in storages.items()},
+    )
 
 
 def write_nested(path, state):
     """As PaddleViT's newer scripts write them, from a model in another one."""
     tensors = {f'model.backbone.{key}': paddle.to_tensor(array) for key, array in state.items()}
-    paddle.save({'model': tensors, 'epoch': 3, 'optimizer': {'LR_Scheduler': {'last_lr': 0.1}}, 'best': np.float32(1)}, str(path))
+    paddle.save(
+        {
+            'model': tensors,
+            'epoch': 3,
+            'optimizer': {'LR_Scheduler': {'last_lr': 0.1}},
+            'best': np.float32(1),
+        },
+        str(path),
+    )
 
 
 @pytest.mark.parametrize('kind', WRITERS)
@@ -88,7 +105,10 @@ def test_every_format_gives_the_same_evaluation(images, trained, timm_state, tmp
     path = tmp_path / 'weights'
     WRITERS[kind](path, timm_state)
     last = records(trained, 'val')[-1]
-    assert evaluate(images, tmp_path / 'run', path) == (pytest.approx(last['acc1']), pytest.approx(last['loss'], rel=1e-6))
+    assert evaluate(images, tmp_path / 'run', path) == (
+        pytest.approx(last['acc1']),
+        pytest.approx(last['loss'], rel=1e-6),
+    )
 
 
 def test_raw_or_averaged_weights_of_a_checkpoint_are_evaluated(images, trained, tmp_path):
@@ -97,7 +117,9 @@ def test_raw_or_averaged_weights_of_a_checkpoint_are_evaluated(images, trained, 
     assert abs(raw['loss'] - averaged['loss']) > 1e-3
     assert evaluate(images, tmp_path / 'raw', path)[1] == pytest.approx(raw['loss'], rel=1e-6)
     assert 'taking the weights; MODEL.PRETRAINED_EMA True' in (tmp_path / 'raw' / 'log.txt').read_text()
-    assert evaluate(images, tmp_path / 'ema', path, 'MODEL.PRETRAINED_EMA', True)[1] == pytest.approx(averaged['loss'], rel=1e-6)
+    assert evaluate(images, tmp_path / 'ema', path, 'MODEL.PRETRAINED_EMA', True)[1] == pytest.approx(
+        averaged['loss'], rel=1e-6
+    )
     with pytest.raises(ValueError, match='holds no moving average'):
         evaluate(images, tmp_path / 'no', trained / 'final.pdparams', 'MODEL.PRETRAINED_EMA', True)
 
@@ -105,11 +127,13 @@ def test_raw_or_averaged_weights_of_a_checkpoint_are_evaluated(images, trained, 
 def test_file_with_more_numbers_than_the_model_is_refused(tmp_path):
     """A sparse file of 16 GB, and a real one with a classifier of more classes, which is."""
     model = build_halonet(get_config(None, [*TINY, 'MODEL.NUM_CLASSES', 0]))
-    header = json.dumps({'stem.a': {'dtype': 'F32', 'shape': [2 ** 32], 'data_offsets': [0, 2 ** 34]}}).encode()
+    header = json.dumps({'stem.a': {'dtype': 'F32', 'shape': [2**32], 'data_offsets': [0, 2**34]}}).encode()
     with open(tmp_path / 'sparse', 'wb') as file:
         file.write(len(header).to_bytes(8, 'little') + header)
         file.truncate(8 + len(header) + 2 ** 34)
-    with pytest.raises(ValueError, match=r'sparse: .*stem\.a: its arrays take more than 256 MB, too much for the model'):
+    with pytest.raises(
+        ValueError, match=r'sparse: .*stem\.a: its arrays take more than 256 MB, too much for the model'
+    ):
         weights.load_pretrained(model, str(tmp_path / 'sparse'))
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     save_file({**state, 'head.fc.weight': np.zeros((32, 100_000), 'float32')}, tmp_path / 'more')
@@ -119,7 +143,7 @@ def test_file_with_more_numbers_than_the_model_is_refused(tmp_path):
 # ---- fine-tuning
 
 def test_fine_tuning_with_other_classes_and_another_window(images, trained, timm_state, tmp_path):
-    """From a file of 4 classes to 7 with a wider halo: the log names what changed, training learns, evaluation is strict."""
+    """From 4 classes to 7 with a wider halo: changes are logged, training learns, evaluation is strict."""
     save_file(timm_state, tmp_path / 'a.safetensors')
     changes = ['MODEL.NUM_CLASSES', 7, 'MODEL.HALO_SIZE', 2]
     results = run(images, tmp_path / 'run', 'MODEL.PRETRAINED', str(tmp_path / 'a.safetensors'), *changes,
@@ -129,17 +153,38 @@ def test_fine_tuning_with_other_classes_and_another_window(images, trained, timm
     assert log.count('interpolated from a window of 6 pixels to one of 8') == 2
     assert results['val']['acc1'] > 80
     final = weights.read(str(tmp_path / 'run' / 'final.pdparams'))
-    assert final['head.fc.weight'].shape == (32, 7) and final['stages.1.0.self_attn.pos_embed.height_rel'].shape == (15, 4)
+    assert final['head.fc.weight'].shape == (32, 7) and final[
+        'stages.1.0.self_attn.pos_embed.height_rel'
+    ].shape == (15, 4)
     with pytest.raises(ValueError, match=r'head\.fc\.weight: \[32, 4\] in the file, \[32, 7\] in the model'):
         evaluate(images, tmp_path / 'strict', tmp_path / 'a.safetensors', *changes)
 
 
 def test_fine_tuning_starts_from_the_pretrained_weights(images, trained, timm_state, tmp_path):
-    """With a learning rate of almost nothing all but the fresh head stays, and the average starts there too."""
+    """At a tiny learning rate all but the fresh head stays, and the average starts there too."""
     write_pth(tmp_path / 'a.pth', timm_state)
-    run(images, tmp_path / 'run', 'MODEL.PRETRAINED', str(tmp_path / 'a.pth'), 'MODEL.NUM_CLASSES', 5, 'TRAIN.EMA_DECAY', 0.9,
-        'TRAIN.BASE_LR', 1e-12, 'TRAIN.WARMUP_LR', 0.0, 'TRAIN.END_LR', 0.0, 'MODEL.FREEZE_NORM', True, 'TRAIN.NUM_EPOCHS', 1,
-        'TRAIN.WARMUP_EPOCHS', 0)
+    run(
+        images,
+        tmp_path / 'run',
+        'MODEL.PRETRAINED',
+        str(tmp_path / 'a.pth'),
+        'MODEL.NUM_CLASSES',
+        5,
+        'TRAIN.EMA_DECAY',
+        0.9,
+        'TRAIN.BASE_LR',
+        1e-12,
+        'TRAIN.WARMUP_LR',
+        0.0,
+        'TRAIN.END_LR',
+        0.0,
+        'MODEL.FREEZE_NORM',
+        True,
+        'TRAIN.NUM_EPOCHS',
+        1,
+        'TRAIN.WARMUP_EPOCHS',
+        0,
+    )
     before = weights.to_ours(timm_state)
     paddle.seed(0)
     head = build_halonet(get_config(None, [*TINY, 'MODEL.NUM_CLASSES', 5])).state_dict()
@@ -152,9 +197,22 @@ def test_fine_tuning_starts_from_the_pretrained_weights(images, trained, timm_st
 
 def test_two_processes_download_a_hub_model_once(images, trained, timm_state, tmp_path):
     with Hub({'timm/tiny.a1h_in1k': {'model.safetensors': save(timm_state)}}) as server:
-        done = program('main_multi_gpu.py', '-data_path', images, '-output', tmp_path / 'run', '-nprocs', 2, '-eval',
-                       '-pretrained', 'timm/tiny.a1h_in1k', *options(TINY), **environment(tmp_path / 'home', server.url))
+        done = program(
+            'main_multi_gpu.py',
+            '-data_path',
+            images,
+            '-output',
+            tmp_path / 'run',
+            '-nprocs',
+            2,
+            '-eval',
+            '-pretrained',
+            'timm/tiny.a1h_in1k',
+            *options(TINY),
+            **environment(tmp_path / 'home', server.url),
+        )
         assert server.asked['GET', '/timm/tiny.a1h_in1k/resolve/main/model.safetensors'] == 1
     last = records(trained, 'val')[-1]
-    assert done.stdout.splitlines()[-1] == (f'val  acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}'
-                                            '  (11 images)')
+    assert done.stdout.splitlines()[-1] == (
+        f'val  acc@1 {last["acc1"]:.2f}  acc@5 {last["acc5"]:.2f}  loss {last["loss"]:.4f}  (11 images)'
+    )

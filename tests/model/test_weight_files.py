@@ -44,17 +44,29 @@ def test_files_of_pytorch_are_read_under_any_ending(tmp_path, name, ending):
 
 def test_pytorch_is_not_imported():
     """And without Paddle, but for the logger."""
-    code = 'import sys; sys.modules["torch"] = None; from model import weight_files; print(len(weight_files.read(sys.argv[1])))'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, TORCH / 'zip.pth'], capture_output=True, text=True,
-                          cwd=ref.FIXTURES.parent.parent, timeout=60)
+    code = ('import sys; sys.modules["torch"] = None; from model import weight_files; '
+            'print(len(weight_files.read(sys.argv[1])))')
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code, TORCH / 'zip.pth'],
+        capture_output=True,
+        text=True,
+        cwd=ref.FIXTURES.parent.parent,
+        timeout=60,
+    )
     assert done.stdout == '12\n', done.stderr
 
 
 def test_state_dict_of_a_pytorch_module_is_read():
     state = weight_files.read(str(TORCH / 'module.pth'))
     assert {key: array.shape for key, array in state.items()} == {
-        'conv.weight': (2, 1, 1, 1), 'conv.bias': (2,), 'bn.weight': (2,), 'bn.bias': (2,), 'bn.running_mean': (2,),
-        'bn.running_var': (2,), 'bn.num_batches_tracked': ()}
+        'conv.weight': (2, 1, 1, 1),
+        'conv.bias': (2,),
+        'bn.weight': (2,),
+        'bn.bias': (2,),
+        'bn.running_mean': (2,),
+        'bn.running_var': (2,),
+        'bn.num_batches_tracked': (),
+    }
     np.testing.assert_array_equal(state['bn.running_var'], [1, 1])
 
 
@@ -73,10 +85,17 @@ def test_files_of_the_test_writer_are_read(tmp_path, kind):
 # ---- Paddle's and numpy's files
 
 ARRAYS = {
-    'plain': np.arange(6, dtype='f4').reshape(2, 3), 'transposed': np.arange(24, dtype='f4').reshape(2, 3, 4).T,
-    'axes exchanged': np.arange(24, dtype='f4').reshape(2, 3, 4).transpose(0, 2, 1), 'steps': np.arange(9, dtype='i8')[::2],
-    'empty': np.zeros((0, 3), 'f4'), 'no axes': np.array(2.5), 'scalar': np.float64(2.5), 'big-endian': np.arange(3, dtype='>f8'),
-    'bool': np.array([True, False]), 'half': np.arange(3, dtype='f2'), 'bytes': np.arange(200, dtype='u1'),
+    'plain': np.arange(6, dtype='f4').reshape(2, 3),
+    'transposed': np.arange(24, dtype='f4').reshape(2, 3, 4).T,
+    'axes exchanged': np.arange(24, dtype='f4').reshape(2, 3, 4).transpose(0, 2, 1),
+    'steps': np.arange(9, dtype='i8')[::2],
+    'empty': np.zeros((0, 3), 'f4'),
+    'no axes': np.array(2.5),
+    'scalar': np.float64(2.5),
+    'big-endian': np.arange(3, dtype='>f8'),
+    'bool': np.array([True, False]),
+    'half': np.arange(3, dtype='f2'),
+    'bytes': np.arange(200, dtype='u1'),
     'large': np.arange(5000, dtype='f4').reshape(50, 100),
 }
 
@@ -102,9 +121,17 @@ def test_nested_tensors_of_paddle_are_read(tmp_path, protocol):
     optimizer.step()
     expected = {key: value.numpy() for key, value in layer.state_dict().items()}
     half = {key: value.astype('bfloat16') for key, value in layer.state_dict().items()}
-    paddle.save({'model': {f'stem.{key}': value for key, value in layer.state_dict().items()}, 'epoch': 3,
-                 'model_ema': {f'stem.{key}': value for key, value in half.items()},
-                 'optimizer': optimizer.state_dict(), 'lr_scheduler': {'last_lr': 0.1}}, path, protocol=protocol)
+    paddle.save(
+        {
+            'model': {f'stem.{key}': value for key, value in layer.state_dict().items()},
+            'epoch': 3,
+            'model_ema': {f'stem.{key}': value for key, value in half.items()},
+            'optimizer': optimizer.state_dict(),
+            'lr_scheduler': {'last_lr': 0.1},
+        },
+        path,
+        protocol=protocol,
+    )
     state, averaged = weight_files.read(path), weight_files.read(path, ema=True)
     for key, value in expected.items():
         np.testing.assert_array_equal(state[f'stem.{key}'], value)
@@ -114,13 +141,17 @@ def test_nested_tensors_of_paddle_are_read(tmp_path, protocol):
 def test_optimizer_files_of_paddle_are_read(tmp_path):
     """Nobody needs them here; they are what lies beside weights of paddle.save."""
     layer = paddle.nn.Linear(30, 40)
-    optimizer = paddle.optimizer.Momentum(paddle.optimizer.lr.StepDecay(0.1, 3), parameters=layer.parameters())
+    optimizer = paddle.optimizer.Momentum(
+        paddle.optimizer.lr.StepDecay(0.1, 3), parameters=layer.parameters()
+    )
     layer(paddle.ones([1, 30])).sum().backward()
     optimizer.step()
     paddle.save(optimizer.state_dict(), str(tmp_path / 'a.pdopt'))
     state, expected = weight_files.read_pickle(str(tmp_path / 'a.pdopt')), optimizer.state_dict()
     assert state['LR_Scheduler'] == expected['LR_Scheduler']
-    assert all((state[key] == value.numpy()).all() for key, value in expected.items() if key != 'LR_Scheduler')
+    assert all(
+        (state[key] == value.numpy()).all() for key, value in expected.items() if key != 'LR_Scheduler'
+    )
 
 
 class StaticTensor:
@@ -142,8 +173,20 @@ def save_state(path, keys, **beside):
     return str(path)
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', '_orig_mod.module.', 'module.module.', 'model.', 'timm_model.',
-                                    'model.backbone.', 'net.', 'student.encoder.'])
+@pytest.mark.parametrize(
+    'prefix',
+    [
+        'module.',
+        '_orig_mod.',
+        '_orig_mod.module.',
+        'module.module.',
+        'model.',
+        'timm_model.',
+        'model.backbone.',
+        'net.',
+        'student.encoder.',
+    ],
+)
 def test_common_prefix_of_all_keys_is_removed(tmp_path, prefix, caplog):
     path = save_state(tmp_path / 'file', [f'{prefix}stem.conv.weight', f'{prefix}head.fc.bias'], epoch=3)
     with caplog.at_level('INFO'):
@@ -151,8 +194,16 @@ def test_common_prefix_of_all_keys_is_removed(tmp_path, prefix, caplog):
     assert f'{path}: all keys begin with {prefix}, which is taken off' in caplog.text
 
 
-@pytest.mark.parametrize('keys', [['stem.conv.weight', 'head.fc.bias'], ['model.stem.conv.weight', 'head.fc.bias'],
-                                  ['stages.0.head.fc.weight'], ['a.b', 'a.c'], ['head.fc.weight']])
+@pytest.mark.parametrize(
+    'keys',
+    [
+        ['stem.conv.weight', 'head.fc.bias'],
+        ['model.stem.conv.weight', 'head.fc.bias'],
+        ['stages.0.head.fc.weight'],
+        ['a.b', 'a.c'],
+        ['head.fc.weight'],
+    ],
+)
 def test_keys_without_a_common_prefix_are_unchanged(tmp_path, keys):
     assert [*weight_files.read(save_state(tmp_path / 'file', keys))] == keys
 
@@ -164,12 +215,25 @@ def test_averaged_model_of_torchvision_is_read(tmp_path):
 
 
 FOREIGN = {
-    'type of PyTorch': Named('torch', 'float32'), 'path': pathlib.PurePosixPath('/a'),
+    'type of PyTorch': Named('torch', 'float32'),
+    'path': pathlib.PurePosixPath('/a'),
     'defaultdict': defaultdict(list, {'a': [1]}),
-    'scalar of numpy': np.float32(3), 'text array': np.array(['a']), 'set': {1, 2}, 'frozenset': frozenset([(1, 2)]),
-    'options': argparse.Namespace(lr=0.1), 'class': Named('timm.models.byobnet', 'ByobNet'), 'tuple as key': {(1, 2): 3},
-    'ordered': OrderedDict(a=1), 'counter': Counter('aab'), 'deque': deque([1, 2]), 'date': datetime.date(2021, 3, 23),
-    'complex': 1j, 'range': range(3), 'number': 2 ** 70, 'bytes': b'a', 'none': None,
+    'scalar of numpy': np.float32(3),
+    'text array': np.array(['a']),
+    'set': {1, 2},
+    'frozenset': frozenset([(1, 2)]),
+    'options': argparse.Namespace(lr=0.1),
+    'class': Named('timm.models.byobnet', 'ByobNet'),
+    'tuple as key': {(1, 2): 3},
+    'ordered': OrderedDict(a=1),
+    'counter': Counter('aab'),
+    'deque': deque([1, 2]),
+    'date': datetime.date(2021, 3, 23),
+    'complex': 1j,
+    'range': range(3),
+    'number': 2**70,
+    'bytes': b'a',
+    'none': None,
 }
 
 
@@ -178,12 +242,17 @@ FOREIGN = {
 def test_other_objects_beside_the_weights_are_ignored(tmp_path, kind, protocol):
     """Both beside a state dict and among its entries, where the names of weights have a dot."""
     path, buffer = tmp_path / 'file', io.BytesIO()
-    for content in ({'state_dict': {'stem.a': NUMBERS}, 'other': FOREIGN[kind]}, {'stem.a': NUMBERS, 'other': FOREIGN[kind]}):
+    for content in (
+        {'state_dict': {'stem.a': NUMBERS}, 'other': FOREIGN[kind]},
+        {'stem.a': NUMBERS, 'other': FOREIGN[kind]},
+    ):
         buffer.seek(0)
         Writer(buffer, protocol).dump(content)
         path.write_bytes(buffer.getvalue())
         state = weight_files.read(str(path))
-        assert [key for key in state if key != 'other'] == ['stem.a'] and state['stem.a'].tolist() == NUMBERS.tolist()
+        assert [key for key in state if key != 'other'] == ['stem.a'] and state[
+            'stem.a'
+        ].tolist() == NUMBERS.tolist()
 
 
 def test_weight_that_is_no_array_is_refused(tmp_path):
@@ -195,17 +264,37 @@ def test_weight_that_is_no_array_is_refused(tmp_path):
 def test_arrays_over_the_limit_are_refused(tmp_path):
     path = save_state(tmp_path / 'file', ['stem.a'])
     assert weight_files.read(path, limit=NUMBERS.nbytes)['stem.a'].shape == NUMBERS.shape
-    with pytest.raises(ValueError, match=f'^{path}: .*stem.a: its arrays take more than 0 MB, too much for the model'):
+    with pytest.raises(
+        ValueError, match=f'^{path}: .*stem.a: its arrays take more than 0 MB, too much for the model'
+    ):
         weight_files.read(path, limit=NUMBERS.nbytes - 1)
 
 
 # ---- weights or their moving average
 
 CHECKPOINTS = {
-    "timm's": {'epoch': 1, 'state_dict': {'a': 1, 'b': 2}, 'state_dict_ema': {'a': 3, 'b': 4}, 'args': argparse.Namespace(lr=1)},
-    "PaddleViT's": {'epoch': 1, 'model': {'a': 1, 'b': 2}, 'model_ema': {'a': 3, 'b': 4}, 'optimizer': {'LR_Scheduler': {}}},
-    'ours': {'model': {'a': 1, 'b': 4}, 'ema': {'a': 3}, 'optimizer': {'a|moment1_0': 7}, 'progress': {'best': {'val': [1, 2]}}},
-    'prefixed': {'state_dict': {'module.a': 1, 'module.b': 2}, 'state_dict_ema': {'module.a': 3, 'module.b': 4}},
+    "timm's": {
+        'epoch': 1,
+        'state_dict': {'a': 1, 'b': 2},
+        'state_dict_ema': {'a': 3, 'b': 4},
+        'args': argparse.Namespace(lr=1),
+    },
+    "PaddleViT's": {
+        'epoch': 1,
+        'model': {'a': 1, 'b': 2},
+        'model_ema': {'a': 3, 'b': 4},
+        'optimizer': {'LR_Scheduler': {}},
+    },
+    'ours': {
+        'model': {'a': 1, 'b': 4},
+        'ema': {'a': 3},
+        'optimizer': {'a|moment1_0': 7},
+        'progress': {'best': {'val': [1, 2]}},
+    },
+    'prefixed': {
+        'state_dict': {'module.a': 1, 'module.b': 2},
+        'state_dict_ema': {'module.a': 3, 'module.b': 4},
+    },
 }
 
 
@@ -224,7 +313,10 @@ def test_raw_or_averaged_weights_of_a_checkpoint_are_read(tmp_path, name, caplog
         assert 'moving average' in caplog.text and 'taking the weights' in caplog.text
     averaged = weight_files.read(str(path), ema=True)
     assert {key: array.tolist() for key, array in averaged.items()} == {'a': [3, 3], 'b': [4, 4]}
-    assert {key: array.tolist() for key, array in raw.items()} == {'a': [1, 1], 'b': [4, 4] if name == 'ours' else [2, 2]}
+    assert {key: array.tolist() for key, array in raw.items()} == {
+        'a': [1, 1],
+        'b': [4, 4] if name == 'ours' else [2, 2],
+    }
 
 
 def test_timm_checkpoint_written_by_pytorch_is_read(caplog):

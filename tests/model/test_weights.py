@@ -48,8 +48,13 @@ def test_paddlevit_files_fit_the_model_one_to_one(name, request):
 def test_set_state_dict_takes_a_paddlevit_file(tmp_path, request):
     model = build_halonet(get_config(request.config.rootpath / 'configs/halonet_26t_256.yaml'))
     rng = np.random.default_rng(0)
-    file = {key: rng.standard_normal(shape, 'float32') for key, shape in ref.paddlevit_keys('halonet_26t_256').items()}
-    paddle.save({key: paddle.to_tensor(array) for key, array in file.items()}, str(tmp_path / 'halonet.pdparams'))
+    file = {
+        key: rng.standard_normal(shape, 'float32')
+        for key, shape in ref.paddlevit_keys('halonet_26t_256').items()
+    }
+    paddle.save(
+        {key: paddle.to_tensor(array) for key, array in file.items()}, str(tmp_path / 'halonet.pdparams')
+    )
 
     assert model.set_state_dict(paddle.load(str(tmp_path / 'halonet.pdparams'))) == ([], [])
     assert_holds(model, {key: file[paddlevit_name(key)] for key in model.state_dict()})
@@ -58,7 +63,7 @@ def test_set_state_dict_takes_a_paddlevit_file(tmp_path, request):
 # ---- timm's files
 
 def from_timm(key, array):
-    """timm's entry under our key and layout, written down independently: the classifier alone is a linear layer."""
+    """timm's entry under our key and layout, computed independently: only the classifier is linear."""
     key = key.replace('running_mean', '_mean').replace('running_var', '_variance')
     return key, array.T if key == 'head.fc.weight' else array
 
@@ -78,14 +83,22 @@ def test_timm_keys_are_renamed(key, expected):
 def test_timm_keys_round_trip(name):
     """For the whole family: nothing is lost, only the classifier is transposed."""
     timm = {key: np.zeros(shape, 'float32') for key, shape in ref.timm_keys(name).items()}
-    counters = {key.replace('running_mean', 'num_batches_tracked'): np.array(3) for key in timm if key.endswith('running_mean')}
+    counters = {
+        key.replace('running_mean', 'num_batches_tracked'): np.array(3)
+        for key in timm
+        if key.endswith('running_mean')
+    }
     ours = weights.to_ours({**timm, **counters})
     assert {key: array.shape for key, array in ours.items()} == {
         key: array.shape for key, array in (from_timm(*item) for item in timm.items())}
     assert counters and not any('running' in key or 'num_batches' in key for key in ours)
-    assert {key: array.shape for key, array in weights.to_timm(ours).items()} == {k: a.shape for k, a in timm.items()}
+    assert {key: array.shape for key, array in weights.to_timm(ours).items()} == {
+        k: a.shape for k, a in timm.items()
+    }
     assert weights.to_ours(ours).keys() == ours.keys()
-    assert [key for key, array in timm.items() if array.ndim == 2 and not key.endswith('_rel')] == ['head.fc.weight']
+    assert [key for key, array in timm.items() if array.ndim == 2 and not key.endswith('_rel')] == [
+        'head.fc.weight'
+    ]
 
 
 def test_square_classifier_is_transposed_only_from_timm():
@@ -107,7 +120,9 @@ def test_set_state_dict_takes_timm_keys():
     file = other_arrays(model)
     model.set_state_dict(weights.to_timm(file))
     assert_holds(model, file)
-    model.set_state_dict({key: paddle.to_tensor(np.ascontiguousarray(array)) for key, array in weights.to_timm(file).items()})
+    model.set_state_dict(
+        {key: paddle.to_tensor(np.ascontiguousarray(array)) for key, array in weights.to_timm(file).items()}
+    )
     assert_holds(model, file)
 
 
@@ -138,15 +153,26 @@ def without(key):
 CHANGES = {
     'missing': (without('head.fc.bias'), [r'missing \(1\): head\.fc\.bias$']),
     'unexpected': (lambda state: state.update(extra=np.zeros(3)), [r'unexpected \(1\): extra$']),
-    'misshapen': (lambda state: state.update({'head.fc.bias': np.zeros(7)}),
-                  [r'other shape \(1\): head\.fc\.bias: \[7\] in the file, \[10\] in the model$']),
-    'transposed': (lambda state: state.update({'head.fc.weight': state['head.fc.weight'].T}),
-                   [r'head\.fc\.weight: \[10, 32\] in the file, \[32, 10\] in the model']),
-    'misnamed': (lambda state: state.update(fc=state.pop('head.fc.bias')),
-                 [r'missing \(1\): head\.fc\.bias\n', r'unexpected \(1\): fc$']),
+    'misshapen': (
+        lambda state: state.update({'head.fc.bias': np.zeros(7)}),
+        [r'other shape \(1\): head\.fc\.bias: \[7\] in the file, \[10\] in the model$'],
+    ),
+    'transposed': (
+        lambda state: state.update({'head.fc.weight': state['head.fc.weight'].T}),
+        [r'head\.fc\.weight: \[10, 32\] in the file, \[32, 10\] in the model'],
+    ),
+    'misnamed': (
+        lambda state: state.update(fc=state.pop('head.fc.bias')),
+        [r'missing \(1\): head\.fc\.bias\n', r'unexpected \(1\): fc$'],
+    ),
     'empty': (lambda state: state.clear(), [r'missing \(\d\d+\): .*stem\.conv1\.conv\.weight']),
-    'nested': (lambda state: (state.update(model=dict(state)), [state.pop(key) for key in list(state) if key != 'model']),
-               [r'unexpected \(1\): model$', r'missing \(\d\d+\)']),
+    'nested': (
+        lambda state: (
+            state.update(model=dict(state)),
+            [state.pop(key) for key in list(state) if key != 'model'],
+        ),
+        [r'unexpected \(1\): model$', r'missing \(\d\d+\)'],
+    ),
 }
 
 
@@ -172,7 +198,9 @@ def test_long_lists_of_keys_are_shortened():
 def test_partial_loads_only_fitting_entries():
     model = build_tiny()
     before, state = ref.arrays(model), other_arrays(model)
-    file = dict(state, extra=np.zeros(3), **{'head.fc.weight': np.zeros((32, 7)), 'head.fc.bias': np.zeros(7)})
+    file = dict(
+        state, extra=np.zeros(3), **{'head.fc.weight': np.zeros((32, 7)), 'head.fc.bias': np.zeros(7)}
+    )
     del file['stem.conv1.conv.weight']
     missing, unexpected = model.set_state_dict(file, partial=True)
     unset = ['head.fc.bias', 'head.fc.weight', 'stem.conv1.conv.weight']
@@ -202,7 +230,9 @@ def test_bfloat16_model_gets_the_nearest_numbers():
         if tensor.dtype == paddle.bfloat16:
             assert np.allclose(tensor.astype('float32').numpy(), state[key], rtol=2 ** -8, atol=0), key
     assert tensor.dtype == paddle.bfloat16
-    with pytest.raises(ValueError, match='head.fc.bias holds numbers that are not finite, or too large for bfloat16'):
+    with pytest.raises(
+        ValueError, match='head.fc.bias holds numbers that are not finite, or too large for bfloat16'
+    ):
         model.set_state_dict({**state, 'head.fc.bias': np.full_like(state['head.fc.bias'], np.nan)})
 
 
@@ -227,12 +257,16 @@ def test_reads_every_protocol_of_paddle_save(tmp_path, protocol):
     model, path = build_tiny(), str(tmp_path / 'model.pdparams')
     paddle.save(model.state_dict(), path, protocol=protocol)
     expected = ref.arrays(model)
-    assert {key: array.tolist() for key, array in weights.read(path).items()} == {k: a.tolist() for k, a in expected.items()}
+    assert {key: array.tolist() for key, array in weights.read(path).items()} == {
+        k: a.tolist() for k, a in expected.items()
+    }
 
 
 def test_reads_bfloat16(tmp_path):
     path = str(tmp_path / 'model.pdparams')
-    halves = {key: tensor.astype('bfloat16') for key, tensor in ref.fill_seeded(build_tiny()).state_dict().items()}
+    halves = {
+        key: tensor.astype('bfloat16') for key, tensor in ref.fill_seeded(build_tiny()).state_dict().items()
+    }
     expected = {key: tensor.astype('float32').numpy() for key, tensor in halves.items()}
     paddle.save(halves, path)
     for state in (halves, paddle.load(path), weights.read(path)):
@@ -251,7 +285,9 @@ class Runs:
         return os.system, (f'touch {self.path}',)
 
 
-@pytest.mark.parametrize('hide', [lambda x: x, lambda x: {'stem.conv1.conv.weight': x}, lambda x: [{'a': (1, {'b': x})}]])
+@pytest.mark.parametrize(
+    'hide', [lambda x: x, lambda x: {'stem.conv1.conv.weight': x}, lambda x: [{'a': (1, {'b': x})}]]
+)
 def test_pickled_call_is_refused_and_not_run(tmp_path, hide):
     path, trace = tmp_path / 'evil.pdparams', tmp_path / 'trace'
     path.write_bytes(pickle.dumps(hide(Runs(trace)), protocol=4))
@@ -264,8 +300,16 @@ def test_pickled_call_is_refused_and_not_run(tmp_path, hide):
 
 def test_functions_are_refused_by_their_full_name(tmp_path):
     """numpy.ndarray is allowed, what can be reached through it or lies beside it is not."""
-    for name in ('numpy.ndarray.tofile', 'numpy.load', 'numpy._core.multiarray.fromfile', 'builtins.eval', 'builtins.getattr'):
-        module, _, attribute = name.partition('.') if name.startswith('numpy.ndarray') else name.rpartition('.')
+    for name in (
+        'numpy.ndarray.tofile',
+        'numpy.load',
+        'numpy._core.multiarray.fromfile',
+        'builtins.eval',
+        'builtins.getattr',
+    ):
+        module, _, attribute = (
+            name.partition('.') if name.startswith('numpy.ndarray') else name.rpartition('.')
+        )
         path = tmp_path / 'evil.pdparams'
         short = b''.join(b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, attribute))
         path.write_bytes(b'\x80\x04' + short + b'\x93.')
@@ -275,16 +319,28 @@ def test_functions_are_refused_by_their_full_name(tmp_path):
 
 def damage(path, kind):
     whole = path.read_bytes()
-    path.write_bytes({'truncated': whole[:len(whole) // 2], 'cut at its end': whole[:-1], 'empty': b'',
-                      'text': b'version https://git-lfs.github.com/spec/v1\n', 'page': b'<!DOCTYPE html>', 'zeros': bytes(999),
-                      'list': pickle.dumps([1, 2]), 'numbers': pickle.dumps({'a': 1}), 'no entries': pickle.dumps({}),
-                      'nested': pickle.dumps({'weights': {'a': np.zeros(3)}}),
-                      'texts': pickle.dumps({'a': np.array(['b'])})}[kind])
+    path.write_bytes(
+        {
+            'truncated': whole[: len(whole) // 2],
+            'cut at its end': whole[:-1],
+            'empty': b'',
+            'text': b'version https://git-lfs.github.com/spec/v1\n',
+            'page': b'<!DOCTYPE html>',
+            'zeros': bytes(999),
+            'list': pickle.dumps([1, 2]),
+            'numbers': pickle.dumps({'a': 1}),
+            'no entries': pickle.dumps({}),
+            'nested': pickle.dumps({'weights': {'a': np.zeros(3)}}),
+            'texts': pickle.dumps({'a': np.array(['b'])}),
+        }[kind]
+    )
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'cut at its end', 'empty', 'text', 'page', 'zeros',
                                   'list', 'numbers', 'no entries', 'nested', 'texts'])
-@pytest.mark.parametrize('load', [weights.read, lambda path: weights.load_pretrained(build_tiny(), path)], ids=['read', 'load'])
+@pytest.mark.parametrize(
+    'load', [weights.read, lambda path: weights.load_pretrained(build_tiny(), path)], ids=['read', 'load']
+)
 def test_damaged_file_is_named(tmp_path, kind, load):
     path = tmp_path / 'model.pdparams'
     paddle.save(build_tiny().state_dict(), str(path))
@@ -323,5 +379,7 @@ def test_partial_load_takes_lists_without_a_warning():
     layer = build_tiny()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        missing, unexpected = layer.set_state_dict({'head.fc.bias': [0.5] * len(layer.head.fc.bias), 'x': [1.0]}, partial=True)
+        missing, unexpected = layer.set_state_dict(
+            {'head.fc.bias': [0.5] * len(layer.head.fc.bias), 'x': [1.0]}, partial=True
+        )
     assert unexpected == ['x'] and 'head.fc.bias' not in missing and (layer.head.fc.bias.numpy() == 0.5).all()

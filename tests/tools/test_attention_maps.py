@@ -1,4 +1,4 @@
-"""The attention maps are the probabilities that the model uses: by the formula written out, and by the layer's own output."""
+"""The attention maps are the model's probabilities: compared with the formula and with the layer's output."""
 from tools.attention_maps import attention_maps, attention_probabilities
 
 import numpy as np
@@ -10,12 +10,18 @@ from config import get_config
 from halonet import build_halonet
 from model.attention import HaloAttention
 
-CASES = [                                           # heads, block, halo, stride, height, width
-    (2, 4, 1, 1, 8, 12), (4, 4, 2, 2, 8, 8), (1, 2, 3, 1, 4, 6), (2, 3, 1, 2, 6, 6), (2, 4, 0, 1, 4, 8), (1, 2, 5, 2, 2, 2)]
+CASES = [  # heads, block, halo, stride, height, width
+    (2, 4, 1, 1, 8, 12),
+    (4, 4, 2, 2, 8, 8),
+    (1, 2, 3, 1, 4, 6),
+    (2, 3, 1, 2, 6, 6),
+    (2, 4, 0, 1, 4, 8),
+    (1, 2, 5, 2, 2, 2),
+]
 
 
 def written_out(layer, x, head, row, column):
-    """The probabilities of one query over its window (w, w), padding included, and its output, from the definition."""
+    """Compute the probabilities of one query (w, w), padding included, and its output, by the definition."""
     block, halo, w = layer.block_size, layer.halo_size, layer.block_size + 2 * layer.halo_size
     q, kv = (part(paddle.to_tensor(x)).numpy().astype('float64')[0] for part in (layer.q, layer.kv))
     stride = x.shape[2] // q.shape[1]
@@ -24,7 +30,7 @@ def written_out(layer, x, head, row, column):
     kv = kv.reshape(layer.num_heads, -1, *kv.shape[1:])[head]
     height, width = (getattr(layer.pos_embed, f'{name}_rel').numpy() for name in ('height', 'width'))
     top, left = row * stride // block * block - halo, column * stride // block * block - halo
-    i, j = row % (block // stride), column % (block // stride)               # strided queries are numbered one by one
+    i, j = row % (block // stride), column % (block // stride)  # strided queries are numbered one by one
     logits, values = np.zeros((w, w)), np.zeros((w, w, kv.shape[0] - d))
     for r in range(w):
         for c in range(w):
@@ -56,7 +62,9 @@ def test_probabilities_equal_the_formula_and_give_the_output(heads, block, halo,
             for column in range(width // step):
                 p, value = written_out(layer, x, head, row, column)
                 np.testing.assert_allclose(maps[0, head, row, column].numpy(), p, atol=2e-6)
-                np.testing.assert_allclose(out[head * len(value):(head + 1) * len(value), row, column], value, atol=2e-5)
+                np.testing.assert_allclose(
+                    out[head * len(value) : (head + 1) * len(value), row, column], value, atol=2e-5
+                )
 
 
 def test_layer_is_unchanged_afterwards():
@@ -71,7 +79,9 @@ def test_layer_is_unchanged_afterwards():
 
 
 def test_model_gives_a_map_per_layer():
-    model = build_halonet(get_config(None, [*TINY, 'MODEL.STAGES', ['halo', 'conv halo*2'], 'MODEL.HEADS', [4, 2]]))
+    model = build_halonet(
+        get_config(None, [*TINY, 'MODEL.STAGES', ['halo', 'conv halo*2'], 'MODEL.HEADS', [4, 2]])
+    )
     model.eval()
     images = paddle.randn([1, 3, 16, 16])
     maps, logits = attention_maps(model, images)

@@ -22,7 +22,7 @@ SMALL = ['DATA.IMAGE_SIZE', 32, 'MODEL.NUM_CLASSES', 7, 'MODEL.STEM', '3x3', 'MO
 
 
 def live_model(opts, seed=0):
-    """A model without any initial value: the zero scales and plain statistics of a new one would hide faults."""
+    """A model without initial values: the zero scales and plain statistics of a new one would hide faults."""
     paddle.seed(seed)
     model = build_halonet(get_config(None, SMALL + opts + ['MODEL.ATTENTION', 'composed']))
     random = np.random.default_rng(seed)
@@ -80,9 +80,21 @@ def arguments(folder, *more):
     config = os.path.join(folder, 'c.yaml')
     with open(config, 'w', encoding='utf-8') as file:
         file.write('{}\n')
-    return export.parser().parse_args([
-        '-cfg', config, '-pretrained', weights, '-output', os.path.join(folder, 'out'), '-device', 'cpu', *more,
-        '-opts', *map(str, SMALL)])
+    return export.parser().parse_args(
+        [
+            '-cfg',
+            config,
+            '-pretrained',
+            weights,
+            '-output',
+            os.path.join(folder, 'out'),
+            '-device',
+            'cpu',
+            *more,
+            '-opts',
+            *map(str, SMALL),
+        ]
+    )
 
 
 def images(side=32, count=4):

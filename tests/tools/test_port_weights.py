@@ -46,20 +46,26 @@ def assert_equal(one, other):
 
 SOURCES = {
     'ours': lambda path, state: paddle.save({key: paddle.to_tensor(a) for key, a in state.items()}, path),
-    "PaddleViT's": lambda path, state: paddle.save({paddlevit_name(key): paddle.to_tensor(a) for key, a in state.items()}, path),
+    "PaddleViT's": lambda path, state: paddle.save(
+        {paddlevit_name(key): paddle.to_tensor(a) for key, a in state.items()}, path
+    ),
     "timm's": lambda path, state: save_file(timm_seeded(state), path),
-    'a checkpoint': lambda path, state: pickle.dump({'model': state, 'ema': {}, 'progress': {'step': 3}}, open(path, 'wb')),
+    'a checkpoint': lambda path, state: pickle.dump(
+        {'model': state, 'ema': {}, 'progress': {'step': 3}}, open(path, 'wb')
+    ),
 }
 
 
 @pytest.mark.parametrize('kind', SOURCES)
-def test_everything_becomes_ours_and_timm_s(tmp_path, kind, state, cfg, capsys):
+def test_every_source_is_converted_to_ours_and_timm(tmp_path, kind, state, cfg, capsys):
     source, ours, timm = (str(tmp_path / name) for name in ('source', 'ours.pdparams', 'timm.safetensors'))
     SOURCES[kind](source, state)
     ported([source, ours, '-cfg', cfg])
     ported([source, timm])
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f'{ours}: {len(state)} arrays, ') and out[0].endswith(f'the model of {cfg} loads them')
+    assert out[0].startswith(f'{ours}: {len(state)} arrays, ') and out[0].endswith(
+        f'the model of {cfg} loads them'
+    )
     assert_equal({key: tensor.numpy() for key, tensor in paddle.load(ours).items()}, state)
     assert_equal(load_file(timm), timm_seeded(state))
     model = build_halonet(get_config(cfg))
@@ -67,8 +73,10 @@ def test_everything_becomes_ours_and_timm_s(tmp_path, kind, state, cfg, capsys):
     assert_equal(ref.arrays(model), state)
 
 
-def test_there_and_back_gives_the_same_bytes(tmp_path, state):
-    first, timm, back, again = (tmp_path / name for name in ('a.pdparams', 'b.safetensors', 'c.pdparams', 'd.safetensors'))
+def test_round_trip_gives_the_same_bytes(tmp_path, state):
+    first, timm, back, again = (
+        tmp_path / name for name in ('a.pdparams', 'b.safetensors', 'c.pdparams', 'd.safetensors')
+    )
     checkpoint.save_weights(str(first), state)
     for source, target in ((first, timm), (timm, back), (back, again)):
         port_weights.port(str(source), str(target))
@@ -77,9 +85,11 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, state):
 
 
 @pytest.mark.parametrize('name', ['halonet_26t_256', 'halonet_50ts_256'])
-def test_paddlevit_s_names_are_those_of_its_files(tmp_path, name):
+def test_paddlevit_file_round_trips_unchanged(tmp_path, name):
     """A file as PaddleViT published it, into ours and back, is the same: its keys, shapes and numbers."""
-    published = {key: np.full(shape, n, 'float32') for n, (key, shape) in enumerate(ref.paddlevit_keys(name).items())}
+    published = {
+        key: np.full(shape, n, 'float32') for n, (key, shape) in enumerate(ref.paddlevit_keys(name).items())
+    }
     source, ours, back = (str(tmp_path / file) for file in ('a.pdparams', 'b.pdparams', 'c.pdparams'))
     with open(source, 'wb') as file:
         pickle.dump(published, file)
@@ -97,20 +107,20 @@ FOREIGN = {                                         # timm's model -> an entry t
 
 
 @pytest.mark.parametrize('name', FOREIGN)
-def test_models_that_paddlevit_lacks_are_refused(name):
+def test_models_without_paddlevit_names_are_refused(name):
     ours = weights.to_ours({key: np.zeros(shape, 'float32') for key, shape in ref.timm_keys(name).items()})
     with pytest.raises(ValueError, match=r'PaddleViT has no names for \d+ entries of this model \('
                        + FOREIGN[name].replace('.', r'\.')):
         weights.to_paddlevit(ours)
 
 
-def test_paddle_s_names_in_safetensors(tmp_path, state):
+def test_safetensors_with_our_names(tmp_path, state):
     paddle.save(state, str(tmp_path / 'a.pdparams'))
     port_weights.port(str(tmp_path / 'a.pdparams'), str(tmp_path / 'b.safetensors'), to='paddle')
     assert_equal(load_file(tmp_path / 'b.safetensors'), state)
 
 
-def test_the_average_is_taken_by_choice(tmp_path, state):
+def test_ema_flag_chooses_the_average(tmp_path, state):
     ema = {key: array + 1 for key, array in state.items() if '_mean' not in key and '_variance' not in key}
     with open(tmp_path / 'c', 'wb') as file:
         pickle.dump({'model': state, 'ema': ema}, file)
@@ -136,17 +146,24 @@ def fails(argv, capsys):
     return capsys.readouterr().err
 
 
-def test_mistakes_write_nothing(tmp_path, state, cfg, capsys):
+def test_mistakes_are_refused_and_write_nothing(tmp_path, state, cfg, capsys):
     source, target = tmp_path / 'a.pdparams', tmp_path / 'b.safetensors'
     paddle.save(state, str(source))
     other = tmp_path / 'other.yaml'
     other.write_text(f'BASE: {cfg}\nMODEL: {{NUM_CLASSES: 3}}')
     assert 'nowhere: no such file' in fails(['nowhere', target], capsys)
     for ending in ('.bin', '.pth'):
-        message = f'b{ending}: the ending must be .pdparams or .safetensors; timm and PyTorch read .safetensors'
+        message = (
+            f'b{ending}: the ending must be .pdparams or .safetensors; timm and PyTorch read .safetensors'
+        )
         assert message in fails([source, tmp_path / f'b{ending}'], capsys)
-    for to, endings, ending in (('timm', '.safetensors', '.pdparams'), ('paddlevit', '.pdparams', '.safetensors')):
-        assert f'-to {to} writes {endings}, not {ending}' in fails([source, f'{tmp_path}/b{ending}', '--to', to], capsys)
+    for to, endings, ending in (
+        ('timm', '.safetensors', '.pdparams'),
+        ('paddlevit', '.pdparams', '.safetensors'),
+    ):
+        assert f'-to {to} writes {endings}, not {ending}' in fails(
+            [source, f'{tmp_path}/b{ending}', '--to', to], capsys
+        )
     assert 'holds no moving average' in fails([source, target, '--ema'], capsys)
     assert f'-cfg {other}: the weights do not fit' in fails([source, target, '--cfg', other], capsys)
     assert 'no such config file' in fails([source, target, '-cfg', 'none.yaml'], capsys)
@@ -154,12 +171,14 @@ def test_mistakes_write_nothing(tmp_path, state, cfg, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.pdparams', 'other.yaml', 'tiny.yaml']
 
 
-def test_a_file_is_overwritten_by_force_only_and_as_a_whole(tmp_path, state, capsys, monkeypatch):
+def test_file_is_overwritten_only_with_force_and_as_a_whole(tmp_path, state, capsys, monkeypatch):
     source, target = tmp_path / 'a.pdparams', tmp_path / 'b.safetensors'
     paddle.save(state, str(source))
     target.write_bytes(b'precious')
     assert 'exists; -force overwrites it' in fails([source, target], capsys)
-    monkeypatch.setitem(port_weights.NAMES, 'timm', lambda state: {**state, 'head.fc.bias': state['head.fc.bias'] + 1})
+    monkeypatch.setitem(
+        port_weights.NAMES, 'timm', lambda state: {**state, 'head.fc.bias': state['head.fc.bias'] + 1}
+    )
     assert 'differs from the source in 1 entries: head.fc.bias' in fails([source, target, '--force'], capsys)
     assert target.read_bytes() == b'precious' and len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()
@@ -167,8 +186,10 @@ def test_a_file_is_overwritten_by_force_only_and_as_a_whole(tmp_path, state, cap
     assert_equal(weights.to_ours(weights.read(str(target))), state)
 
 
-@pytest.mark.parametrize('change', [{'a': np.float32([1, 3])}, {'a': np.float64([1, 2])}, {'a': np.float32([[1, 2]])}, {'b': 1}])
-def test_compare_sees_every_difference(change):
+@pytest.mark.parametrize(
+    'change', [{'a': np.float32([1, 3])}, {'a': np.float64([1, 2])}, {'a': np.float32([[1, 2]])}, {'b': 1}]
+)
+def test_compare_detects_every_difference(change):
     state = {'a': np.float32([1, np.nan])}
     port_weights.compare(state, {'a': state['a'].copy()})
     with pytest.raises(ValueError, match='differs from the source in 1 entries: [ab]'):
