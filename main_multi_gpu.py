@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from config import parse_args
 
-GRACE = 10                                          # seconds that the others get to stop after one has failed
+GRACE = 10                                          # seconds that the others get after one has failed
 POLL = 0.2                                          # seconds between two looks at a request to stop
 
 
@@ -35,7 +35,7 @@ def train(config: CfgNode, stop: Stop) -> None:
 def train_spawned(config: CfgNode) -> None:
     """Train or evaluate in a process that `start_processes` has spawned."""
     lifeline.die_with_parent()
-    multiprocessing.set_start_method('fork', force=True)    # or each data worker would import Paddle again
+    multiprocessing.set_start_method('fork', force=True)    # or data workers would import Paddle again
     try:
         train(config, Stop().listen())
     except Exception:
@@ -77,7 +77,7 @@ def supervise(processes: Sequence[BaseProcess], stop: Stop) -> None:
         if (failed or stop.requested) and not asked:
             asked = True
             for process in alive:
-                process.terminate()                 # SIGTERM after SIGINT, too, which a terminal sends to all
+                process.terminate()                 # SIGTERM: a terminal sends SIGINT to all
         if deadline is not None and time.monotonic() > deadline:
             for process in alive:
                 process.kill()
@@ -88,8 +88,8 @@ def report_killed(processes: Sequence[BaseProcess]) -> None:
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
-            print(f'error: process {rank} was ended by {name}; if nobody did that, look at the free memory '
-                  '(dmesg)', file=sys.stderr)
+            print(f'error: process {rank} was ended by {name}; if nobody did that, look at the free '
+                  'memory (dmesg)', file=sys.stderr)
 
 
 def exit_code_of(processes: Sequence[BaseProcess], stop: Stop) -> int:
@@ -100,14 +100,14 @@ def exit_code_of(processes: Sequence[BaseProcess], stop: Stop) -> int:
             return code
     if not any(codes):
         return 0
-    return STOPPED if stop.requested else FAILURE   # by signals: with a request, before they could listen
+    return STOPPED if stop.requested else FAILURE   # by signals: on request, before they could listen
 
 
 def main() -> None:
     """Run the program; its exit codes are those of system.stopping."""
     launched = 'PADDLE_TRAINER_ID' in os.environ
     if launched:
-        lifeline.die_with_parent()                  # a launcher that is killed leaves its processes behind
+        lifeline.die_with_parent()                  # a killed launcher leaves its processes behind
     config = parse_args()
     stop = Stop().listen()
     if launched:

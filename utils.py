@@ -35,8 +35,8 @@ def choose_device(device: str) -> str:
     """
     gpus = gpu_count()
     if device == 'gpu' and not gpus:
-        raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install paddlepaddle-gpu '
-                         '(README) and look at nvidia-smi and CUDA_VISIBLE_DEVICES')
+        raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install '
+                         'paddlepaddle-gpu (README) and look at nvidia-smi and CUDA_VISIBLE_DEVICES')
     if device == 'auto':
         return 'gpu' if gpus else 'cpu'
     return device
@@ -61,10 +61,10 @@ def start(device: str) -> str:
 
 
 def tune_cpu(processes: int = 1) -> None:
-    """Let Paddle use all cores, divided among `processes`. Call it before Paddle computes. No-op on a GPU.
+    """Let Paddle use all cores, divided among `processes`. Call it before Paddle computes; no-op on a GPU.
 
     Paddle computes with one thread by default. On AMD processors its matrix library is 3 to 4 times slower
-    than possible unless MKL_DEBUG_CPU_TYPE is 5. OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE of the user are kept.
+    than possible unless MKL_DEBUG_CPU_TYPE is 5. The user's OMP_NUM_THREADS and MKL_DEBUG_CPU_TYPE are kept.
     """
     if paddle.get_device() != 'cpu':
         return
@@ -132,8 +132,8 @@ def gather(value: Any) -> list:
 def on_rank_0(work: Callable, *args: Any) -> Any:
     """Call `work(*args)` on rank 0 and return its result on every rank; the others wait as in `meet`.
 
-    An exception is raised on rank 0. The others raise ValueError if another start would meet the same error,
-    else Failure.
+    An exception is raised on rank 0. The others raise ValueError if another start would meet the same
+    error, else Failure.
     """
     result, error = None, None
     if rank() == 0:
@@ -173,7 +173,7 @@ def meet(failed: int = 0) -> None:
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     code = store.add(broken, 0) - failed            # of the others
-    dist.barrier()                                  # rank 0 holds the store: it stays until all have read it
+    dist.barrier()                                  # rank 0 holds the store until all have read it
     if code:
         kind = ValueError if code == MISTAKE else Failure
         raise kind('another process failed; its message says why')
@@ -182,7 +182,10 @@ def meet(failed: int = 0) -> None:
 # ---- logging
 
 def setup_logger(folder: str) -> None:
-    """Log to a file of this rank in the run folder, with times and tracebacks; rank 0 to the console, too."""
+    """Log to a file of this rank in the run folder, and on rank 0 to the console.
+
+    The file has times and tracebacks.
+    """
     log.handlers.clear()
     os.makedirs(folder, exist_ok=True)              # rank 0 has made it, maybe on another machine
     log.propagate = False
@@ -201,7 +204,7 @@ def setup_logger(folder: str) -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """End the program with one clear line and an exit code for a mistake of the user, a failure or a stop.
+    """End the program with one line and an exit code for a mistake of the user, a failure or a stop.
 
     The traceback goes to the log file. Rank 0 reports a loss that is not finite for all processes.
     """
@@ -226,7 +229,7 @@ def plain_errors() -> Iterator[None]:
 
 # ---- run folders
 
-BEFORE_TRAINING = (                                 # files of a run folder that are written before the work
+BEFORE_TRAINING = (                                 # files of a run folder that are written first
     'log.txt', 'machine.json', 'machine_eval.json', 'config_eval.yaml', 'class_names.txt', files.LOCK)
 
 
@@ -246,7 +249,7 @@ def make_run_folder(output: str, save: str, name: str) -> str:
 
 
 def _make_new_folder(stem: str) -> str:
-    """Make the folder `stem`, or `stem`-2 and so on if another job has made that one. Returns its path."""
+    """Make the folder `stem`, or `stem`-2 and so on if another job has made it. Returns its path."""
     path, number = stem, 1
     while True:
         try:
@@ -270,9 +273,9 @@ def missing_folders(path: str) -> list[str]:
 
 @contextmanager
 def undone_by_mistakes(folder: str, made: Sequence[str]) -> Iterator[None]:
-    """Remove the run folder if the block ends with a mistake of the user and this start has made the folder.
+    """Remove a run folder that this start has made if the block ends with a mistake of the user.
 
-    made: the folders that this start has made, the deepest first. Those that hold anything else are kept.
+    made: the folders that this start has made, the deepest first. Those with anything else in them are kept.
     """
     try:
         yield
@@ -282,7 +285,7 @@ def undone_by_mistakes(folder: str, made: Sequence[str]) -> Iterator[None]:
             for name in names:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, name))
-            with suppress(OSError):                 # something is left in it, or another process was faster
+            with suppress(OSError):                 # not empty, or another process was faster
                 for path in made:
                     os.rmdir(path)
         raise
@@ -302,15 +305,16 @@ def reserved(folder: str) -> Iterator[None]:
 # ---- totals
 
 class Totals:
-    """Loss and accuracy of many batches, as sums and a count on the device: divided once, reduced once."""
+    """Loss and accuracy of many batches, as sums and a count on the device: reduced once, divided once."""
 
     def __init__(self, sums: Sequence[float] = (0, 0, 0, 0), seconds: float = 0.0) -> None:
-        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))   # loss, top-1 hits, top-5 hits, images
+        self.sums = paddle.to_tensor(np.asarray(sums, 'float64'))   # loss, top-1 and top-5 hits, images
         self.first_bad = paddle.full([1], float('inf'), 'float64')  # index of the first non-finite loss
         self.start = time.perf_counter() - seconds
 
     @paddle.no_grad()
-    def add(self, losses: paddle.Tensor, logits: paddle.Tensor, labels: paddle.Tensor, step: int = 0) -> None:
+    def add(self, losses: paddle.Tensor, logits: paddle.Tensor, labels: paddle.Tensor,
+            step: int = 0) -> None:
         """Add a batch: losses (B,), logits (B, K), labels (B,)."""
         top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)  # (B, 5 or K)
         batch = [losses.sum(), top[:, 0].sum(), top.any(axis=1).sum(), paddle.full([], losses.shape[0])]
@@ -321,7 +325,7 @@ class Totals:
         self.first_bad = paddle.minimum(self.first_bad, bad)
 
     def reduce(self) -> dict[str, Any]:
-        """Return the results of all processes: 'loss', 'acc1' and 'acc5' in percent, number of 'images'."""
+        """Return the results of all processes: loss, acc1 and acc5 in percent, number of images."""
         loss, top1, top5, images = all_reduce(self.sums.clone()).tolist()
         if not images:
             raise ValueError('no readable image was evaluated')

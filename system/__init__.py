@@ -1,7 +1,7 @@
 """Signals, files, the processor and connections between processes.
 
-Only paddle_import and paddle_internals need Paddle. Programs import this room first: it hides warnings of
-Paddle that a user can do nothing about.
+Only paddle_import and paddle_internals need Paddle. Programs import this room first: it hides warnings
+of Paddle that a user can do nothing about.
 """
 import warnings
 

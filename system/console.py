@@ -1,4 +1,4 @@
-"""Text for consoles and logs: no name of a file may end a program or control the terminal that shows it."""
+"""Text for consoles and logs: no name of a file may end a program or control the terminal."""
 import io
 import logging
 import re
@@ -21,7 +21,7 @@ def _escape(match: re.Match) -> str:
 
 
 def prepare() -> None:
-    """Let the standard streams escape what their encoding lacks, instead of raising UnicodeEncodeError."""
+    """Let the standard streams escape what their encoding lacks, without UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -30,7 +30,7 @@ def prepare() -> None:
 # ---- logs
 
 class _WarnsOnce(logging.Handler):
-    """Makes a log handler report its first error of writing, such as a full disk, in one line on stderr."""
+    """Makes a log handler report its first error of writing, such as a full disk, in one line."""
 
     warned = False
 
@@ -43,12 +43,12 @@ class _WarnsOnce(logging.Handler):
             self.warned = True
             name = getattr(self, 'baseFilename', 'console')
             with suppress(OSError):                 # stderr may be the same pipe
-                print(f'warning: {name}: cannot write: {error.strerror}; the run goes on, its log has gaps',
-                      file=sys.stderr)
+                print(f'warning: {name}: cannot write: {error.strerror}; the run goes on, '
+                      'its log has gaps', file=sys.stderr)
 
 
 class LogFile(_WarnsOnce, logging.FileHandler):
-    """A log file without a buffer: a line that does not fit on the disk is lost, the next one is tried."""
+    """A log file without a buffer: a line that does not fit on the disk is lost, later ones are tried."""
 
     def _open(self) -> io.TextIOWrapper:
         file = open(self.baseFilename, 'ab', buffering=0)

@@ -1,4 +1,4 @@
-"""Facts about the processor, read from /proc/cpuinfo here alone, and the C library's memory for tensors."""
+"""Facts about the processor, and the memory that the C library keeps. Only this file reads /proc/cpuinfo."""
 import ctypes
 import functools
 import os
@@ -9,7 +9,7 @@ from typing import Optional
 
 @functools.lru_cache(None)
 def facts() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo, such as 'flags'; {} without that file."""
+    """Return the fields of the first processor in /proc/cpuinfo, such as 'flags'; {} without the file."""
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
     except OSError:
@@ -22,7 +22,7 @@ def facts() -> dict[str, str]:
 
 
 def model_name() -> str:
-    """Return the name of the processor, or its architecture if /proc/cpuinfo has no name, as on many ARM."""
+    """Return the name of the processor, or its architecture if it has no name, as on many ARM."""
     return facts().get('model name') or platform.machine()
 
 
@@ -58,8 +58,8 @@ def user_threads() -> Optional[str]:
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for later ones. No-op with another C library.
 
-    Its default returns each large block to the kernel, which hands it out again page by page, cleared. That
-    takes a third of the time of a training step.
+    Its default returns each large block to the kernel, which hands it out again page by page, cleared.
+    That takes a third of the time of a training step.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt:

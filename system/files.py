@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Callable, Union
 
 log = logging.getLogger('halonet')
 
-TEMPORARY = '.tmp'                                  # and a number: the ending of a file that is being written
+TEMPORARY = '.tmp'                                  # and a number: ends the name of a temporary file
 LOCK = 'run.lock'                                   # in a run folder
-LOCK_PATIENCE = 10                                  # seconds: after a restart the old process may still end
+LOCK_PATIENCE = 10                                  # seconds: the old process may still be ending
 # Some network file systems, FUSE and CIFS cannot flush or lock
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _held: set[BinaryIO] = set()                        # open lock files of run folders
@@ -102,7 +102,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def remove_temporary(folder: str) -> None:
-    """Remove the temporary files that killed writers have left in a folder. Those of living writers stay."""
+    """Remove the temporary files of killed writers from a folder. Those of living writers stay."""
     if not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
@@ -120,7 +120,7 @@ def remove_temporary(folder: str) -> None:
 def appending(path: str, is_whole: Callable[[bytes], bool]) -> Iterator[BinaryIO]:
     """Open `path` to append lines, for this process only. An error leaves the file as it was.
 
-    A crash may have left a last line without a line end. It is completed if `is_whole(line)`, else removed.
+    A crash may have left a last line without a line end: completed if `is_whole(line)`, else removed.
     Yields an unbuffered binary file, to be written by `write_all`. Raises OSError with the path.
     """
     with open(path, 'a+b', buffering=0) as file:
@@ -163,7 +163,7 @@ def write_all(file: BinaryIO, data: bytes) -> None:
 
 @contextmanager
 def reserved(folder: str) -> Iterator[None]:
-    """Keep other processes from `reserved(folder)` during the block. The kernel ends it with this process.
+    """Keep other processes from `reserved(folder)` during the block; the kernel ends it with the process.
 
     Raises ValueError, with the process and its host, if another one holds the folder for LOCK_PATIENCE.
     """
@@ -188,7 +188,8 @@ def _lock_run(folder: str, file: BinaryIO) -> None:
     while True:
         try:
             if not lock(file, wait=False):
-                log.warning('the file system of %s has no locks: see that no other run writes to it', folder)
+                log.warning('the file system of %s has no locks: see that no other run writes to it',
+                            folder)
             return
         except BlockingIOError:
             if time.monotonic() > deadline:

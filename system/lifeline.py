@@ -1,7 +1,7 @@
 """Notice processes that have ended: a parent by the kernel, a rank by its idle TCP connection to rank 0.
 
-The connection breaks with the process. gloo notices only during a collective, and the launcher of one machine
-does not watch the processes of another.
+The connection breaks with the process. gloo notices only during a collective, and the launcher of one
+machine does not watch the processes of another.
 """
 import ctypes
 import hmac
@@ -21,15 +21,15 @@ from typing import Callable, Optional, cast
 
 _libc = ctypes.CDLL(None)
 
-TOKEN, RANK = 16, 4                                 # bytes of the message by which a rank introduces itself
+TOKEN, RANK = 16, 4                                 # bytes of the message by which a rank is known
 BACKLOG = 1024                                      # connections that wait to be accepted
 
-lines: dict[int, socket.socket] = {}                # on rank 0 {rank: connection}, elsewhere {0: connection}
+lines: dict[int, socket.socket] = {}                # the others on rank 0, rank 0 elsewhere
 
 
 def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable,
             patience: float = 10) -> list[int]:
-    """Connect the ranks to rank 0, which listens on a free port of `host`. Returns the ranks that failed to.
+    """Connect the ranks to rank 0, which listens on a free port of `host`. Returns the unconnected ranks.
 
     broadcast(value of rank 0) -> that value; gather(value) -> the values of all ranks.
     Connections that do not send the token of this run, which the ranks get by `broadcast`, are closed.
@@ -62,10 +62,10 @@ def host(endpoints: Sequence[str]) -> str:
 
 
 def listen(host: str) -> socket.socket:
-    """Listen on the address of `host` only, or on all addresses if other machines would not reach that one.
+    """Listen on the address of `host` only, or on all addresses if other machines would not reach it.
 
-    Debian gives a machine's own name the address 127.0.1.1. A machine behind a translated address cannot bind
-    to that address.
+    Debian gives a machine's own name the address 127.0.1.1. A machine behind a translated address cannot
+    bind to that address.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -127,7 +127,7 @@ def keep(line: socket.socket, caller: Optional[int], callers: set[int]) -> None:
 
 
 def watched(line: socket.socket) -> socket.socket:
-    """Set a connection to break within a minute if the other machine does not answer any more; return it."""
+    """Let a connection break within a minute if the other machine stops answering; return it."""
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 3)):
         if hasattr(socket, option):                 # not on every system

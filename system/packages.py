@@ -1,4 +1,4 @@
-"""Report a missing Python package in one line instead of a traceback. Programs import this module first."""
+"""Report a missing Python package in one line, not a traceback. Programs import this module first."""
 import os
 import shlex
 import sys
@@ -13,7 +13,8 @@ NAMES = {                                           # of modules whose package h
 
 def is_ours(module: str) -> bool:
     """True for a module or package of this repository."""
-    return os.path.exists(os.path.join(ROOT, module)) or os.path.exists(os.path.join(ROOT, f'{module}.py'))
+    path = os.path.join(ROOT, module)
+    return os.path.exists(path) or os.path.exists(f'{path}.py')
 
 
 def advice() -> str:

@@ -9,12 +9,12 @@ import signal
 from system import cpu
 
 _handler = signal.getsignal(signal.SIGTERM)         # as Python has set it, which does not see Paddle's
-_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes now is delivered below
+_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes now is delayed
 import paddle  # noqa: E402
 
 try:
     signal.signal(signal.SIGTERM, _handler or signal.SIG_DFL)
-except ValueError:                                  # in a thread only all of Paddle's handlers can be removed
+except ValueError:                                  # in a thread: only all handlers can be removed
     paddle.disable_signal_handler()
 signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
 

@@ -1,4 +1,4 @@
-"""How a process is asked to stop, and how it ends: signals, exceptions and exit codes. Needs no Paddle."""
+"""How a process is asked to stop, and how it ends: signals, exceptions, exit codes. Needs no Paddle."""
 import os
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Optional
 
 FAILURE = 1                                         # another start may help
 MISTAKE = 2                                         # another start meets the same error
-STOPPED = 75                                        # EX_TEMPFAIL: stopped on request, another start continues
+STOPPED = 75                                        # EX_TEMPFAIL: on request, another start continues
 MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, NotADirectoryError,
             IsADirectoryError, PermissionError)
 
@@ -26,7 +26,7 @@ def exit_code(error: Exception) -> int:
 
 
 class Stop:
-    """A request to stop. `requested` is '' or, after `listen`, the name of the signal that asked for it."""
+    """A request to stop. `requested` is '' or, after `listen`, the name of the signal that came."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,8 +36,8 @@ class Stop:
     def listen(self) -> 'Stop':
         """Record SIGTERM and SIGINT instead of ending. A second SIGINT ends the process at once.
 
-        One thread waits for them. All others block them, later ones and spawned processes too: a signal that
-        interrupts a system call breaks Paddle's TCP store, and Paddle's own handler of SIGTERM may hang.
+        One thread waits for them. All others block them, later ones and spawned processes too: a signal
+        that interrupts a system call breaks Paddle's TCP store, and Paddle's handler of SIGTERM may hang.
         Call it before importing Paddle, which starts threads.
         """
         for signum in self.SIGNALS:
