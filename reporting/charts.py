@@ -64,7 +64,7 @@ def numbers(values: list[float]) -> list[str]:
 def tick_texts(marks: list[float]) -> list[str]:
     """Format the marks of an axis, each with the same number of decimals."""
     texts = numbers(marks)
-    if any('e' in text for text in texts):
+    if 'e' in ''.join(texts):
         return texts
     decimals = max(len(text.partition('.')[2]) for text in texts)
     return [f'{mark:,.{decimals}f}'.replace('-', '−') for mark in marks]
@@ -153,7 +153,7 @@ class Scale:
 # ---- the chart
 
 def line_chart(title: str, series: list[Series], *, x_label: str = 'epoch', unit: str = '',
-               top: Optional[float] = None, digits: int = 4, linear: bool = False) -> Markup:
+               top: float = math.inf, digits: int = 4, linear: bool = False) -> Markup:
     """Draw a <figure> with title, legend (with the last values) and chart.
 
     Values that are not finite are gaps, with a cross below. The axis ends at `top`, such as 100 for percent.
@@ -198,15 +198,13 @@ def drawn_values(series: list[Series]) -> list[float]:
     return values
 
 
-def value_axis(values: list[float], top: Optional[float], linear: bool) -> Scale:
+def value_axis(values: list[float], top: float, linear: bool) -> Scale:
     """Choose the vertical axis for some values, as described at `line_chart`."""
     low, high = min(values), max(values)
     log = low > 0 and high > 100 * low and not linear
     marks = log_ticks(low, high) if log else ticks(low, high)
-    if top is not None:
-        marks = [mark for mark in marks if mark <= top] or marks
-    if low >= 0 and not log:
-        marks = [mark for mark in marks if mark >= 0]
+    bottom = 0 if low >= 0 else -math.inf
+    marks = [mark for mark in marks if bottom <= mark <= top] or marks
     if len(marks) < 2:
         marks = [marks[0] - 1, marks[0]]
     return Scale(marks, HEIGHT - BOTTOM, TOP, log)

@@ -54,9 +54,9 @@ def labels_of(runs: list[Run]) -> list[str]:
     labels = [os.path.relpath(os.path.abspath(run.folder), common) for run in runs]
     while all('/' in label for label in labels) and len({os.path.basename(label) for label in labels}) == 1:
         labels = [os.path.dirname(label) for label in labels]           # a/run and b/run: a and b
-    if len(set(labels)) == len(labels):
-        return labels
-    return [f'{i}: {label}' for i, label in enumerate(labels, 1)]
+    if len(set(labels)) < len(labels):              # the same folder twice
+        labels = [f'{i}: {label}' for i, label in enumerate(labels, 1)]
+    return labels
 
 
 def curves(runs: list[Run], labels: list[str]) -> list[Markup]:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from config import defaults
 from reporting import pictures
-from reporting.charts import BUCKETS, Points, Series, has_points, line_chart, number
+from reporting.charts import BUCKETS, Series, has_points, line_chart, number
 from reporting.runs import SPLITS, Predictions, Run, differences
 from reporting.templates import render
 
@@ -29,6 +29,7 @@ CURVES: tuple[tuple[str, str, tuple[str, ...], int, dict[str, Any]], ...] = (
 ALWAYS_DRAWN = ('loss', 'acc1', 'lr')               # even before there is a record
 STYLE = {'train': (2, 1, -1), 'val': (0, 0, 0), 'val_ema': (1, 0, 1)}        # split -> colour, dash, marker
 STYLE_ALONE = (0, 0, -1)
+MOST_NAME_WIDTH = 18                                # characters of a class name beside its bar
 LONG = 60                                           # letters of a value that gets the whole width
 EMPTY = Markup('<i>empty</i>')
 DASH = '–'                                          # where there is no value
@@ -192,20 +193,15 @@ def curves(run: Run) -> dict[str, Any]:
     for title, key, splits, factor, options in CURVES:
         series = []
         for split in splits:
-            points = scaled(run.curve(split, key), factor)
             style = STYLE[split] if len(splits) > 1 else STYLE_ALONE
-            series.append(Series(SPLITS[split], points, *style))
+            series.append(Series(SPLITS[split], run.curve(split, key, factor), *style))
         if key in ALWAYS_DRAWN or has_points(series):
             charts.append(line_chart(title, series, x_label=x_label, **options))
     note = ('Training loss and accuracy are those of augmented images with smoothed or mixed labels, '
             'averaged over the steps since the previous record.')
-    if any(len(run.curve('train', key)) > 2 * BUCKETS for key in ('loss', 'lr')):
+    if len(run.curve('train', 'loss')) > 2 * BUCKETS:
         note += ' A long curve shows means of adjacent records; its band is their range.'
     return {'charts': charts, 'note': note}
-
-
-def scaled(points: Points, factor: float) -> Points:
-    return [(x, y * factor) for x, y in points]
 
 
 def evaluations(run: Run) -> Table:
@@ -217,7 +213,8 @@ def evaluations(run: Run) -> Table:
             found.setdefault((record['epoch'], record['step']), {})[record['split']] = record
     head = ['epoch', 'step']
     for split in splits:
-        head += [f'{name} ({SPLITS[split]})' for name in ('top-1', 'top-5', 'loss')]
+        name = SPLITS[split]
+        head += [f'top-1 ({name})', f'top-5 ({name})', f'loss ({name})']
     rows = []
     for (epoch, step), records in sorted(found.items()):
         row = [str(epoch), f'{step:,}']
@@ -302,12 +299,18 @@ def class_accuracies(run: Run, judged: Predictions) -> dict[str, Any]:
         all_rows = Table(['class', 'correct', 'images', 'accuracy'], [], 'numbers')
         for name, right, images in rows:
             all_rows.rows.append([name, str(right), str(images), percent(100 * right / images)])
-    bars = [class_bar(*row) for row in shown]
+    bars = []
+    name_width = count_width = 0                    # in characters
+    for row in shown:
+        bar = class_bar(*row)
+        bars.append(bar)
+        name_width = max(name_width, len(bar['name']) + 1)
+        count_width = max(count_width, len(bar['counts']))
     return {
         'note': f'{note} The line is the 95\u202f% confidence interval (Wilson).',
         'bars': bars,
-        'name_width': min(max(len(name) for name, _, _ in shown) + 1, 18),
-        'count_width': max(len(bar['counts']) for bar in bars),
+        'name_width': min(name_width, MOST_NAME_WIDTH),
+        'count_width': count_width,
         'all': all_rows,
     }
 

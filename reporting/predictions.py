@@ -29,7 +29,7 @@ def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summar
     """
     folder, paths = shown_paths(predictions)
     cards = [card(prediction, path, names) for prediction, path in zip(predictions, paths)]
-    kinds = Counter(shown['kind'] for shown in cards)
+    counts = Counter(shown['kind'] for shown in cards)
     return render(
         'predictions.html',
         title=f'{facts["model"]}: predictions for {folder}',
@@ -39,7 +39,8 @@ def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summar
         count=count,
         weights='/'.join(facts['weights'].split('/')[-2:]),
         image_size=facts['image_size'],
-        kinds=[(kind, KINDS[kind], kinds[kind]) for kind in KINDS if kinds[kind]],
+        kinds=KINDS,
+        counts=counts,
         cards=cards,
     )
 

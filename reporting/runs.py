@@ -84,11 +84,17 @@ class Run:
         speeds = self.values('train', 'images_per_s')
         return float(np.median(speeds)) if speeds else None
 
-    def curve(self, split: str, key: str) -> list[tuple[float, float]]:
-        """Return [(epoch, value)] of a split; steps if epochs are not known. Values may be not finite."""
+    def curve(self, split: str, key: str, factor: float = 1) -> list[tuple[float, float]]:
+        """Return [(epoch, value * factor)] of a split; steps if epochs are not known.
+
+        Values may be not finite.
+        """
         per_epoch = self.steps_per_epoch or 1
-        return [(record['step'] / per_epoch, float(record[key])) for record in self.records
-                if record['split'] == split and record.get(key) is not None]
+        points = []
+        for record in self.records:
+            if record['split'] == split and record.get(key) is not None:
+                points.append((record['step'] / per_epoch, float(record[key]) * factor))
+        return points
 
     def values(self, split: str, key: str) -> list[float]:
         """Return the values of a curve."""
@@ -96,11 +102,11 @@ class Run:
 
     def best(self, split: str) -> Optional[tuple[float, int]]:
         """Return (top-1, epoch) of the best evaluation of a split, the first of equal ones, or None."""
-        values = [(value, -epoch) for epoch, value in self.curve(split, 'acc1') if math.isfinite(value)]
-        if not values:
-            return None
-        value, epoch = max(values)
-        return value, round(-epoch)
+        best = None
+        for epoch, value in self.curve(split, 'acc1'):
+            if math.isfinite(value) and (best is None or value > best[0]):
+                best = value, round(epoch)
+        return best
 
     def last(self, split: str, key: str) -> Optional[float]:
         """Return the last value of `key`, or None."""
@@ -140,7 +146,7 @@ def read_run(folder: str, classes: Optional[str] = None) -> Run:
     base_name, base = nearest_config(config)
     run = Run(
         folder=folder,
-        records=[record for record in records if record['step']],
+        records=records,
         torn=torn,
         config=config,
         base=base,
@@ -227,15 +233,18 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _records(path: str) -> tuple[list[Record], int]:
-    """Read metrics.jsonl: its records in the order of their steps, and the number of lines that are none."""
+    """Read metrics.jsonl: its records in the order of their steps, and the number of lines that are none.
+
+    Step 0 is that of an evaluation on its own, which is left out.
+    """
     records = []
     torn = 0
     for line in _lines(path):
         record = _record(line)
-        if record:
+        if record is None:
+            torn += line.strip() != ''
+        elif record['step']:
             records.append(record)
-        elif line.strip():
-            torn += 1
     return sorted(records, key=lambda record: record['step']), torn
 
 

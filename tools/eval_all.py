@@ -71,9 +71,9 @@ def read_entries(path: str) -> list[dict[str, Any]]:
     for i, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not entry.get('cfg') or not entry.get('pretrained'):
             raise ValueError(f'{path}: entry {i} needs cfg and pretrained, found {entry}')
-        unknown = [key for key in entry if key not in KEYS]
-        if unknown:
-            raise ValueError(f'{path}: entry {i} has {unknown[0]}; known are ' + ', '.join(KEYS))
+        for key in entry:
+            if key not in KEYS:
+                raise ValueError(f'{path}: entry {i} has {key}; known are ' + ', '.join(KEYS))
     return entries
 
 
@@ -132,18 +132,29 @@ def run(job: Job, args: argparse.Namespace, folder: str) -> str:
     done = cli.run_program(command)
     if done.returncode == 0:
         return ''
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    errors = [line for line in lines if 'error' in line.lower()] or lines or ['no output']
-    return f'{errors[-1]} (exit status {done.returncode})'
+    return f'{last_error(done.stdout)} (exit status {done.returncode})'
+
+
+def last_error(output: str) -> str:
+    """Return the last line that mentions an error, or else the last line."""
+    last, error = 'no output', ''
+    for line in output.splitlines():
+        last = line.strip() or last
+        if 'error' in line.lower():
+            error = line.strip()
+    return error or last
 
 
 def last_line(path: str, pretrained: str) -> dict[str, str]:
     """Return the last line about these weights in a results CSV. Raises ValueError if there is none."""
+    found = None
     with open(path, encoding='utf-8', newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row['weights'] == pretrained]
-    if not rows:
+        for row in csv.DictReader(file):
+            if row['weights'] == pretrained:
+                found = row
+    if found is None:
         raise ValueError(f'{path} has no line about {pretrained}; does the cfg or opts name other weights?')
-    return rows[-1]
+    return found
 
 
 def table(rows: Results) -> str:

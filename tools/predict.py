@@ -179,14 +179,18 @@ def as_text(picture: Picture, names: list[str]) -> str:
 
 def summary(pictures: list[Picture], seconds: float, device: str) -> str:
     """Return the last line: number of pictures, speed, and the accuracy for those with a label."""
-    good = [picture for picture in pictures if not picture.error]
-    line = f'{len(good)} pictures in {seconds:.2f} s, {len(good) / seconds:.1f} images/s on {device}'
-    if len(good) < len(pictures):
-        line += f'; {len(pictures) - len(good)} cannot be read'
-    labelled = [picture for picture in good if picture.label is not None]
+    good = labelled = right = 0
+    for picture in pictures:
+        if not picture.error:
+            good += 1
+            if picture.label is not None:
+                labelled += 1
+                right += picture.label == picture.top[0][0]
+    line = f'{good} pictures in {seconds:.2f} s, {good / seconds:.1f} images/s on {device}'
+    if good < len(pictures):
+        line += f'; {len(pictures) - good} cannot be read'
     if labelled:
-        right = sum(picture.label == picture.top[0][0] for picture in labelled)
-        line += f'; {right} of {len(labelled)} are correct ({100 * right / len(labelled):.2f} %)'
+        line += f'; {right} of {labelled} are correct ({100 * right / labelled:.2f} %)'
     return line
 
 
