@@ -21,10 +21,10 @@ from typing import Callable, Optional, cast
 
 _libc = ctypes.CDLL(None)
 
-TOKEN, RANK = 16, 4                                 # bytes of the message by which a rank is known
+TOKEN, RANK = 16, 4                                 # bytes of the message of a rank: token, number
 BACKLOG = 1024                                      # connections that wait to be accepted
 
-lines: dict[int, socket.socket] = {}                # the others on rank 0, rank 0 elsewhere
+lines: dict[int, socket.socket] = {}                # by rank: all others on rank 0, elsewhere 0
 
 
 def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable,
