@@ -1,4 +1,4 @@
-"""Broken lists, images, options, checkpoints and folders: every case of CASES, which docs/reliability.md shows as its table."""
+"""Broken lists, images, options, checkpoints and folders: the cases in the table of docs/reliability.md."""
 import ctypes
 import hashlib
 import os
@@ -23,12 +23,12 @@ from config import parse_args
 from training import checkpoint, engine
 
 DOCS = Path(ROOT) / 'docs' / 'reliability.md'
-CASES = {}                                          # (what, how it is broken): (what happens, the function that breaks it)
+CASES = {}                                  # (what, how it is broken): (what happens, how to break it)
 RUNS, SKIP = 'is read', 'left out with `DATA.ON_ERROR skip`; else stops: '
 
 
 def case(what, how, outcome):
-    """Register the function that breaks a folder of images (and may return options) so that a run has this outcome."""
+    """Register a function that breaks a folder of images, and may return options, with its outcome."""
     return lambda function: CASES.setdefault((what, how), (outcome, function))
 
 
@@ -46,12 +46,15 @@ LISTS = {
     'a line of 10 MB': ('stops: no label in', lambda text: b'x' * 10_000_000 + b'\n' + text),
     'lines that end as in Windows': (RUNS, lambda text: text.replace(b'\n', b'\r\n')),
     'a byte-order mark': (RUNS, lambda text: b'\xef\xbb\xbf' + text),
-    'a label that is too large': ('stops: label 4 is not in 0..3', lambda text: text.replace(b' 3\n', b' 4\n')),
-    'a label that is no number': ("stops: label 'cat' is not a whole number", lambda text: text.replace(b' 3\n', b' cat\n')),
+    'a label that is too large': (
+        'stops: label 4 is not in 0..3', lambda text: text.replace(b' 3\n', b' 4\n')),
+    'a label that is no number': (
+        "stops: label 'cat' is not a whole number", lambda text: text.replace(b' 3\n', b' cat\n')),
     'a line twice': (RUNS + ', and counts twice', lambda text: text + text.splitlines(keepends=True)[0]),
     'no line': ('stops: the list is empty', lambda text: b'\n# nothing\n'),
     'too few images for a batch': ('stops: do not fill one batch', lambda text: text[:text.index(b'\n') + 1]),
-    'a path that leaves the folder': ('stops: the path leaves DATA.DATA_PATH', lambda text: b'../x.png 1\n' + text),
+    'a path that leaves the folder': (
+        'stops: the path leaves DATA.DATA_PATH', lambda text: b'../x.png 1\n' + text),
 }
 for how, (outcome, change) in LISTS.items():
     case('list file', how, outcome)(rewrite(change))
@@ -75,8 +78,16 @@ NAMES = {
     'more names than classes': ('stops: has 5 names and the model 4 outputs', b'cat\ndog\nemu\nfox\ngnu\n'),
     'fewer names than classes': ('is read; the others are called class N, and a line says so', b'cat\ndog\n'),
 }
+
+
+def names_file(content):
+    def apply(data):
+        (data / 'class_names.txt').write_bytes(content)
+    return apply
+
+
 for how, (outcome, content) in NAMES.items():
-    case('class names', how, outcome)(lambda data, content=content: (data / 'class_names.txt').write_bytes(content) and [])
+    case('class names', how, outcome)(names_file(content))
 
 
 # ---- images
@@ -99,7 +110,8 @@ def png(mode, size=(20, 24)):
 def header(width, height):
     """A PNG file that claims a size."""
     def chunk(kind, content):
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+        checksum = struct.pack('>I', zlib.crc32(kind + content))
+        return struct.pack('>I', len(content)) + kind + content + checksum
     return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
             + chunk(b'IDAT', zlib.compress(bytes(100))) + chunk(b'IEND', b''))
 
@@ -117,7 +129,8 @@ def rotated(path):
 
 image('missing', SKIP + 'No such file')(lambda path: None)
 image('no bytes', SKIP + 'the file is empty')(lambda path: path.touch())
-image('text', SKIP + 'not an image in a format that is read here')(lambda path: path.write_text('404 not found'))
+image('text', SKIP + 'not an image in a format that is read here')(
+    lambda path: path.write_text('404 not found'))
 image('a folder of that name', SKIP + 'Is a directory')(lambda path: path.mkdir())
 image('truncated', SKIP + 'truncated')(lambda path: (png('RGB', (200, 200))(path), os.truncate(path, 100)))
 image('EPS, named .png', SKIP + 'EPS or PostScript: not an image in a format that is read here')(
@@ -153,7 +166,8 @@ case('config', 'an unknown option', 'stops: unknown option TRIAN.BASE_LR; did yo
     config_file(b'TRIAN: {BASE_LR: 1}'))
 case('config', 'another type', 'stops: SEED must be a whole number')(config_file(b'SEED: many'))
 case('config', 'a value out of range', 'stops: it must be at least 1')(lambda data: ['-opts', 'SAVE_KEEP', 0])
-case('config', 'an infinite number', 'stops: it must be a finite number')(config_file(b'TRAIN: {BASE_LR: .inf}'))
+case('config', 'an infinite number', 'stops: it must be a finite number')(
+    config_file(b'TRAIN: {BASE_LR: .inf}'))
 case('config', 'mean of pixels from 0 to 255', 'stops: Divide by 255')(
     lambda data: ['-opts', 'DATA.MEAN', '[123.675, 116.28, 103.53]'])
 case('config', 'a name that is nearly right', 'stops: did you mean configs/halonet_26t_256.yaml?')(
@@ -172,7 +186,8 @@ class Bomb:
 def damaged(option, change):
     """A case in which the file that `option` names, from a good run, has other bytes."""
     def apply(data):
-        path = data / 'good' / ('final.pdparams' if option == 'MODEL.PRETRAINED' else 'checkpoints/step_00000004.pdckpt')
+        names = {'MODEL.PRETRAINED': 'final.pdparams', 'MODEL.RESUME': 'checkpoints/step_00000004.pdckpt'}
+        path = data / 'good' / names[option]
         path.write_bytes(change(path.read_bytes()))
         return ['-opts', option, path]
     return apply
@@ -186,12 +201,14 @@ def with_checksum(data):
     return data + checkpoint.FOOTER + hashlib.sha256(data).hexdigest().encode()
 
 
-for what, option, message in (('checkpoint', 'MODEL.RESUME', 'this is no checkpoint of this project, or it is damaged'),
+NOT_A_CHECKPOINT = 'this is no checkpoint of this project, or it is damaged'
+for what, option, message in (('checkpoint', 'MODEL.RESUME', NOT_A_CHECKPOINT),
                               ('weights', 'MODEL.PRETRAINED', 'not a readable weight file')):
     case(what, 'truncated', f'stops: {message}')(damaged(option, lambda data: data[:1000]))
     case(what, 'no bytes', f'stops: {message}')(damaged(option, lambda data: b''))
     case(what, 'a web page', f'stops: {message}')(damaged(option, lambda data: b'<!DOCTYPE html>'))
-    case(what, 'a pickle that runs code', f'stops: {message}')(damaged(option, lambda data: pickle.dumps({'a': Bomb()})))
+    case(what, 'a pickle that runs code', f'stops: {message}')(
+        damaged(option, lambda data: pickle.dumps({'a': Bomb()})))
     case(what, 'missing', 'stops: no such')(lambda data, option=option: ['-opts', option, data / 'none'])
 case('checkpoint', 'a flipped bit', 'stops: this is no checkpoint of this project, or it is damaged')(
     damaged('MODEL.RESUME', flip))
@@ -293,7 +310,7 @@ def train(data, *words):
 def no_override():
     """Run without the rights by which root ignores permissions."""
     libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
-    rights = (ctypes.c_uint32 * 6)()                 # effective, permitted, inheritable; then their upper halves
+    rights = (ctypes.c_uint32 * 6)()                 # effective, permitted, inheritable; upper halves
     assert libc.capget(header, rights) == 0
     effective = rights[0]
     rights[0] &= ~0b110                              # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH

@@ -14,8 +14,10 @@ from training import checkpoint
 
 
 def state(value):
-    return {'model': {'w': paddle.full([3], value)}, 'progress': {'epoch': 1, 'best': {'val': [97.5, 1]}}, 'scaler': {},
-            'ema': {}, 'optimizer': {'w|moment1_0': paddle.ones([3])}, 'ranks': [{'buffers': {}}], 'facts': {'SEED': 0}}
+    return {
+        'model': {'w': paddle.full([3], value)}, 'progress': {'epoch': 1, 'best': {'val': [97.5, 1]}},
+        'scaler': {}, 'ema': {}, 'optimizer': {'w|moment1_0': paddle.ones([3])}, 'ranks': [{'buffers': {}}],
+        'facts': {'SEED': 0}}
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -34,8 +36,9 @@ def test_newest_checkpoints_by_step_are_kept(tmp_path):
         'step_100000000.pdckpt', 'step_00000010.pdckpt', 'step_00000009.pdckpt']
 
 
-@pytest.mark.parametrize('damage', [lambda data: data[:-1], lambda data: data[:100], lambda data: b'', lambda data: b'text',
-                                    lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], lambda data: data + b'x'])
+@pytest.mark.parametrize('damage', [
+    lambda data: data[:-1], lambda data: data[:100], lambda data: b'', lambda data: b'text',
+    lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], lambda data: data + b'x'])
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
     for step in (1, 2):
         checkpoint.save(str(tmp_path), step, state(step), keep=3)
@@ -55,7 +58,8 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     (tmp_path / 'best.pdparams.tmp12').write_text('')
     checkpoint.tidy(str(tmp_path), 1)
     assert [os.path.basename(path) for path in checkpoint.steps(tmp_path)] == ['step_00000001.pdckpt']
-    assert sorted(os.listdir(tmp_path / 'checkpoints'))[1:] == ['step_00000002.pdckpt.aside', 'step_00000003.pdckpt.aside']
+    assert sorted(os.listdir(tmp_path / 'checkpoints'))[1:] == [
+        'step_00000002.pdckpt.aside', 'step_00000003.pdckpt.aside']
     assert os.listdir(tmp_path) == ['checkpoints']
 
 
@@ -72,7 +76,7 @@ class Bomb:
 
 def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint.save(str(tmp_path), 1, {**state(0), 'scaler': Bomb()}, keep=1)             # with a valid checksum
+    checkpoint.save(str(tmp_path), 1, {**state(0), 'scaler': Bomb()}, keep=1)        # with a valid checksum
     with pytest.raises(ValueError, match='system'):
         checkpoint.load(checkpoint.steps(tmp_path)[0])
     assert not os.path.exists('bomb_went_off')
@@ -84,8 +88,9 @@ for _ in range(60):
 
 
 @pytest.mark.parametrize('change', [
-    {'model': []}, {'model': {'w': 'text'}}, {'model': {'w': [1.0]}}, {'model': {1: np.zeros(3)}}, {'ema': None},
-    {'optimizer': 3}, {'ranks': {}}, {'ranks': [3]}, {'ranks': [{'buffers': {}, 'totals': {'sums': [1.0], 'seconds': 1.0}}]},
+    {'model': []}, {'model': {'w': 'text'}}, {'model': {'w': [1.0]}}, {'model': {1: np.zeros(3)}},
+    {'ema': None}, {'optimizer': 3}, {'ranks': {}}, {'ranks': [3]},
+    {'ranks': [{'buffers': {}, 'totals': {'sums': [1.0], 'seconds': 1.0}}]},
     {'facts': 'text'}, {'progress': {'epoch': 'x'}},
     {'progress': {'epoch': -2}}, {'progress': {'epoch': 2 ** 70}}, {'progress': {'other': 1}},
     {'progress': {'best': [1]}}, {'progress': {'best': {'val': 'text'}}}, {'scaler': ()}, {'more': {}},
@@ -93,7 +98,8 @@ for _ in range(60):
 def test_checkpoint_of_other_parts_is_refused(tmp_path, change):
     checkpoint.save(str(tmp_path), 1, state(0), keep=1)
     rewrite(checkpoint.steps(tmp_path)[0], {**state_as_arrays(), **change})
-    with pytest.raises(ValueError, match='step_00000001.pdckpt: this checkpoint is of another version of this project'):
+    message = 'step_00000001.pdckpt: this checkpoint is of another version of this project'
+    with pytest.raises(ValueError, match=message):
         checkpoint.load(checkpoint.steps(tmp_path)[0])
 
 
@@ -113,7 +119,8 @@ def test_checkpoint_of_endless_values_is_refused(tmp_path, content):
     """Python itself would take ages to compare or to show them."""
     path = tmp_path / 'a.pdckpt'
     rewrite(path, {**state_as_arrays(), 'facts': content['facts']} if isinstance(content, dict) else content)
-    with pytest.raises(ValueError, match=f'^{path}: .*nested deeper than 50 levels, or holds more than 200000 values'):
+    message = f'^{path}: .*nested deeper than 50 levels, or holds more than 200000 values'
+    with pytest.raises(ValueError, match=message):
         checkpoint.load(str(path))
 
 

@@ -1,4 +1,4 @@
-"""A start that a mistake of the user ends before training leaves nothing behind, and removes nothing that was there."""
+"""A start that wrong input ends before training leaves nothing behind, and removes nothing of before."""
 import os
 
 from system import stopping
@@ -11,9 +11,12 @@ from training import checkpoint, engine
 
 MISTAKES = {
     'no list': ['DATA.DATA_PATH', 'nowhere'], 'no weights': ['MODEL.PRETRAINED', 'nowhere.pdparams'],
-    'a checkpoint that is not there': ['MODEL.RESUME', 'nowhere.pdckpt'], 'a batch too large': ['DATA.BATCH_SIZE', 99],
-    'no weights to evaluate': ['EVAL', True], 'a damaged file to evaluate': ['EVAL', True, 'MODEL.PRETRAINED', __file__],
-    'a model that cannot be': ['MODEL.HEADS', [0, 0]], 'a policy that is none': ['TRAIN.AUTO_AUGMENT', 'rand-x']}
+    'a checkpoint that is not there': ['MODEL.RESUME', 'nowhere.pdckpt'],
+    'a batch too large': ['DATA.BATCH_SIZE', 99],
+    'no weights to evaluate': ['EVAL', True],
+    'a damaged file to evaluate': ['EVAL', True, 'MODEL.PRETRAINED', __file__],
+    'a model that cannot be': ['MODEL.HEADS', [0, 0]],
+    'a policy that is none': ['TRAIN.AUTO_AUGMENT', 'rand-x']}
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +58,7 @@ def test_existing_files_are_not_removed(images, tmp_path, monkeypatch, how):
     assert after.pop('run/log.txt').startswith(before.pop('run/log.txt'))
     before.pop('run/run.lock'), after.pop('run/run.lock')
     new = {f'{name}/{file}' for name in ('empty', 'notes') for file in ('log.txt', 'run.lock')}
-    assert {name for name in after if name not in before} == new             # a folder of the user gets the log
+    assert {name for name in after if name not in before} == new     # a folder of the user gets the log
     assert {name: before[name] for name in before} == {name: after[name] for name in before}
 
 
@@ -66,7 +69,8 @@ def test_evaluation_of_a_broken_image_leaves_no_folder(images, tmp_path, monkeyp
     (data / 'val' / '7.png').write_bytes(b'')
     before = content(tmp_path)
     with pytest.raises(ValueError, match=r'val_list.txt:8 .*7\.png: the file is empty'):
-        start(str(data), 'OUTPUT', str(tmp_path / 'eval'), 'EVAL', True, 'MODEL.PRETRAINED', str(tmp_path / 'run/final'))
+        start(str(data), 'OUTPUT', str(tmp_path / 'eval'), 'EVAL', True,
+              'MODEL.PRETRAINED', str(tmp_path / 'run/final'))
     assert content(tmp_path) == before
 
 
@@ -91,33 +95,38 @@ def test_refused_resume_keeps_machine_json(images, tmp_path):
 
 
 def test_failed_start_is_reported_in_one_line(images, tmp_path):
-    done = program('main_single_gpu.py', '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b', *options(TINY),
-                   check=False)
+    done = program('main_single_gpu.py', '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b',
+                   *options(TINY), check=False)
     assert done.returncode == 2 and done.stdout.splitlines()[-1].startswith('error: ')
     assert content(tmp_path) == {} and 'Traceback' not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_failed_start_of_two_processes_leaves_no_folder(tmp_path):
-    done = program('main_multi_gpu.py', '-nprocs', 2, '-data_path', tmp_path / 'nowhere', '-output', tmp_path / 'a' / 'b',
-                   *options(TINY), check=False)
+    done = program('main_multi_gpu.py', '-nprocs', 2, '-data_path', tmp_path / 'nowhere',
+                   '-output', tmp_path / 'a' / 'b', *options(TINY), check=False)
     assert done.returncode == 2 and content(tmp_path) == {}
 
 
 # ---- weights of another model, more passes than an epoch has
 
-OTHER = ['MODEL.STAGES', ['conv', 'conv'], 'MODEL.HEADS', [0, 0], 'MODEL.WIDTHS', [16, 16], 'MODEL.NAME', 'other']
+OTHER = [
+    'MODEL.STAGES', ['conv', 'conv'], 'MODEL.HEADS', [0, 0], 'MODEL.WIDTHS', [16, 16], 'MODEL.NAME', 'other']
 
 
 @pytest.mark.parametrize('opts', [['EVAL', True], []])
 def test_weights_of_another_model_name_it(images, tmp_path, opts):
     start(images, 'OUTPUT', str(tmp_path / 'run'), 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0)
     for path in (tmp_path / 'run/final.pdparams', checkpoint.newest(tmp_path / 'run')):
-        with pytest.raises(ValueError, match='the weights do not fit the model, and nothing was loaded') as error:
+        message = 'the weights do not fit the model, and nothing was loaded'
+        with pytest.raises(ValueError, match=message) as error:
             start(images, *OTHER, *opts, 'MODEL.PRETRAINED', str(path), 'OUTPUT', str(tmp_path / 'new'))
         text = str(error.value)
-        assert f'{tmp_path}/run/config.yaml describes another model (MODEL.NAME tiny there and other here, ' in text
+        beside = f'{tmp_path}/run/config.yaml'
+        assert f'{beside} describes another model (MODEL.NAME tiny there and other here, ' in text
         assert text.endswith('; give that file by -cfg') and len(text) < 1000
+    with pytest.raises(ValueError, match='describes another model'):
+        start(images, *OTHER, 'EVAL', True, 'MODEL.RESUME', str(path), 'OUTPUT', str(tmp_path / 'new'))
     os.remove(tmp_path / 'run/config.yaml')
     with pytest.raises(ValueError) as error:
         start(images, *OTHER, 'MODEL.PRETRAINED', str(path), 'OUTPUT', str(tmp_path / 'new'))
@@ -126,7 +135,9 @@ def test_weights_of_another_model_name_it(images, tmp_path, opts):
 
 def test_accumulation_over_more_passes_than_an_epoch(images, tmp_path):
     """20 images are 2 batches of 8: a step of 16 images, whatever is asked for."""
-    start(images, 'OUTPUT', str(tmp_path), 'TRAIN.ACCUM_ITER', 1000, 'TRAIN.LR_BATCH', 16, 'TRAIN.BASE_LR', 0.002)
+    start(images, 'OUTPUT', str(tmp_path), 'TRAIN.ACCUM_ITER', 1000, 'TRAIN.LR_BATCH', 16,
+          'TRAIN.BASE_LR', 0.002)
     log = (tmp_path / 'log.txt').read_text()
     assert 'TRAIN.ACCUM_ITER is 1000 and an epoch has 2 forward passes: it is one step' in log
-    assert '1 steps per epoch of 16 images (8 per forward pass x 1 processes x 2 passes), learning rate 2.000e-03' in log
+    assert ('1 steps per epoch of 16 images (8 per forward pass x 1 processes x 2 passes), '
+            'learning rate 2.000e-03') in log

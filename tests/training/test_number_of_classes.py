@@ -20,8 +20,9 @@ def images(tmp_path):
 
 
 def start(images, output, *opts):
-    return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(output), 'TRAIN.NUM_EPOCHS', 1,
-                                        'TRAIN.WARMUP_EPOCHS', 0, *opts]))
+    short = ['TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0]
+    return engine.run(get_config(
+        None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(output), *short, *opts]))
 
 
 def name_classes(images, count):
@@ -80,8 +81,8 @@ def test_fewer_classes_than_outputs_are_logged(images, tmp_path, caplog, monkeyp
     file = 'class_names.txt' if names else 'val_list.txt' if opts else 'train_list.txt'
     count = names or 4
     assert lines_about_classes(caplog) == [
-        f'{images}/{file} has {count} classes and the model 10 outputs (MODEL.NUM_CLASSES); set it to {count}, or to -1: as '
-        'many classes as the data have']
+        f'{images}/{file} has {count} classes and the model 10 outputs (MODEL.NUM_CLASSES); '
+        f'set it to {count}, or to -1: as many classes as the data have']
 
 
 def test_right_number_of_classes_is_not_logged(images, tmp_path):
@@ -93,7 +94,8 @@ def test_right_number_of_classes_is_not_logged(images, tmp_path):
 @pytest.mark.parametrize('opts', [[], ['EVAL', True, 'MODEL.PRETRAINED', 'x']])
 def test_more_names_than_outputs_are_refused(images, tmp_path, opts):
     name_classes(images, 5)
-    with pytest.raises(ValueError, match=r'class_names.txt has 5 names and the model 4 outputs .*; set it to 5, or to -1'):
+    message = 'class_names.txt has 5 names and the model 4 outputs .*; set it to 5, or to -1'
+    with pytest.raises(ValueError, match=message):
         start(images, tmp_path / 'run', *opts)
 
 
@@ -119,7 +121,8 @@ def test_number_of_classes_without_data_is_refused(tmp_path):
 def test_missing_list_names_make_lists(tmp_path):
     folder = tmp_path / 'my pictures'
     folder.mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"train_list.txt: no such list file.*make_lists.py '{folder}' makes it"):
+    message = rf"train_list.txt: no such list file.*make_lists.py '{folder}' makes it"
+    with pytest.raises(FileNotFoundError, match=message):
         start(str(folder), tmp_path / 'run', 'MODEL.NUM_CLASSES', -1)
     with pytest.raises(FileNotFoundError, match='val_list.txt: no such list file.*tools/make_lists.py'):
         start(str(folder), tmp_path / 'run')

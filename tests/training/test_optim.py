@@ -11,8 +11,10 @@ from halonet import build_halonet
 from model.layers import conv2d
 from training import optim
 
-TINY = ['MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32],
-        'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2], 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NUM_CLASSES', 4]
+TINY = [
+    'MODEL.STEM', '3x3', 'MODEL.STEM_WIDTH', 8, 'MODEL.STAGES', ['conv', 'halo'], 'MODEL.WIDTHS', [16, 32],
+    'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2], 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1,
+    'MODEL.NUM_CLASSES', 4]
 
 
 def make(*opts):
@@ -39,9 +41,11 @@ def values(model):
 
 def test_cross_entropy_equals_the_formula():
     rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(3, 5)).astype('float32'), rng.dirichlet(np.ones(5), 3).astype('float32')
-    expected = np.log(np.exp(logits).sum(-1)) - (targets * logits).sum(-1)   # the targets of a sample sum to 1
-    np.testing.assert_allclose(optim.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(targets)), expected, rtol=1e-5)
+    logits = rng.normal(size=(3, 5)).astype('float32')
+    targets = rng.dirichlet(np.ones(5), 3).astype('float32')                 # they sum to 1 for each sample
+    expected = np.log(np.exp(logits).sum(-1)) - (targets * logits).sum(-1)
+    losses = optim.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(targets))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_losses_equal_timm_s():
@@ -57,8 +61,9 @@ def test_losses_equal_timm_s():
     assert loss(smooth) == pytest.approx(given['smooth'], rel=1e-5)
     assert loss(soft, 'TRAIN.LOSS', 'bce') == pytest.approx(given['bce'], rel=1e-5)
     assert loss(smooth, 'TRAIN.LOSS', 'bce') == pytest.approx(given['bce_smooth'], rel=1e-5)
-    assert loss(soft, 'TRAIN.LOSS', 'bce', 'TRAIN.BCE_THRESHOLD', 0.2) == pytest.approx(given['bce_threshold'], rel=1e-5)
-    assert loss(soft.astype('float16'), 'TRAIN.LOSS', 'bce', 'TRAIN.BCE_THRESHOLD', 0.2) == pytest.approx(given['bce_threshold'])
+    threshold = ['TRAIN.LOSS', 'bce', 'TRAIN.BCE_THRESHOLD', 0.2]
+    assert loss(soft, *threshold) == pytest.approx(given['bce_threshold'], rel=1e-5)
+    assert loss(soft.astype('float16'), *threshold) == pytest.approx(given['bce_threshold'])
 
 
 def test_learning_rate_is_linear_then_cosine():
@@ -75,23 +80,29 @@ def test_learning_rate_is_linear_then_cosine():
 def test_learning_rates_equal_timm_s():
     kwargs = dict(base_lr=0.5, warmup_lr=0.001, warmup_steps=10, end_lr=0.01)
     cosine, steps = timm_recipes('lr.cosine'), timm_recipes('lr.step')
-    np.testing.assert_allclose([optim.lr_at(t, total_steps=100, **kwargs) for t in range(100)], cosine[:100], rtol=1e-6)
+    rates = [optim.lr_at(t, total_steps=100, **kwargs) for t in range(100)]
+    np.testing.assert_allclose(rates, cosine[:100], rtol=1e-6)
     cooled = [optim.lr_at(t, total_steps=110, cooldown_steps=10, **kwargs) for t in range(110)]
     np.testing.assert_allclose(cooled, cosine, rtol=1e-6)                   # timm's stays at its end, too
     by_step = dict(kwargs, schedule='step', decay_steps=2.4 * 7, decay_rate=0.9)
-    np.testing.assert_allclose([optim.lr_at(t, total_steps=110, **by_step) for t in range(110)], steps, rtol=1e-6)
+    stepped = [optim.lr_at(t, total_steps=110, **by_step) for t in range(110)]
+    np.testing.assert_allclose(stepped, steps, rtol=1e-6)
     assert optim.lr_at(109, total_steps=110, **by_step | {'end_lr': 0.4}) == 0.4
     assert optim.lr_at(109, total_steps=110, cooldown_steps=1, **by_step) == 0.01
 
 
 def test_schedule_is_built_from_epochs():
-    opts = ['TRAIN.LR_SCHEDULE', 'step', 'TRAIN.DECAY_EPOCHS', 2.4, 'TRAIN.DECAY_RATE', 0.5, 'TRAIN.NUM_EPOCHS', 8,
-            'TRAIN.WARMUP_EPOCHS', 1.5, 'TRAIN.WARMUP_LR', 0.1, 'TRAIN.END_LR', 1e-3, 'TRAIN.COOLDOWN_EPOCHS', 1]
+    opts = ['TRAIN.LR_SCHEDULE', 'step', 'TRAIN.DECAY_EPOCHS', 2.4, 'TRAIN.DECAY_RATE', 0.5,
+            'TRAIN.NUM_EPOCHS', 8, 'TRAIN.WARMUP_EPOCHS', 1.5, 'TRAIN.WARMUP_LR', 0.1, 'TRAIN.END_LR', 1e-3,
+            'TRAIN.COOLDOWN_EPOCHS', 1]
     lr_at = optim.build_schedule(get_config(None, opts), 2.0, steps_per_epoch=10)
-    expected = {0: 0.1, 14: 0.1 + 1.9 * 14 / 15, 15: 2.0, 23: 2.0, 24: 1.0, 47: 1.0, 48: 0.5, 69: 0.5, 70: 1e-3, 79: 1e-3}
+    expected = {0: 0.1, 14: 0.1 + 1.9 * 14 / 15, 15: 2.0, 23: 2.0, 24: 1.0, 47: 1.0, 48: 0.5, 69: 0.5,
+                70: 1e-3, 79: 1e-3}
     assert {step: lr_at(step) for step in expected} == pytest.approx(expected)
-    cosine = optim.build_schedule(get_config(None, ['TRAIN.NUM_EPOCHS', 8, 'TRAIN.COOLDOWN_EPOCHS', 1]), 2.0, steps_per_epoch=10)
-    assert cosine(50) == 2.0 and cosine(69) == pytest.approx(1e-6) and cosine(68) > 1e-3 and cosine(79) == 1e-6
+    opts = ['TRAIN.NUM_EPOCHS', 8, 'TRAIN.COOLDOWN_EPOCHS', 1]
+    cosine = optim.build_schedule(get_config(None, opts), 2.0, steps_per_epoch=10)
+    assert cosine(50) == 2.0 and cosine(68) > 1e-3
+    assert cosine(69) == pytest.approx(1e-6) and cosine(79) == 1e-6
 
 
 OPTIMIZERS = {'adamw': ['TRAIN.EPS', 1e-6], 'sgd': ['TRAIN.MOMENTUM', 0.8], 'lamb': ['TRAIN.EPS', 1e-6],
@@ -130,7 +141,7 @@ def test_optimizers_equal_timm_s(name):
         optimizer.set_lr(0.02)
         optimizer.step()
         optimizer.clear_grad()
-        for key, value in timm_recipes(f'optimizer.{name}.{t}').items():       # of the first and the last step
+        for key, value in timm_recipes(f'optimizer.{name}.{t}').items():   # first and last step
             np.testing.assert_allclose(model._parameters[key].numpy(), value, atol=2e-6, err_msg=key)
 
 
@@ -159,7 +170,8 @@ def test_layer_decay_scales_the_updates(name):
     for key, expected in steps[0].items():
         scale, = (scale for prefix, scale in scales.items() if key.startswith(prefix + '.'))
         np.testing.assert_allclose(steps[1][key], scale * expected, rtol=1e-4, atol=3e-7, err_msg=key)
-    assert len({id(p) for group in optim.decay_groups(model, 0.1, 0.5) for p in group['params']}) == len(steps[0])
+    grouped = [id(p) for group in optim.decay_groups(model, 0.1, 0.5) for p in group['params']]
+    assert len({*grouped}) == len(steps[0])
 
 
 def test_layer_decay_has_the_layers_of_timm():
@@ -193,8 +205,12 @@ def test_adamw_with_decay_groups_equals_the_formula():
             before[name] = before[name] * (1 - decay) - lr * update
     for name, value in values(model).items():
         np.testing.assert_allclose(value, before[name], atol=2e-5, err_msg=name)
-    decayed = {id(p) for group in optim.decay_groups(model, 1.0) if group['weight_decay'] for p in group['params']}
-    assert {name for name, p in optim.trainable(model).items() if id(p) in decayed} == {n for n in before if not free_of_decay(n)}
+    decayed = set()
+    for group in optim.decay_groups(model, 1.0):
+        if group['weight_decay']:
+            decayed |= {id(parameter) for parameter in group['params']}
+    names = {name for name, parameter in optim.trainable(model).items() if id(parameter) in decayed}
+    assert names == {name for name in before if not free_of_decay(name)}
 
 
 def test_sgd_with_nesterov_momentum_equals_the_formula():
@@ -230,7 +246,8 @@ def test_clipping_equals_timm_s(mode, limit):
     model.set_gradients(0)
     optim.clip_gradients(model, limit, mode)
     for name, value in clipped.items():
-        np.testing.assert_allclose(model._parameters[name].grad.numpy(), value, rtol=1e-5, atol=1e-7, err_msg=name)
+        gradient = model._parameters[name].grad
+        np.testing.assert_allclose(gradient, value, rtol=1e-5, atol=1e-7, err_msg=name)
     assert any((value != given[name]).any() for name, value in clipped.items())
 
 
@@ -244,7 +261,8 @@ def test_agc_clips_each_unit_but_those_of_the_head():
     optim.clip_gradients(model, 0.01, 'agc')
     for name, g in gradients.items():
         axes = tuple(range(1, g.ndim)) or None
-        norm, grad_norm = (np.sqrt((x.astype('float64') ** 2).sum(axes, keepdims=True)) for x in (trainable[name].numpy(), g))
+        norm = np.sqrt((trainable[name].numpy().astype('float64') ** 2).sum(axes, keepdims=True))
+        grad_norm = np.sqrt((g.astype('float64') ** 2).sum(axes, keepdims=True))
         scale = np.minimum(1, 0.01 * np.maximum(norm, 1e-3) / np.maximum(grad_norm, 1e-6))
         expected = g if name.startswith('head') else g * scale
         np.testing.assert_allclose(trainable[name].grad.numpy(), expected, rtol=1e-4, atol=1e-9, err_msg=name)
@@ -260,7 +278,8 @@ def test_ema_warms_up_as_timm_s():
         ema.update(model, t)
         averages.append(ema.average['weight'].item())
     np.testing.assert_allclose(averages, timm_recipes('ema.averages'), rtol=1e-5, atol=1e-6)
-    assert ema.decay_at(0) == 0 and ema.decay_at(5) == pytest.approx(1 - 6 ** (-2 / 3)) and ema.decay_at(10 ** 6) == 0.8
+    assert ema.decay_at(0) == 0 and ema.decay_at(10 ** 6) == 0.8
+    assert ema.decay_at(5) == pytest.approx(1 - 6 ** (-2 / 3))
 
 
 def test_ema_equals_the_recursion_and_restores_the_model():
@@ -275,8 +294,9 @@ def test_ema_equals_the_recursion_and_restores_the_model():
     with ema.applied(model, 'val_ema'):
         for name, value in values(model).items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
-        statistics = {key: value.numpy() for key, value in model.state_dict().items() if key.endswith(('_mean', '_variance'))}
-        assert statistics and all((value == own[key]).all() for key, value in statistics.items())
+        now = {key: value.numpy() for key, value in model.state_dict().items()}
+        statistics = [key for key in now if key.endswith(('_mean', '_variance'))]
+        assert statistics and all((now[key] == own[key]).all() for key in statistics)
     assert all((value.numpy() == own[key]).all() for key, value in model.state_dict().items())
     with ema.applied(model, 'val'):
         assert all((value.numpy() == own[key]).all() for key, value in model.state_dict().items())

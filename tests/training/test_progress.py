@@ -37,7 +37,8 @@ class Clock:
 
 
 def make_monitor(clock, **changes):
-    return progress.Monitor(**{'epochs': 2, 'steps_per_epoch': 10, 'num_workers': 1, 'clock': clock, **changes})
+    defaults = {'epochs': 2, 'steps_per_epoch': 10, 'num_workers': 1, 'clock': clock}
+    return progress.Monitor(**{**defaults, **changes})
 
 
 def stretch(watch, clock, wait, work, steps=5):
@@ -95,7 +96,8 @@ def test_progress_line_omits_an_unknown_speed():
 
 def test_advice_fits_the_machine():
     assert 'raise DATA.NUM_WORKERS (2 for each of 4 process(es) now, 64 cores)' in progress.advice(2, 4, 64)
-    assert 'NUM_WORKERS' not in progress.advice(3, 4, 16) and 'all 16 cores are in use' in progress.advice(3, 4, 16)
+    advice = progress.advice(3, 4, 16)
+    assert 'NUM_WORKERS' not in advice and 'all 16 cores are in use' in advice
 
 
 # ---- the progress line
@@ -147,7 +149,7 @@ def test_log_lines_go_above_the_progress_line(terminal):
         utils.log.warning('the last one')
         later = terminal.screen()[-1]
     assert [line for line in terminal.screen() if 'log' in line] == [f'line {i} of the log' for i in range(6)]
-    assert 'the last one' in terminal.screen() and len(terminal.screen()) == 9   # six, one, the bar, what follows it
+    assert 'the last one' in terminal.screen() and len(terminal.screen()) == 9   # six, one, the bar, the rest
     assert bar.startswith('epoch 3/16  13% |') and '| 94/704  ETA ' in bar
     assert '  4 images/s  lr 2.00e-03  data wait 25%  ' in bar and bar.endswith(' GB') and 'loss' not in bar
     assert '  4 images/s  loss 0.9431  lr 2.00e-03  data wait 25%  ' in later
@@ -177,7 +179,8 @@ def utils_error():
 
 def test_no_progress_line_without_a_terminal(images, tmp_path):
     done = program('main_single_gpu.py', '-data_path', images, '-output', tmp_path, *options(TINY))
-    assert '\r' not in done.stdout and 'ETA' not in done.stdout + done.stderr and 'epoch 1/2  step 1/4  loss' in done.stdout
+    assert '\r' not in done.stdout and 'ETA' not in done.stdout + done.stderr
+    assert 'epoch 1/2  step 1/4  loss' in done.stdout
 
 
 def test_evaluation_has_its_own_progress_line(terminal):
@@ -189,7 +192,8 @@ def test_evaluation_has_its_own_progress_line(terminal):
         batches.append(batch)
         utils.log.warning('left out: %s', batch)
     assert ''.join(batches) == 'abcd'
-    assert re.findall(r'val_ema +(\d+)% \|.*?\| (\d/4) batches  ETA ', terminal.getvalue())[-1] == ('75', '3/4')
+    drawn = re.findall(r'val_ema +(\d+)% \|.*?\| (\d/4) batches  ETA ', terminal.getvalue())
+    assert drawn[-1] == ('75', '3/4')
     screen = [line for line in terminal.screen() if line]
     assert screen == [f'left out: {batch}' for batch in batches], 'the line garbles the log, or stays behind'
 
@@ -198,15 +202,17 @@ def test_failed_evaluation_ends_its_progress_line_first(terminal):
     class Loader(list):
         def epoch(self, epoch):
             yield from self
-    with pytest.raises(ValueError), contextlib.closing(progress.evaluation_batches(Loader('abcd'), 'val', terminal)) as batches:
+    batches = progress.evaluation_batches(Loader('abcd'), 'val', terminal)
+    with pytest.raises(ValueError), contextlib.closing(batches):
         next(batches)
         raise ValueError
     assert [line for line in terminal.screen() if line] == []
 
 
 @pytest.mark.parametrize('steps_per_epoch, freq, expected', [
-    (56, 50, [56]), (44, 50, [44]), (101, 50, [50, 101]), (80, 50, [50, 80]), (150, 50, [50, 100, 150]), (75, 50, [50, 75]),
-    (4, 1, [1, 2, 3, 4]), (5, 2, [2, 4, 5]), (1, 50, [1])])
+    (56, 50, [56]), (44, 50, [44]), (101, 50, [50, 101]), (80, 50, [50, 80]), (150, 50, [50, 100, 150]),
+    (75, 50, [50, 75]), (4, 1, [1, 2, 3, 4]), (5, 2, [2, 4, 5]), (1, 50, [1])])
 def test_epoch_ends_with_one_report(steps_per_epoch, freq, expected):
-    due = [step for step in range(1, steps_per_epoch + 1) if engine.is_report_due(step, steps_per_epoch, freq)]
+    steps = range(1, steps_per_epoch + 1)
+    due = [step for step in steps if engine.is_report_due(step, steps_per_epoch, freq)]
     assert due == expected

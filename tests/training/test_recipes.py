@@ -15,18 +15,24 @@ from training import builders, engine, optim
 
 CONFIGS = os.path.join(ROOT, 'configs')
 RECIPES = sorted(name for name in os.listdir(CONFIGS) if name.startswith('_') and name != '_halonet_h.yaml')
-PUBLISHED = {                               # by arXiv 2110.00476 (A1), timm's training docs, PaddleViT's configs
-    '_a1h.yaml': {'OPTIMIZER': 'lamb', 'BASE_LR': 0.005, 'LR_BATCH': 2048, 'WEIGHT_DECAY': 0.01, 'NUM_EPOCHS': 600,
-                  'WARMUP_EPOCHS': 5, 'END_LR': 1e-6, 'LOSS': 'bce', 'SMOOTHING': 0.1, 'MIXUP_ALPHA': 0.2, 'CUTMIX_ALPHA': 1.0,
-                  'AUG_REPEATS': 3, 'LR_SCHEDULE': 'cosine'},
-    '_ra.yaml': {'OPTIMIZER': 'rmsprop', 'EPS': 0.001, 'LR_SCHEDULE': 'step', 'DECAY_EPOCHS': 2.4, 'DECAY_RATE': 0.97,
-                 'NUM_EPOCHS': 450, 'WEIGHT_DECAY': 1e-5, 'EMA_DECAY': 0.9999, 'AUTO_AUGMENT': 'rand-m9-mstd0.5',
-                 'RANDOM_ERASE_PROB': 0.2, 'BASE_LR': 0.048, 'LR_BATCH': 768, 'WARMUP_LR': 1e-6},
-    '_c1.yaml': {'OPTIMIZER': 'sgd', 'CLIP_MODE': 'agc', 'LR_SCHEDULE': 'cosine', 'BASE_LR': 0.6, 'LR_BATCH': 1536,
-                 'WEIGHT_DECAY': 1e-4, 'NUM_EPOCHS': 240, 'WARMUP_EPOCHS': 5, 'AUTO_AUGMENT': 'rand-m7-mstd0.5-inc1'},
-    '_paddlevit.yaml': {'OPTIMIZER': 'adamw', 'BASE_LR': 0.003, 'LR_BATCH': 128, 'WEIGHT_DECAY': 0.3, 'NUM_EPOCHS': 300,
-                        'WARMUP_EPOCHS': 3, 'GRAD_CLIP': 0, 'MIXUP_ALPHA': 0.8, 'CUTMIX_ALPHA': 1.0, 'RANDOM_ERASE_PROB': 0.25},
-    '_imagenet.yaml': {'OPTIMIZER': 'adamw', 'BASE_LR': 0.00125, 'LR_BATCH': 512, 'WEIGHT_DECAY': 0.04, 'NUM_EPOCHS': 300},
+PUBLISHED = {                                # by arXiv 2110.00476 (A1), timm's docs, PaddleViT's configs
+    '_a1h.yaml': {
+        'OPTIMIZER': 'lamb', 'BASE_LR': 0.005, 'LR_BATCH': 2048, 'WEIGHT_DECAY': 0.01, 'NUM_EPOCHS': 600,
+        'WARMUP_EPOCHS': 5, 'END_LR': 1e-6, 'LOSS': 'bce', 'SMOOTHING': 0.1, 'MIXUP_ALPHA': 0.2,
+        'CUTMIX_ALPHA': 1.0, 'AUG_REPEATS': 3, 'LR_SCHEDULE': 'cosine'},
+    '_ra.yaml': {
+        'OPTIMIZER': 'rmsprop', 'EPS': 0.001, 'LR_SCHEDULE': 'step', 'DECAY_EPOCHS': 2.4, 'DECAY_RATE': 0.97,
+        'NUM_EPOCHS': 450, 'WEIGHT_DECAY': 1e-5, 'EMA_DECAY': 0.9999, 'AUTO_AUGMENT': 'rand-m9-mstd0.5',
+        'RANDOM_ERASE_PROB': 0.2, 'BASE_LR': 0.048, 'LR_BATCH': 768, 'WARMUP_LR': 1e-6},
+    '_c1.yaml': {
+        'OPTIMIZER': 'sgd', 'CLIP_MODE': 'agc', 'LR_SCHEDULE': 'cosine', 'BASE_LR': 0.6, 'LR_BATCH': 1536,
+        'WEIGHT_DECAY': 1e-4, 'NUM_EPOCHS': 240, 'WARMUP_EPOCHS': 5, 'AUTO_AUGMENT': 'rand-m7-mstd0.5-inc1'},
+    '_paddlevit.yaml': {
+        'OPTIMIZER': 'adamw', 'BASE_LR': 0.003, 'LR_BATCH': 128, 'WEIGHT_DECAY': 0.3, 'NUM_EPOCHS': 300,
+        'WARMUP_EPOCHS': 3, 'GRAD_CLIP': 0, 'MIXUP_ALPHA': 0.8, 'CUTMIX_ALPHA': 1.0,
+        'RANDOM_ERASE_PROB': 0.25},
+    '_imagenet.yaml': {
+        'OPTIMIZER': 'adamw', 'BASE_LR': 0.00125, 'LR_BATCH': 512, 'WEIGHT_DECAY': 0.04, 'NUM_EPOCHS': 300},
 }
 
 
@@ -42,10 +48,12 @@ def combined(folder, recipe, model='halonet_50ts_256.yaml'):
 def test_recipe_has_the_published_options_and_overrides_another(recipe, tmp_path):
     alone, config = get_config(os.path.join(CONFIGS, recipe)), get_config(combined(tmp_path, recipe))
     assert {key: alone.TRAIN[key] for key in PUBLISHED[recipe]} == PUBLISHED[recipe]
-    assert config.TRAIN == alone.TRAIN and config.DATA.BATCH_SIZE == alone.DATA.BATCH_SIZE  # nothing of _imagenet.yaml stays
+    assert config.TRAIN == alone.TRAIN                                       # nothing of _imagenet.yaml stays
+    assert config.DATA.BATCH_SIZE == alone.DATA.BATCH_SIZE
     assert (config.MODEL.DROPOUT, config.MODEL.DROPPATH) == (alone.MODEL.DROPOUT, alone.MODEL.DROPPATH)
     assert config.MODEL.NAME == 'halonet_50ts' and config.MODEL.HALO_SIZE == 3
-    assert config.DATA.CROP_PCT == (0.95 if recipe == '_imagenet.yaml' else 0.94)           # the other recipes leave the model's
+    crop_pct = 0.95 if recipe == '_imagenet.yaml' else 0.94                  # the others leave the model's
+    assert config.DATA.CROP_PCT == crop_pct
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
@@ -90,9 +98,11 @@ def test_every_recipe_trains(recipe, images, tmp_path):
     assert len(train) == 6 and all(math.isfinite(record['loss']) for record in train)
     published = PUBLISHED[recipe]
     assert train[3]['lr'] == pytest.approx(published['BASE_LR'] * 8 / published['LR_BATCH'], abs=1e-8)
-    assert results.keys() == ({'val', 'val_ema'} if get_config(os.path.join(CONFIGS, recipe)).TRAIN.EMA_DECAY else {'val'})
+    averages = get_config(os.path.join(CONFIGS, recipe)).TRAIN.EMA_DECAY > 0
+    assert results.keys() == ({'val', 'val_ema'} if averages else {'val'})
     for name in results:
-        assert all(np.isfinite(value).all() for value in weights_of(tmp_path / 'run', f'final{name[3:]}.pdparams').values())
+        weights = weights_of(tmp_path / 'run', f'final{name[3:]}.pdparams')
+        assert all(np.isfinite(value).all() for value in weights.values())
 
 
 LEARNING = ['TRAIN.NUM_EPOCHS', 20, 'TRAIN.CROP_SCALE', [0.8, 1.0], 'TRAIN.LR_BATCH', 0]
@@ -104,11 +114,12 @@ def test_other_optimizers_learn(name, lr, images, tmp_path):
     assert run(images, tmp_path, None, *LEARNING, *opts)['val']['acc1'] > 90
 
 
-EVERYTHING = ['MODEL.FREEZE_NORM', True, 'TRAIN.OPTIMIZER', 'lamb', 'TRAIN.EPS', 1e-3, 'TRAIN.LOSS', 'bce',
-              'TRAIN.BCE_THRESHOLD', 0.2, 'TRAIN.AUG_REPEATS', 3, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0,
-              'TRAIN.RANDOM_ERASE_PROB', 0.5, 'TRAIN.AUTO_AUGMENT', 'v0-mstd0.5', 'TRAIN.CLIP_MODE', 'agc',
-              'TRAIN.GRAD_CLIP', 0.1, 'TRAIN.LAYER_DECAY', 0.8, 'TRAIN.LR_SCHEDULE', 'step', 'TRAIN.DECAY_EPOCHS', 0.5,
-              'TRAIN.EMA_DECAY', 0.9, 'TRAIN.EMA_WARMUP', 0.7, 'TRAIN.BASE_LR', 0.01]
+EVERYTHING = [
+    'MODEL.FREEZE_NORM', True, 'TRAIN.OPTIMIZER', 'lamb', 'TRAIN.EPS', 1e-3, 'TRAIN.LOSS', 'bce',
+    'TRAIN.BCE_THRESHOLD', 0.2, 'TRAIN.AUG_REPEATS', 3, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0,
+    'TRAIN.RANDOM_ERASE_PROB', 0.5, 'TRAIN.AUTO_AUGMENT', 'v0-mstd0.5', 'TRAIN.CLIP_MODE', 'agc',
+    'TRAIN.GRAD_CLIP', 0.1, 'TRAIN.LAYER_DECAY', 0.8, 'TRAIN.LR_SCHEDULE', 'step',
+    'TRAIN.DECAY_EPOCHS', 0.5, 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.EMA_WARMUP', 0.7, 'TRAIN.BASE_LR', 0.01]
 
 
 def compare(one, other, tolerance):
@@ -120,15 +131,16 @@ def compare(one, other, tolerance):
 @pytest.mark.parametrize('mode', ['elem', 'pair', 'half'])
 def test_accumulated_step_equals_one_pass(mode, images, tmp_path):
     run(images, tmp_path / 'one', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode)
-    run(images, tmp_path / 'two', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2)
+    run(images, tmp_path / 'two', None, *EVERYTHING, 'TRAIN.MIXUP_MODE', mode, 'DATA.BATCH_SIZE', 4,
+        'TRAIN.ACCUM_ITER', 2)
     assert len(records(tmp_path / 'one', 'train')) == len(records(tmp_path / 'two', 'train')) == 6
     compare(tmp_path / 'one', tmp_path / 'two', 1e-5)
 
 
 def test_ema_warmup_begins_with_the_first_step(images, tmp_path):
-    """One step, after which the average is the weights, whatever EMA_DECAY says; and two, after which it is not."""
-    opts = ['DATA.BATCH_SIZE', 24, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 0.1, 'TRAIN.END_LR', 0.1, 'TRAIN.EMA_DECAY', 0.999,
-            'TRAIN.EMA_WARMUP', 0.7]
+    """After one step the average is the weights, whatever EMA_DECAY is; after two it is not."""
+    opts = ['DATA.BATCH_SIZE', 24, 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 0.1, 'TRAIN.END_LR', 0.1,
+            'TRAIN.EMA_DECAY', 0.999, 'TRAIN.EMA_WARMUP', 0.7]
     for epochs in (1, 2):
         folder = tmp_path / str(epochs)
         run(images, folder, None, *opts, 'TRAIN.NUM_EPOCHS', epochs)
@@ -137,16 +149,19 @@ def test_ema_warmup_begins_with_the_first_step(images, tmp_path):
 
 
 def test_training_is_built_from_the_options(images):
-    config = get_config(None, [*TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
-                               'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
+    config = get_config(None, [
+        *TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
+        'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
     training = builders.build_training(config, build_halonet(config), 'cpu')
     assert training.mix == mixing.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
     assert (training.loader.sampler.repeats, training.loader.sampler.step_size) == (3, 24)
     logits, targets = paddle.randn([2, 4]), paddle.to_tensor([[0.1, 0.9, 0, 0], [0.3, 0.3, 0.4, 0]])
-    assert training.loss(logits, targets).tolist() == optim.binary_cross_entropy(logits, targets, 0.2).tolist()
-    assert training.loss(logits, targets).tolist() != optim.binary_cross_entropy(logits, targets).tolist()
+    losses = training.loss(logits, targets).tolist()
+    assert losses == optim.binary_cross_entropy(logits, targets, 0.2).tolist()
+    assert losses != optim.binary_cross_entropy(logits, targets).tolist()
     assert training.clip.keywords == {'limit': 0.1, 'mode': 'agc'}
-    assert training.lr_at.keywords['schedule'] == 'step' and training.ema.decay_at(1) == pytest.approx(1 - 2 ** -0.7)
+    assert training.lr_at.keywords['schedule'] == 'step'
+    assert training.ema.decay_at(1) == pytest.approx(1 - 2 ** -0.7)
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ HARMFUL = {
     'another name': lambda text: text.replace(b'1.png', b'./1.png', 1),
     'a line less': lambda text: text[text.index(b'\n') + 1:],
     'a line more': lambda text: text + text[:text.index(b'\n') + 1],
-    'a letter that moves to the next name': lambda text: text.replace(b'0.png 0\ntrain/1', b'0.pngt 0\nrain/1'),
+    'a letter that moves to the next name':
+        lambda text: text.replace(b'0.png 0\ntrain/1', b'0.pngt 0\nrain/1'),
 }
 
 
@@ -94,7 +95,8 @@ def test_lists_are_hashed_in_parts(images, monkeypatch):
 def test_other_number_of_epochs_is_explained(images, whole, tmp_path):
     for epochs in (3, 9):
         with pytest.raises(ValueError) as error:
-            run(images, tmp_path / 'run', 'TRAIN.NUM_EPOCHS', epochs, 'MODEL.RESUME', checkpoint.steps(whole)[0])
+            run(images, tmp_path / 'run', 'TRAIN.NUM_EPOCHS', epochs,
+                'MODEL.RESUME', checkpoint.steps(whole)[0])
         text = str(error.value)
         assert f'TRAIN.NUM_EPOCHS was 2, is {epochs}.' in text and '\n' not in text
         assert f'-pretrained {whole}/final.pdparams' in text and 'MODEL.RESUME_FORCE True' in text
