@@ -1,6 +1,6 @@
 """Build the parts of a run from its config: Start, Evaluation, Training, Saver, RunFolder.
 
-Below these functions nothing knows the config: everything else gets the values that it needs.
+Only these functions and engine.run read the config. All others get the values that they need.
 """
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Autocast = Callable[[], AbstractContextManager]     # makes the context of a for
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a checkpoint, at pretrained weights, or at fresh ones."""
+    """The start of a run: from a checkpoint, from pretrained weights, or from fresh ones."""
     resume: str                                     # a checkpoint; auto: the newest good one; or ''
     pretrained: str                                 # a weight file, a name of the hub, or ''
     ema: bool                                       # take the moving average of the weights
@@ -43,7 +43,7 @@ class Start:
 
 @dataclass
 class Evaluation:
-    """What an evaluation needs beside the model."""
+    """The parts of an evaluation, apart from the model."""
     loader: datasets.Loader
     to_input: Callable                              # uint8 images -> network input
     autocast: Autocast
@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass
 class Training:
-    """What a training run consists of, and the numbers that follow from it."""
+    """The parts of a training run, and the numbers that follow from them."""
     model: nn.Layer
     parallel: nn.Layer                              # the same network, with gradients of all processes
     optimizer: paddle.optimizer.Optimizer
@@ -66,7 +66,7 @@ class Training:
     loss: optim.Loss
     autocast: Autocast
     monitor: Monitor
-    lr_at: Callable[[int], float]                 # optimizer step -> learning rate
+    lr_at: Callable[[int], float]                   # optimizer step -> learning rate
     seed: int
     epochs: int
     accum: int                                      # forward passes per optimizer step
@@ -89,10 +89,10 @@ class Training:
 
 @dataclass
 class Saver:
-    """When and where checkpoints are written."""
+    """The schedule of the checkpoints, their folder, and the facts that they hold."""
     folder: str
-    facts: dict                                     # what decides the results, see checkpoint.facts
-    older_facts: dict                               # those that earlier versions wrote differently
+    facts: dict                                     # those of checkpoint.facts
+    older_facts: dict                               # values that earlier versions wrote for them
     stop: Stop
     freq: int                                       # epochs between checkpoints
     steps: int                                      # optimizer steps between them; 0: no limit
@@ -123,7 +123,7 @@ def build_model(config: CfgNode) -> nn.Layer:
 
 
 def build_start(config: CfgNode) -> Start:
-    """Return where the run begins, as MODEL and TRAIN.LAST_EPOCH say."""
+    """Return the start that MODEL.RESUME, MODEL.PRETRAINED and TRAIN.LAST_EPOCH describe."""
     model = config.MODEL
     return Start(
         resume=model.RESUME, pretrained=model.PRETRAINED, ema=model.PRETRAINED_EMA, force=model.RESUME_FORCE,
@@ -146,8 +146,6 @@ def build_columns(config: CfgNode, device: str) -> dict[str, Any]:
 
 def build_autocast(config: CfgNode, device: str) -> Autocast:
     """Return what makes the context of a forward pass: mixed precision with AMP on a GPU, else none."""
-    if config.AMP and device == 'cpu':
-        log.info('-amp: mixed precision needs a GPU; going on in float32')
     if not config.AMP or device == 'cpu':
         return nullcontext
     return partial(paddle.amp.auto_cast, level='O1', dtype=config.AMP_DTYPE)
@@ -244,7 +242,7 @@ def build_input(config: CfgNode) -> Callable[[paddle.Tensor, paddle.Tensor, int]
 
 
 def build_saver(config: CfgNode, training: Training, folder: str, stop: Stop) -> Saver:
-    """Return when and where the checkpoints of `training` are written, and the facts that they hold."""
+    """Return the Saver of a training, as the SAVE options say."""
     samples = training.loader.dataset.samples
     images_per_step = config.DATA.BATCH_SIZE * utils.world_size() * training.accum
     derived = {'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)': images_per_step,

@@ -3,9 +3,9 @@ import hashlib
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
 from system import files
 import utils
@@ -31,8 +31,7 @@ CONTENT = {'model', 'ema', 'optimizer', 'scaler', 'progress', 'ranks', 'facts'}
 
 @dataclass
 class Progress:
-    """How far a training run is."""
-
+    """The progress of a training run: epochs and steps done, best results, running totals."""
     epoch: int = 0                                  # epochs done, evaluation and all
     step: int = 0                                   # optimizer steps done
     steps_of_epoch: int = 0                         # those in the epoch under way
@@ -293,18 +292,19 @@ def facts(options: Mapping[str, Any], **derived: Any) -> dict[str, Any]:
     return {**deciding, **derived}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], older: Iterable = ()) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any],
+                older: Optional[Mapping[str, Any]] = None) -> list[str]:
     """Return a text for each of the facts that changed.
 
     An option that `before` lacks, because it is newer, had its default. older: values that earlier
     versions wrote for some facts.
     """
-    also_right = dict(older)
+    older = older or {}
     before = {**{key: value for key, value in defaults().items() if key in now}, **before}
     texts = []
     for key in {**before, **now}:
         old, new = before.get(key, 'not there'), now.get(key, 'not there')
-        if before.get(key) == now.get(key) or (key in also_right and old == also_right[key]):
+        if before.get(key) == now.get(key) or (key in older and old == older[key]):
             continue
         texts.append(f'{shown(key)} was {shown(str(old), 200)}, is {new}')
     return texts

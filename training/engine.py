@@ -50,10 +50,11 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
     with utils.reserved(path):
         with utils.undone_by_mistakes(path, made):
             utils.setup_logger(path)
-            log_start(path, device, chosen=config.DEVICE != 'auto')
+            log_start(path, device, chosen=config.DEVICE != 'auto', amp=config.AMP)
             num_classes = builders.count_classes(config.MODEL.NUM_CLASSES, config.DATA.DATA_PATH)
             config = changed(config, 'MODEL.NUM_CLASSES', num_classes)
-            folder, metrics = builders.build_run_folder(config, device, path), Metrics(path)
+            folder = builders.build_run_folder(config, device, path)
+            metrics = Metrics(path)
             start = builders.build_start(config)
             evaluation = builders.build_evaluation(config, device, path, stop)
             model = builders.build_model(config)
@@ -78,11 +79,13 @@ def main(config: CfgNode, stop: Stop) -> None:
     run(config, stop)
 
 
-def log_start(folder: str, device: str, chosen: bool) -> None:
-    """Log what runs where, and how it was started. chosen: the user has named the device."""
+def log_start(folder: str, device: str, *, chosen: bool, amp: bool) -> None:
+    """Log what runs where, and how it was started. chosen, amp: the user asked for this device, for -amp."""
     log.debug('started by: %s', records.command())
     if device == 'cpu' and not chosen:
         log.info('no GPU: running on the CPU')
+    if device == 'cpu' and amp:
+        log.info('-amp: mixed precision needs a GPU; going on in float32')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(),
              paddle.__version__, device, utils.world_size())
 

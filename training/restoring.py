@@ -31,12 +31,12 @@ def load_weights(model: nn.Layer, path: str, *, ema: bool, options: Mapping[str,
 
     ema: take the moving average of a checkpoint. options: all of the config, by their keys.
     """
-    with model_named(path, options):
+    with misfit_explained(path, options):
         weights.load_pretrained(model, path, ema=ema, fine_tune=fine_tune)
 
 
 @contextmanager
-def model_named(path: str, options: Mapping[str, Any]) -> Iterator[None]:
+def misfit_explained(path: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Add to the error about weights that do not fit the model which options of theirs differ."""
     try:
         yield
@@ -67,7 +67,7 @@ def load_for_evaluation(model: nn.Layer, start: Start, folder: str) -> str:
     """Load the weights that -resume names, or else -pretrained. Returns their path."""
     path, state = find_checkpoint(start.resume, folder)
     if path:
-        with model_named(path, start.options):
+        with misfit_explained(path, start.options):
             load_state(model, state, path, ema=start.ema)
     elif start.resume:
         raise ValueError(f'-eval -resume auto: {folder} holds no good checkpoint')

@@ -1,4 +1,4 @@
-"""What a start records in its run folder: config.yaml, machine.json and class_names.txt."""
+"""The files that describe a start in its run folder: config.yaml, machine.json and class_names.txt."""
 import os
 from dataclasses import dataclass
 from typing import Optional
@@ -13,7 +13,7 @@ from training.records import harmless, write_machine
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The run folder at `path`, and what a start records there beside its results."""
+    """The run folder at `path`, and the description of a start that is written there."""
     path: str
     device: str                                     # cpu or gpu
     config: str                                     # the text of config.yaml

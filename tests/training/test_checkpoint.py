@@ -116,7 +116,7 @@ def rewrite(path, content):
 
 @pytest.mark.parametrize('content', [{**state(0), 'facts': {'SEED': NESTED}}, NESTED])
 def test_checkpoint_of_endless_values_is_refused(tmp_path, content):
-    """Python itself would take ages to compare or to show them."""
+    """Comparing or printing them would take Python ages."""
     path = tmp_path / 'a.pdckpt'
     rewrite(path, {**state_as_arrays(), 'facts': content['facts']} if isinstance(content, dict) else content)
     message = f'^{path}: .*nested deeper than 50 levels, or holds more than 200000 values'

@@ -1,4 +1,4 @@
-"""What is shown of a training: the progress line, and the waiting for data."""
+"""The progress lines of training and evaluation, and the warning about waiting for data."""
 import contextlib
 import io
 import re
@@ -21,7 +21,7 @@ def images(tmp_path_factory):
 # ---- waiting for data
 
 class Clock:
-    """Time that passes only when told to."""
+    """A clock that a test sets."""
 
     def __init__(self):
         self.now = 0.0
@@ -42,7 +42,7 @@ def make_monitor(clock, **changes):
 
 
 def stretch(watch, clock, wait, work, steps=5):
-    """An epoch of `steps` steps with one report at its end; returns the share."""
+    """Run an epoch of `steps` steps with one report at its end. Returns the fraction of time spent waiting."""
     start = clock.now
     for _ in watch.batches(clock.loader(wait, steps), Progress()):
         clock.now += work
@@ -60,9 +60,9 @@ def test_data_wait_is_the_time_until_a_batch_comes():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(progress.log, 'warning', lambda text, *args: said.append(text % args))
-    return said
+    logged = []
+    monkeypatch.setattr(progress.log, 'warning', lambda text, *args: logged.append(text % args))
+    return logged
 
 
 def test_data_wait_is_warned_of_once_and_again_when_much_worse(warnings):
