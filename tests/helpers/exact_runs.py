@@ -15,6 +15,11 @@ CHANCE = ['TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.EMA_DECAY'
 STEPS = 20                                          # of such a run: 4 epochs of 5 steps of 2 x 2 images
 TWO = [*CHANCE, 'SAVE_STEPS', 2, 'SAVE_KEEP', 3, 'DATA.NUM_WORKERS', 1, 'DATA.BATCH_SIZE', 1,
        'TRAIN.NUM_EPOCHS', 6, 'MODEL.RESUME', 'auto']        # on two processes: 30 steps of 2 x 2 images
+EVERYTHING = [
+    'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
+    'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.ACCUM_ITER', 2,
+    'DATA.BATCH_SIZE', 3, 'MODEL.DROPOUT', 0.2, 'MODEL.DROPPATH', 0.2, 'TRAIN.GRAD_CLIP', 1.0,
+    'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 10]         # 4 epochs of 3 steps of 2 x 3 images
 TIMED = ('images_per_s', 'data_wait')               # what differs from run to run in a record
 
 

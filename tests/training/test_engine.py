@@ -12,7 +12,8 @@ import utils
 import numpy as np
 import paddle
 import pytest
-from runs import TINY, make_images, options, program, records
+from exact_runs import EVERYTHING, run, untimed_records
+from runs import TINY, options, program, records
 
 import datasets
 from config import get_config
@@ -20,32 +21,9 @@ from halonet import build_halonet
 from model import safe_pickle
 from training import builders, checkpoint, engine, optim
 
-EVERYTHING = [
-    'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.CUTMIX_ALPHA', 1.0, 'TRAIN.RANDOM_ERASE_PROB', 0.5,
-    'TRAIN.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1', 'TRAIN.EMA_DECAY', 0.9, 'TRAIN.ACCUM_ITER', 2,
-    'DATA.BATCH_SIZE', 3,
-    'MODEL.DROPOUT', 0.2, 'MODEL.DROPPATH', 0.2, 'TRAIN.GRAD_CLIP', 1.0]
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
-
-
-def run(images, output, *opts):
-    return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(output), *opts]))
-
 
 def weights_of(folder, name='final.pdparams'):
     return {key: value.numpy() for key, value in paddle.load(os.path.join(folder, name)).items()}
-
-
-@pytest.fixture(scope='module')
-def full_run(images, tmp_path_factory):
-    """Four epochs with every source of chance on, all checkpoints kept."""
-    folder = tmp_path_factory.mktemp('full') / 'run'
-    run(images, folder, *EVERYTHING, 'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 10)
-    return folder
 
 
 def test_run_writes_weights_metrics_config_and_log(images, tmp_path):
@@ -170,7 +148,7 @@ def test_resuming_at_an_epoch_gives_the_same_bytes(images, full_run, tmp_path):
     os.remove(paths[0])
     with open(paths[1], 'r+b') as file:
         file.truncate(1000)
-    run(images, tmp_path, *EVERYTHING, 'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 10, 'MODEL.RESUME', 'auto',
+    run(images, tmp_path, *EVERYTHING, 'MODEL.RESUME', 'auto',
         'DATA.NUM_WORKERS', 2)
     assert f'{os.path.basename(paths[1])}: this is no checkpoint' in (tmp_path / 'log.txt').read_text()
     for name in ('final.pdparams', 'final_ema.pdparams', 'best.pdparams'):
@@ -179,23 +157,16 @@ def test_resuming_at_an_epoch_gives_the_same_bytes(images, full_run, tmp_path):
     assert untimed_records(full_run) == untimed_records(tmp_path)
 
 
-def untimed_records(folder):
-    found = records(folder)
-    for record in found:
-        del record['images_per_s']
-        record.pop('data_wait', None)
-    return found
-
-
 def test_last_epoch_moves_the_start(images, full_run, tmp_path):
-    run(images, tmp_path, *EVERYTHING, 'TRAIN.NUM_EPOCHS', 4, 'TRAIN.LAST_EPOCH', 3,
+    run(images, tmp_path, *EVERYTHING, 'TRAIN.LAST_EPOCH', 3,
         'MODEL.RESUME', checkpoint.steps(full_run)[2])
     assert {r['epoch'] for r in records(tmp_path)} == {4}
 
 
-def test_folder_with_a_run_is_not_overwritten(images, full_run):
+def test_folder_with_a_run_is_not_overwritten(images, full_run, tmp_path):
+    shutil.copytree(full_run / 'checkpoints', tmp_path / 'checkpoints')
     with pytest.raises(ValueError, match='holds a run already'):
-        run(images, full_run)
+        run(images, tmp_path)
 
 
 def test_accumulated_batches_equal_one_batch(images, tmp_path):
@@ -356,7 +327,7 @@ def test_unreadable_image_stops_every_process(images, tmp_path):
 
 def test_traced_training_equals_eager_training(images, full_run, tmp_path):
     """With every source of chance on, from the start and from the checkpoint of an eager run."""
-    opts = [*EVERYTHING, 'TRAIN.NUM_EPOCHS', 4, 'TRAIN.TO_STATIC', True]
+    opts = [*EVERYTHING, 'TRAIN.TO_STATIC', True]
     run(images, tmp_path / 'run', *opts)
     eager, traced = ([r['loss'] for r in records(folder, 'train')] for folder in (full_run, tmp_path / 'run'))
     assert traced == pytest.approx(eager, rel=1e-4)

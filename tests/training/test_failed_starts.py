@@ -19,11 +19,6 @@ MISTAKES = {
     'a policy that is none': ['TRAIN.AUTO_AUGMENT', 'rand-x']}
 
 
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
-
-
 def start(images, *opts):
     return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, *opts]))
 

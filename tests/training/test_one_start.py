@@ -6,16 +6,11 @@ from tools import cli, eval_all, predict
 
 import pytest
 import yaml
-from runs import TINY, make_images, options, program, records
+from runs import TINY, options, program, records
 
 from config import OF_ONE_START, dump_run, flatten, get_config, parse_args
 from reporting import page, runs
 from training import checkpoint, engine
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
 
 
 def start(images, output, *opts, cfg=None):

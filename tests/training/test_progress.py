@@ -7,16 +7,10 @@ import utils
 
 import paddle
 import pytest
-from runs import TINY, make_images, options, program
+from runs import TINY, options, program
 
 from training import engine, progress
 from training.checkpoint import Progress
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
-
 
 # ---- waiting for data
 

@@ -9,32 +9,13 @@ import sys
 import numpy as np
 import paddle
 import pytest
-from runs import TINY, make_images, options, program, records
+from exact_runs import EVERYTHING, run
+from runs import TINY, options, program, records
 from tensorboardX.proto import event_pb2
 
-from config import get_config
 from reporting import report
-from training import checkpoint, engine
+from training import checkpoint
 from training import records as run_records
-
-CURVED = ['TRAIN.EMA_DECAY', 0.9, 'TRAIN.NUM_EPOCHS', 4, 'SAVE_KEEP', 10]
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
-
-
-def run(images, output, *opts):
-    return engine.run(get_config(None, [*TINY, 'DATA.DATA_PATH', images, 'OUTPUT', str(output), *opts]))
-
-
-@pytest.fixture(scope='module')
-def full_run(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('full') / 'run'
-    run(images, folder, *CURVED)
-    return folder
-
 
 # ---- records
 
@@ -111,7 +92,7 @@ def test_resumed_run_replaces_later_curves(images, full_run, tmp_path):
     for path in checkpoint.steps(tmp_path / 'run')[:2]:
         os.remove(path)
     os.remove(tmp_path / 'run' / 'final.pdparams')
-    run(images, tmp_path / 'run', *CURVED, 'MODEL.RESUME', 'auto')
+    run(images, tmp_path / 'run', *EVERYTHING, 'MODEL.RESUME', 'auto')
     same_as_the_records(tmp_path / 'run')
     assert len(os.listdir(tmp_path / 'run' / 'tensorboard' / 'train')) == 2
 

@@ -4,16 +4,11 @@ import os
 import shutil
 
 import pytest
-from runs import TINY, make_images
+from runs import TINY
 
 from config import get_config
 from data import list_file
 from training import checkpoint, engine
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
 
 
 def run(images, output, *opts):
