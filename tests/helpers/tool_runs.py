@@ -8,6 +8,8 @@ import pytest
 from runs import TINY, make_images
 
 from config import get_config
+from data import class_names
+from data.list_file import read_list
 from halonet import build_halonet
 
 NAMES = ['red <b>', 'green', 'blue "&"', 'grey']    # of the classes
@@ -18,6 +20,13 @@ def call(tool, *words):
     with pytest.raises(SystemExit) as stop:
         tool.parser().run(tool.main, [str(word) for word in words])
     return stop.value.code
+
+
+def entries(folder, part):
+    """Return the (path, label) pairs of a list in a folder, as training reads it."""
+    classes = len(class_names.read_names(folder / 'class_names.txt'))
+    samples = read_list(str(folder / f'{part}_list.txt'), str(folder), classes)
+    return [(samples.name(i), int(samples.labels[i])) for i in range(len(samples))]
 
 
 class Untrained(NamedTuple):

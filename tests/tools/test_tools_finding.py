@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 from runs import program
-from test_tools_lists import entries, tool
+from tool_runs import call, entries
 
 
 def save(path, kind='JPEG', value=0):
@@ -37,7 +37,7 @@ def test_links_are_followed_without_duplicates_or_loops(tmp_path, capsys):
     os.symlink('../dog/0.jpg', tmp_path / 'dog' / 'again.jpg')
     os.symlink('nowhere', tmp_path / 'dog' / 'gone.jpg')
     os.mkfifo(tmp_path / 'dog' / 'pipe.jpg')
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert listed(tmp_path) == expected
     out = capsys.readouterr().out
     for text in ('folders linked again (4)', 'images linked again (1)', 'broken links (1)',
@@ -51,7 +51,7 @@ def test_links_to_other_folders_are_followed_once(tmp_path):
     for name, target in (('x', 'a'), ('y', 'b'), ('z', 'a')):
         os.symlink(tmp_path / 'store' / target, tmp_path / 'data' / name)
     os.symlink(tmp_path / 'store', tmp_path / 'store' / 'a' / 'loop')
-    assert tool(make_lists, tmp_path / 'data') == 0
+    assert call(make_lists, tmp_path / 'data') == 0
     assert listed(tmp_path / 'data') == sorted(f'{name}/{i}.jpg' for name in 'xy' for i in range(3))
 
 
@@ -62,14 +62,14 @@ def test_linked_images_are_listed_once(tmp_path):
         for i in range(3):
             os.symlink(tmp_path / 'store' / name / f'{i}.jpg', tmp_path / 'data' / name / f'{i}.jpg')
     os.symlink(tmp_path / 'store' / 'cat' / '0.jpg', tmp_path / 'data' / 'cat' / 'same.jpg')
-    assert tool(make_lists, tmp_path / 'data') == 0
+    assert call(make_lists, tmp_path / 'data') == 0
     assert listed(tmp_path / 'data') == sorted(f'{name}/{i}.jpg' for name in ('cat', 'dog') for i in range(3))
 
 
 def test_val_that_links_to_train_is_refused(tmp_path, capsys):
     animals(tmp_path / 'train')
     os.symlink('train', tmp_path / 'val')
-    assert tool(make_lists, tmp_path) == 2
+    assert call(make_lists, tmp_path) == 2
     assert 'folders linked again (1)' in capsys.readouterr().err
 
 
@@ -84,7 +84,7 @@ def test_content_decides_for_unknown_endings(tmp_path, capsys):
         for name in ('notes.txt', 'more.txt', 'Thumbs.db', 'README'):
             (tmp_path / folder / name).write_text('BM no image')
         (tmp_path / folder / 'drawing.eps').write_text('%!PS-Adobe-3.0 EPSF-3.0\n')
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert listed(tmp_path) == sorted(f'{folder}/{name}' for folder in ('cat', 'dog') for name in names)
     out = capsys.readouterr().out
     assert 'left out: .txt (4), ' in out
@@ -97,7 +97,7 @@ def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
                  'dog/.ipynb_checkpoints/0.jpg',
                  'dog/._0.jpg', '.git/x.jpg'):
         save(tmp_path / name)
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert listed(tmp_path) == expected and (tmp_path / 'class_names.txt').read_text() == 'cat\ndog\n'
     out = capsys.readouterr().out
     for text in ('in @eaDir', 'in .thumbnails', 'in __MACOSX', 'in .ipynb_checkpoints', 'hidden', 'in .git'):
@@ -110,7 +110,7 @@ def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
 def test_all_names_of_splits_are_accepted(tmp_path, train, val):
     for part in (train, val):
         animals(tmp_path / part)
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert {path.split('/')[0] for path, _ in entries(tmp_path, 'train')} == {train}
     assert {path.split('/')[0] for path, _ in entries(tmp_path, 'val')} == {val}
     assert (tmp_path / 'class_names.txt').read_text() == 'cat\ndog\n'
@@ -119,7 +119,7 @@ def test_all_names_of_splits_are_accepted(tmp_path, train, val):
 def test_val_is_taken_before_test(tmp_path, capsys):
     for part in ('train', 'val', 'test', 'more'):
         animals(tmp_path / part)
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert {path.split('/')[0] for path, _ in entries(tmp_path, 'val')} == {'val'}
     assert 'folders that are not listed: more, test' in capsys.readouterr().out
 
@@ -138,7 +138,7 @@ def test_ambiguous_splits_and_classes_are_refused(tmp_path, capsys, folders, mes
         save(tmp_path / name / '0.jpg')
         save(tmp_path / name / '1.jpg')
     before = sorted(tmp_path.rglob('*'))
-    assert tool(make_lists, tmp_path) == 2
+    assert call(make_lists, tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
     assert sorted(tmp_path.rglob('*')) == before
@@ -147,7 +147,7 @@ def test_ambiguous_splits_and_classes_are_refused(tmp_path, capsys, folders, mes
 def test_class_named_train_is_accepted(tmp_path):
     for part in ('train', 'val'):
         animals(tmp_path / part, classes=('car', 'train'))
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert (tmp_path / 'class_names.txt').read_text() == 'car\ntrain\n'
 
 
@@ -157,7 +157,7 @@ def test_classes_without_images_are_named(tmp_path, capsys):
     (tmp_path / 'cow').mkdir()
     (tmp_path / 'cow' / 'a.heic').write_bytes(b'\0\0\0\x18ftypheic')
     save(tmp_path / 'loose.jpg')
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     out = capsys.readouterr().out
     assert 'classes without a validation image: bird' in out
     assert 'folders without images, which are no classes: cow' in out
@@ -169,7 +169,7 @@ def test_classes_without_images_are_named(tmp_path, capsys):
 def test_unusual_names_are_listed(tmp_path, name):
     animals(tmp_path)
     save(tmp_path / 'cat' / name)
-    assert tool(make_lists, tmp_path) == 0
+    assert call(make_lists, tmp_path) == 0
     assert f'cat/{name}' in listed(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_unusual_names_are_listed(tmp_path, name):
 def test_names_outside_the_list_format_are_refused(tmp_path, capsys, name):
     animals(tmp_path)
     shutil.copy(tmp_path / 'cat' / '0.jpg', os.path.join(tmp_path, 'cat', os.fsdecode(name)))
-    assert tool(make_lists, tmp_path) == 2
+    assert call(make_lists, tmp_path) == 2
     error = capsys.readouterr().err
     assert 'a list' in error and error.count('\n') == 1 and error.rstrip('\n').isprintable()
     assert not (tmp_path / 'train_list.txt').exists()
@@ -190,7 +190,7 @@ NOT_UTF_8 = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTH
 def test_lists_are_the_same_in_a_locale_without_utf_8(tmp_path):
     for name in ('Bär', '食'):
         animals(tmp_path / 'data' / name, classes=('ü', 'x'))
-    assert tool(make_lists, tmp_path / 'data') == 0
+    assert call(make_lists, tmp_path / 'data') == 0
     before = {path: path.read_bytes() for path in (tmp_path / 'data').glob('*.txt')}
     # it would refuse to write other lists
     done = program('tools/make_lists.py', tmp_path / 'data', **NOT_UTF_8)

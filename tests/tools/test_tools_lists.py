@@ -11,28 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from runs import make_images, program
-
-import datasets
-from data import class_names
-
-
-def tool(module, *words):
-    """The exit status of a tool's command line, and nothing that it should not catch."""
-    with pytest.raises(SystemExit) as stop:
-        module.parser().run(module.main, [str(word) for word in words])
-    return stop.value.code
+from tool_runs import call, entries
 
 
 def picture(path, value=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((8, 10, 3), value % 256, 'uint8')).save(path)
-
-
-def entries(folder, part):
-    classes = len(class_names.read_names(folder / 'class_names.txt'))
-    # as training reads it
-    samples = datasets.read_list(str(folder / f'{part}_list.txt'), str(folder), classes)
-    return [(samples.name(i), int(samples.labels[i])) for i in range(len(samples))]
 
 
 @pytest.fixture
@@ -50,7 +34,7 @@ def flowers(tmp_path):
 
 
 def test_folder_per_class_is_split_by_class(flowers, capsys):
-    assert tool(make_lists, flowers) == 0
+    assert call(make_lists, flowers) == 0
     assert 'train with -data_path' in capsys.readouterr().out
     train, val = entries(flowers, 'train'), entries(flowers, 'val')
     assert (flowers / 'class_names.txt').read_text() == 'aster\nred rose\ntulip\n'
@@ -64,15 +48,15 @@ def test_folder_per_class_is_split_by_class(flowers, capsys):
 
 
 def test_split_depends_on_the_seed_only(flowers):
-    tool(make_lists, flowers, '-val_share', '0.4')
+    call(make_lists, flowers, '-val_share', '0.4')
     first = entries(flowers, 'val')
     assert Counter(label for _, label in first) == {0: 4, 1: 2}
-    assert tool(make_lists, flowers, '--val_share=0.4') == 0                  # the same again is no conflict
-    assert tool(make_lists, flowers, '-val_share', '0.4', '-seed', 1, '-force') == 0
+    assert call(make_lists, flowers, '--val_share=0.4') == 0                  # the same again is no conflict
+    assert call(make_lists, flowers, '-val_share', '0.4', '-seed', 1, '-force') == 0
     assert entries(flowers, 'val') != first
     for part in ('train', 'val'):
         (flowers / f'{part}_list.txt').unlink()
-    tool(make_lists, flowers, '-val_share', 0.4)
+    call(make_lists, flowers, '-val_share', 0.4)
     assert entries(flowers, 'val') == first
 
 
@@ -110,7 +94,7 @@ def test_flat_val_gets_the_labels_of_its_file(imagenet, kind, lines):
     for text in (['1 n03', '2 n01', '3 n02'], ['n03 1 kit_fox', 'n01 2 x', 'n02 3 y']):
         (imagenet / 'table.txt').write_text('\n'.join(text))
         words = ['-synsets', imagenet / 'table.txt'] if kind == 'ids' else []
-        assert tool(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', *words) == 0
+        assert call(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', *words) == 0
         assert entries(imagenet, 'val') == EXPECTED
     assert entries(imagenet, 'train') == [(f'train/n0{i}/n0{i}_1.JPEG', i - 1) for i in (1, 2, 3)]
 
@@ -122,7 +106,7 @@ def test_meta_mat_of_imagenet_is_read(imagenet):
     rows = [(int(i), name, 0) for i, name in IDS.items()] + [(4, 'n00', 3)]
     savemat(imagenet / 'meta.mat', {'synsets': np.array(rows, kind).reshape(-1, 1)})
     (imagenet / 'truth.txt').write_text('\n'.join(TRUTH))
-    assert tool(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', '-synsets',
+    assert call(make_lists, imagenet, '-val_labels', imagenet / 'truth.txt', '-synsets',
                 imagenet / 'meta.mat') == 0
     assert entries(imagenet, 'val') == EXPECTED
 
@@ -130,7 +114,7 @@ def test_meta_mat_of_imagenet_is_read(imagenet):
 def test_val_by_class_folders_and_imagenet_names(imagenet):
     shutil.rmtree(imagenet / 'val')
     picture(imagenet / 'val' / 'n03' / 'x.png')
-    assert tool(make_lists, imagenet) == 0
+    assert call(make_lists, imagenet) == 0
     assert entries(imagenet, 'val') == [('val/n03/x.png', 2)]
     assert make_lists.readable(['n01440764', 'n02099601']) == ['tench', 'golden retriever']
     assert make_lists.readable(['n01440764', 'mine']) == ['n01440764', 'mine']
@@ -160,23 +144,23 @@ def test_labels_that_do_not_fit_are_refused(imagenet, monkeypatch, capsys, chang
     (imagenet / 'table.txt').write_text('1 n03\n2 n01\n3 n02')
     (imagenet / 'meta.mat').write_bytes(b'\x89PNG' * 99)
     change(imagenet)
-    assert tool(make_lists, imagenet, '-val_labels', 'truth.txt', *words) == 2
+    assert call(make_lists, imagenet, '-val_labels', 'truth.txt', *words) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (imagenet / 'train_list.txt').exists()
 
 
 def test_mistakes_of_make_lists_are_one_line(flowers, imagenet, tmp_path, capsys):
     def error(*words):
-        assert tool(make_lists, *words) == 2
+        assert call(make_lists, *words) == 2
         return capsys.readouterr().err.splitlines()[-1]
     assert 'nowhere: no such folder' in error('nowhere')
     assert 'between 0 and 1' in error(flowers, '-val_share', 1)
     assert 'a flat' not in error(imagenet) and '-val_labels FILE says what' in error(imagenet)
     assert 'found 0' in error(flowers / 'empty')
-    assert tool(make_lists, flowers) == 0
+    assert call(make_lists, flowers) == 0
     assert 'differs; -force' in error(flowers, '-val_share', 0.5)
     picture(flowers / 'aster' / ' space.png')
-    assert tool(make_lists, flowers, '-force') == 0           # inside a path a space is fine
+    assert call(make_lists, flowers, '-force') == 0           # inside a path a space is fine
     picture(flowers / '#misc' / 'x.png')
     assert 'starts with #' in error(flowers, '-force')
     assert 'has no train/: -val_labels, and' in error(flowers, '-val_labels', 'nowhere')
@@ -196,7 +180,7 @@ def images(tmp_path_factory):
 
 
 def test_good_data_is_described(images, capsys):
-    assert tool(check_data, images, '-workers', 2, '-classes', 4) == 0
+    assert call(check_data, images, '-workers', 2, '-classes', 4) == 0
     out = capsys.readouterr().out
     assert '20 images' in out and '11 images' in out and 'no bad files' in out and '24x20' in out
 
@@ -214,7 +198,7 @@ def test_bad_files_duplicates_and_labels_are_found(images, tmp_path, capsys, wor
     shutil.copy(data / 'train/9.png', data / 'train/10.png')
     with open(data / 'train_list.txt', 'a') as file:
         file.write('train/0.png 7\n')
-    assert tool(check_data, data, '-workers', workers, '-json', tmp_path / 'report.json') == 1
+    assert call(check_data, data, '-workers', workers, '-json', tmp_path / 'report.json') == 1
     out = capsys.readouterr().out
     report = json.loads((tmp_path / 'report.json').read_text())
     assert [bad['where'].rsplit('/', 1)[1] for bad in report['bad']] == ['train_list.txt:4',
@@ -247,7 +231,7 @@ def test_modes_are_reported_with_their_effect(tmp_path, capsys):
     (tmp_path / 'j.jpg').write_text('%!PS-Adobe-3.0 EPSF-3.0')
     os.mkfifo(tmp_path / 'k.jpg')
     (tmp_path / 'train_list.txt').write_text(''.join(f'{name} 0\n' for name in [*images, 'j.jpg', 'k.jpg']))
-    assert tool(check_data, tmp_path, '-workers', 0, '-json', tmp_path / 'report.json') == 1
+    assert call(check_data, tmp_path, '-workers', 0, '-json', tmp_path / 'report.json') == 1
     out = capsys.readouterr().out
     for text in ('3 with transparency: composited on DATA.BACKGROUND', '2 with 16 bits: scaled',
                  '1 in CMYK: ',
@@ -260,21 +244,21 @@ def test_modes_are_reported_with_their_effect(tmp_path, capsys):
                                'orientation': 1}
     assert train['formats'] == {'PNG': 4, 'TIFF': 1, 'JPEG': 3, 'GIF': 1}
     assert sum(train['modes'].values()) == 9
-    assert tool(check_data, tmp_path, '-workers', 0, '-max_pixels', 63) == 1
+    assert call(check_data, tmp_path, '-workers', 0, '-max_pixels', 63) == 1
     assert '8 x 8 = 64 pixels are more than DATA.MAX_PIXELS 63' in capsys.readouterr().out
 
 
 def test_mistakes_of_check_data_are_one_line(images, tmp_path, capsys):
-    assert tool(check_data, tmp_path) == 2
+    assert call(check_data, tmp_path) == 2
     assert 'neither train_list.txt nor val_list.txt' in capsys.readouterr().err
-    assert tool(check_data, images, '-workers', -1) == 2
-    assert tool(check_data, images, '-classes', 3) == 2
+    assert call(check_data, images, '-workers', -1) == 2
+    assert call(check_data, images, '-classes', 3) == 2
     assert 'label 3 is not in 0..2' in capsys.readouterr().err
     (tmp_path / 'absurd').mkdir()
     (tmp_path / 'absurd' / 'train_list.txt').write_text('0.png 30000000\n')
-    assert tool(check_data, tmp_path / 'absurd') == 2
+    assert call(check_data, tmp_path / 'absurd') == 2
     assert 'label 30000000 is not in' in capsys.readouterr().err
-    assert tool(check_data, images, '-json', tmp_path / 'none' / 'x') == 2
+    assert call(check_data, images, '-json', tmp_path / 'none' / 'x') == 2
     out, err = capsys.readouterr()
     assert out == '' and 'none/x: cannot be written: No such' in err          # before all is read
 
@@ -283,7 +267,7 @@ def test_bad_class_names_are_reported_before_reading_images(images, tmp_path, ca
     shutil.copytree(images, tmp_path / 'data')
     (tmp_path / 'data' / 'class_names.txt').write_bytes(b'\x89PNG')
     monkeypatch.setattr(check_data, 'check', lambda *words: pytest.fail('it reads'))
-    assert tool(check_data, tmp_path / 'data') == 2
+    assert call(check_data, tmp_path / 'data') == 2
     assert 'class_names.txt: not a UTF-8 text file' in capsys.readouterr().err
 
 
