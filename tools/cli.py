@@ -47,9 +47,9 @@ class Parser(command_line.Parser):
         self.add('cfg', 'config file of the model (default: the config.yaml beside the weights)',
                  metavar='FILE')
         self.add('pretrained', 'weights', metavar='FILE', required=True)
-        self.add('image_size', 'side of the square input, pixels (default: as the config says)', metavar='N')
+        self.add('image_size', 'side of the square input, pixels (default: of the config)', metavar='N')
         self.add('crop_pct', 'side of the centre crop over the resized shorter side '
-                 '(default: as the config says)', metavar='X')
+                 '(default: of the config)', metavar='X')
         self.add('device', 'auto, gpu or cpu')
         self.add('classes', "class names, one per line in the labels' order (default: the class_names.txt "
                  "beside the weights, else the names of DATA.DATA_PATH, else ImageNet's for 1000 classes)",
@@ -97,7 +97,7 @@ def config_of(args: argparse.Namespace) -> Any:
     """Return the config that the options of Parser.add_model select. Raises as config.get_config."""
     path = args.cfg or os.path.join(os.path.dirname(args.pretrained), 'config.yaml')
     if not args.cfg and not os.path.isfile(path):
-        raise ValueError(f'there is no {path} that says what model {args.pretrained} belongs to; '
+        raise ValueError(f'there is no {path} that describes the model of {args.pretrained}; '
                          'give its config by -cfg FILE')
     flags = {
         'MODEL.PRETRAINED': args.pretrained,

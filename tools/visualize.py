@@ -166,9 +166,9 @@ def make_row(pixels: np.ndarray, caption: str, attention: Any, heads: list[Head]
             name, chosen = 'mean of heads', weights.mean(0)
         else:
             name, chosen = f'head {head}', weights[head]
-        beyond = outside(attention, chosen, query)
+        margin = outside(attention, chosen, query)
         row.panels.append(overlay(pixels, attention, chosen, query, side))
-        row.captions.append([name, f'most {100 * chosen.max():.0f} %, outside {100 * beyond:.0f} %'])
+        row.captions.append([name, f'most {100 * chosen.max():.0f} %, outside {100 * margin:.0f} %'])
     return row
 
 
@@ -350,7 +350,7 @@ def check_options(args: argparse.Namespace) -> None:
     if not SIDES[0] <= args.side <= SIDES[1]:
         raise ValueError(f'-side {args.side}: it can be {SIDES[0]} to {SIDES[1]}')
     if os.path.splitext(args.output)[1].lower() not in Image.registered_extensions():
-        raise ValueError(f'-output {args.output}: its ending says what kind of image to write, '
+        raise ValueError(f'-output {args.output}: its ending selects the kind of image, '
                          'such as .png, .jpg or .webp')
     if args.npz and not args.npz.endswith('.npz'):
         raise ValueError(f'-npz {args.npz}: its name must end with .npz')

@@ -14,8 +14,8 @@ document.querySelectorAll('svg[data-chart]').forEach(svg => {
   let at = -1;
   function show(i) {
     at = Math.max(0, Math.min(xs.length - 1, i));
-    const x = xs[at], place = left + x / (chart.last || 1) * (right - left);
-    line.setAttribute('d', `M${place} ${top}V${bottom}`);
+    const x = xs[at], position = left + x / (chart.last || 1) * (right - left);
+    line.setAttribute('d', `M${position} ${top}V${bottom}`);
     tip.replaceChildren();
     const head = document.createElement('b');
     head.textContent = `${chart.x} ${+x.toFixed(2)}`;
@@ -27,7 +27,7 @@ document.querySelectorAll('svg[data-chart]').forEach(svg => {
       tip.append(row);
     });
     tip.hidden = false;
-    const box = svg.getBoundingClientRect(), x0 = place / 400 * box.width;
+    const box = svg.getBoundingClientRect(), x0 = position / 400 * box.width;
     tip.style.top = `${svg.offsetTop + 8}px`;
     tip.style.left = `${svg.offsetLeft + (x0 > box.width / 2 ? x0 - tip.offsetWidth - 10 : x0 + 10)}px`;
   }

@@ -158,7 +158,7 @@ def test_the_page_filters_and_sorts(untrained, tmp_path, width):
 
 
 @pytest.mark.parametrize('words, message', [
-    (['-pretrained', 'x', 'RUN/data/val'], 'there is no config.yaml that says what model x belongs to'),
+    (['-pretrained', 'x', 'RUN/data/val'], 'there is no config.yaml that describes the model of x'),
     (['-pretrained', 'x', '-cfg', 'RUN/run/config.yaml', 'RUN/data/val'], '-pretrained x: no such file'),
     (['-pretrained', 'RUN/run/final', 'RUN/run'], 'no pictures in this folder'),
     (['-pretrained', 'RUN/run/final', 'RUN/none.txt'], 'No such file'),
@@ -183,12 +183,12 @@ def test_mistake_is_one_line(untrained, capsys, words, message):
 
 
 @pytest.mark.parametrize('option', ['-json', '-csv', '-html'])
-@pytest.mark.parametrize('place, message', [('none/a', 'No such file or directory'), ('', 'Is a directory')])
-def test_unwritable_outputs_are_refused_before_the_work(untrained, tmp_path, capsys, option, place, message):
-    words = ['-pretrained', untrained.weights, untrained.data / 'val', option, tmp_path / place]
+@pytest.mark.parametrize('name, message', [('none/a', 'No such file or directory'), ('', 'Is a directory')])
+def test_unwritable_outputs_are_refused_before_the_work(untrained, tmp_path, capsys, option, name, message):
+    words = ['-pretrained', untrained.weights, untrained.data / 'val', option, tmp_path / name]
     assert call(predict, *words) == 2
     out, err = capsys.readouterr()
-    assert out == '' and err.endswith(f'{tmp_path / place}: cannot be written: {message}\n')
+    assert out == '' and err.endswith(f'{tmp_path / name}: cannot be written: {message}\n')
     assert not list(tmp_path.iterdir())
 
 

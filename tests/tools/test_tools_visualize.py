@@ -52,7 +52,7 @@ def test_layers_and_heads_are_chosen(untrained, tmp_path, capsys):
     assert '2 rows' in capsys.readouterr().out
     for extra, message in [(['-layer', '7'], 'the layers with halo attention are stages.1.0'),
                            (['-head', '2'], 'mean, or 0 to 1'),
-                           (['-output', 'a.xyz'], '-output a.xyz: its ending says what kind'),
+                           (['-output', 'a.xyz'], '-output a.xyz: its ending selects the kind'),
                            (['-npz', 'a'], '-npz a: its name must end with .npz'),
                            (['-npz', tmp_path / 'none' / 'a.npz'], 'none/a.npz: cannot be written: No such'),
                            (['-query', '16', '0'], 'pixels 0 to 15'), (['-side', '10'], '200 to 2000'),
