@@ -52,7 +52,9 @@ class Stem(nn.Sequential):
         layers = []
         for in_width, out_width, stride in zip([3] + widths, widths, strides):
             layers.append(ConvNormAct(in_width, out_width, kernel_size, stride, act))
-        self.stride = math.prod(strides) * (2 if pool else 1)
+        self.stride = math.prod(strides)
+        if pool:
+            self.stride *= 2
         self.single = len(layers) == 1 and not pool
         if self.single:
             super().__init__(*layers[0].named_children())                   # conv, bn and act
@@ -76,7 +78,10 @@ class Stage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
             needs_gradient = self.training and paddle.in_dynamic_mode() and not x.stop_gradient
-            x = run_again_in_backward(block, x) if self.recompute and needs_gradient else block(x)
+            if self.recompute and needs_gradient:
+                x = run_again_in_backward(block, x)
+            else:
+                x = block(x)
         return x
 
 
@@ -154,8 +159,10 @@ class HaloNet(nn.Layer):
             for kind in kinds:
                 if inner_widths:
                     inner_width = inner_widths[i]
+                elif bottleneck_in:
+                    inner_width = int(in_width * bottleneck_ratio)
                 else:
-                    inner_width = int((in_width if bottleneck_in else width) * bottleneck_ratio)
+                    inner_width = int(width * bottleneck_ratio)
                 map_size = -(-image_size // total_stride)
                 spatial, spatial_width = operators.build(kind, inner_width, heads, stride, map_size)
                 blocks.append(Bottleneck(

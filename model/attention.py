@@ -41,11 +41,12 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     Y, X = (H + block_size - 1) // block_size, (W + block_size - 1) // block_size
     ragged = not (divides(block_size, H) and divides(block_size, W))
 
+    far = halo_size                                                         # padding at the far edges
     if ragged:
+        far += block_size - 1                                               # enough for the last window
         q = F.pad(q, [0, b - 1, 0, b - 1])[:, :, :Y * b, :X * b]            # (B, N*d, Y*b, X*b)
     q = q.reshape([-1, d, Y, b, X, b]).transpose([0, 2, 4, 3, 5, 1])        # (B*N, Y, X, b, b, d)
     q = q.reshape([-1, Y * X, b * b, d])                                    # (B*N, Y*X, b*b, d)
-    far = halo_size + (block_size - 1 if ragged else 0)                     # enough for the last window
     kv = F.pad(kv, [halo_size, far, halo_size, far])                    # (B, N*(d+v), halo+H+far, halo+W+far)
     kv = kv.reshape([-1, d + v, kv.shape[2], kv.shape[3]])              # (B*N, d+v, halo+H+far, halo+W+far)
     kv = kv.gather(window_index(Y, block_size, halo_size).flatten(), axis=2)    # (B*N, d+v, Y*w, halo+W+far)
@@ -64,7 +65,9 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
     out = out.reshape([-1, Y, X, b, b, v]).transpose([0, 5, 1, 3, 2, 4])    # (B*N, v, Y, b, X, b)
     out = out.reshape([-1, num_heads * v, Y * b, X * b])                    # (B, N*v, Y*b, X*b)
-    return out[:, :, :height, :width] if ragged else out            # (B, N*v, ceil(H/stride), ceil(W/stride))
+    if ragged:
+        out = out[:, :, :height, :width]
+    return out                                                      # (B, N*v, ceil(H/stride), ceil(W/stride))
 
 
 def divides(block_size: int, size: Any) -> bool:
@@ -118,8 +121,9 @@ def query_width(width: int, num_heads: int, head_dim: int, qk_ratio: float) -> i
                          'MODEL.HEADS must be a divisor of the inner width in each stage with attention')
     if head_dim:
         return head_dim
-    all_heads = width if qk_ratio == 1 else nearest_8(width * qk_ratio)
-    return all_heads // num_heads
+    if qk_ratio == 1:
+        return width // num_heads
+    return nearest_8(width * qk_ratio) // num_heads
 
 
 def nearest_8(width: float) -> int:
@@ -220,7 +224,7 @@ class HaloAttention(nn.Layer):
         self.q = projection(in_width, num_heads * d, self.stride)
         self.kv = projection(in_width, num_heads * d + self.out_width)
         self.pos_embed = RelativePosition(block_size + 2 * halo_size, d)
-        self.pool = mean_pool(stride if pooled else 1)
+        self.pool = mean_pool(stride // self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         q, kv = convolve(self, self.q, x), convolve(self, self.kv, x)

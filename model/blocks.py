@@ -105,12 +105,17 @@ class Bottleneck(nn.Layer):
         out = self.conv1_1x1(x)
         for name in self.spatial:
             layer = getattr(self, name)
-            out = norm_act(self, layer, self.post_act, out) if name == 'post_attn' else layer(out)
+            if name == 'post_attn':
+                out = norm_act(self, layer, self.post_act, out)
+            else:
+                out = layer(out)
         shortcut = None if self.shortcut is None else self.shortcut(x)
         if self.can_fuse_end(out, shortcut):
             return self.conv3_1x1.fused(out, self.act, residual=shortcut)
         out = self.drop_path(self.conv3_1x1(out))
-        return self.act(out if shortcut is None else out + shortcut)
+        if shortcut is not None:
+            out = out + shortcut
+        return self.act(out)
 
     def can_fuse_end(self, x: Tensor, shortcut: Optional[Tensor]) -> bool:
         """True if one compiled operator gives what the last convolution of x, the shortcut and `act` give."""
@@ -168,10 +173,11 @@ class Operators:
 
     def convolution(self, width: int, stride: int) -> dict[str, nn.Layer]:
         """Return {timm's name: layer} of a 3x3 convolution and its channel attention, if it has one."""
-        if self.group_size and width % self.group_size:
-            raise ValueError(f'MODEL.GROUP_SIZE is {self.group_size} and the inner width of a block {width}, '
+        group_size = self.group_size or width               # 0: one group
+        if width % group_size:
+            raise ValueError(f'MODEL.GROUP_SIZE is {group_size} and the inner width of a block {width}, '
                              'no multiple of it')
-        groups = width // self.group_size if self.group_size else 1
+        groups = width // group_size
         layers: dict[str, nn.Layer] = {
             'conv2_kxk': ConvNormAct(width, width, 3, stride, ACTIVATIONS[self.act], groups)}
         if self.channel_attn == 'se':

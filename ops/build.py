@@ -144,7 +144,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def find_compiler() -> list[str]:
     """Return the command of the compiler. $CXX may hold arguments, or ccache before the compiler."""
-    names = [os.environ['CXX']] if os.environ.get('CXX') else ['g++', 'c++', 'clang++']
+    names = ['g++', 'c++', 'clang++']
+    if os.environ.get('CXX'):
+        names = [os.environ['CXX']]
     for name in names:
         try:
             command = shlex.split(name)

@@ -76,8 +76,9 @@ def norm_statistics(norm: nn.BatchNorm2D) -> tuple[paddle.Tensor, paddle.Tensor]
 
 def uses_running_statistics(norm: nn.BatchNorm2D) -> bool:
     """True if a batch norm computes with its running statistics, in its present mode."""
-    fixed = norm._use_global_stats
-    return not norm.training if fixed is None else fixed
+    if norm._use_global_stats is None:
+        return not norm.training
+    return norm._use_global_stats
 
 
 def has_frozen_statistics(norm: nn.BatchNorm2D) -> bool:
@@ -167,4 +168,6 @@ def library_folders() -> list[str]:
 def openmp_library() -> Optional[str]:
     """Return the name of the OpenMP library that Paddle brings and computes with, None if it has none."""
     name = 'libiomp5.so'
-    return name if os.path.exists(os.path.join(paddle.sysconfig.get_lib(), name)) else None
+    if os.path.exists(os.path.join(paddle.sysconfig.get_lib(), name)):
+        return name
+    return None
