@@ -1,4 +1,4 @@
-"""The model beyond classification: images of any size, stage maps, frozen parts, recomputation, paddle.hub, exports."""
+"""The model as a backbone: images of any size, feature maps, freezing, recomputation, paddle.hub, exports."""
 import numpy as np
 import paddle
 import pytest
@@ -11,8 +11,10 @@ from model import weights
 from model.attention import BottleneckAttention, LambdaLayer, halo_attention
 from model.blocks import Bottleneck
 
-MIXED = ['MODEL.STAGES', ['conv lambda', 'halo*2', 'halo bot'], 'MODEL.WIDTHS', [16, 32, 32], 'MODEL.STRIDES', [1, 2, 2],
-         'MODEL.HEADS', [2, 2, 2], 'MODEL.LAMBDA_SIZE', 5, 'DATA.IMAGE_SIZE', 64]
+MIXED = [
+    'MODEL.STAGES', ['conv lambda', 'halo*2', 'halo bot'], 'MODEL.WIDTHS', [16, 32, 32], 'MODEL.STRIDES',
+    [1, 2, 2], 'MODEL.HEADS', [2, 2, 2], 'MODEL.LAMBDA_SIZE', 5, 'DATA.IMAGE_SIZE', 64,
+]
 
 
 def build_tiny(*opts):
@@ -26,26 +28,34 @@ def test_any_size(height, width):
     model = build_tiny(*MIXED, 'DATA.IMAGE_SIZE', 96).eval()
     images = ref.seeded_images((2, 3, height, width))
     for info, maps in zip(model.feature_info, model.features(paddle.to_tensor(images))):
-        assert list(maps.shape) == [2, info['width'], -(-height // info['stride']), -(-width // info['stride'])]
+        assert list(maps.shape) == [
+            2, info['width'], -(-height // info['stride']), -(-width // info['stride']),
+        ]
     assert np.isfinite(ref.run(model, images)).all()
 
 
 def test_detection_size():
     model = build_tiny('MODEL.STEM_WIDTH', 8).eval()
-    assert [list(x.shape) for x in model.features(paddle.zeros([1, 3, 1333, 800]))] == [[1, 16, 334, 200], [1, 32, 167, 100]]
+    assert [list(x.shape) for x in model.features(paddle.zeros([1, 3, 1333, 800]))] == [
+        [1, 16, 334, 200], [1, 32, 167, 100],
+    ]
 
 
 def test_padding_changes_nothing_inside():
-    """Blocks of 4 with a halo of 1: the first two rows and columns of blocks see nothing of what is beyond 9 pixels."""
+    """Blocks of 4 with a halo of 1: the first two rows and columns of blocks see the first 9 pixels only."""
     rng, sizes = np.random.default_rng(0), {'num_heads': 2, 'block_size': 4, 'halo_size': 1}
-    q, kv, tables = rng.normal(size=(1, 8, 14, 13)), rng.normal(size=(1, 16, 14, 13)), rng.normal(size=(2, 11, 4))
-    whole, part = (halo_attention(*map(paddle.to_tensor, (q[..., :h, :w], kv[..., :h, :w], *tables)), **sizes).numpy()
-                   for h, w in ((14, 13), (12, 12)))
+    q, kv, tables = (
+        rng.normal(size=(1, 8, 14, 13)), rng.normal(size=(1, 16, 14, 13)), rng.normal(size=(2, 11, 4)),
+    )
+    whole, part = (
+        halo_attention(*map(paddle.to_tensor, (q[..., :h, :w], kv[..., :h, :w], *tables)), **sizes).numpy()
+        for h, w in ((14, 13), (12, 12))
+    )
     assert np.array_equal(whole[:, :, :8, :8], part[:, :, :8, :8])
     assert not np.array_equal(whole[:, :, :12, :12], part)
 
 
-def test_bottleneck_attention_is_that_of_the_whole_map():
+def test_bottleneck_attention_equals_global_attention():
     layer, (H, W) = BottleneckAttention(6, 8, num_heads=2, map_size=5), (4, 5)
     x = np.random.default_rng(0).normal(size=(1, 6, H, W)).astype('float32')
     qkv = np.einsum('bchw,kc->bkhw', x, layer.qkv.weight.numpy()[:, :, 0, 0]).reshape(3, 2, 4, H * W)
@@ -53,19 +63,25 @@ def test_bottleneck_attention_is_that_of_the_whole_map():
     expected = np.zeros((2, 4, H * W))
     for n, i in np.ndindex(2, H * W):
         query = qkv[0, n, :, i]
-        logits = [query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + 4] + columns[j % W - i % W + 4]) for j in range(H * W)]
+        logits = [
+            query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + 4] + columns[j % W - i % W + 4])
+            for j in range(H * W)
+        ]
         expected[n, :, i] = qkv[2, n] @ (np.exp(logits) / np.exp(logits).sum())
     np.testing.assert_allclose(ref.run(layer, x).reshape(expected.shape), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r'4x6 exceeds the 5x5.*DATA\.IMAGE_SIZE'):
         layer(paddle.zeros([1, 6, 4, 6]))
 
 
-def test_lambda_layer_is_the_plain_sum():
-    """out[n] at pixel i = sum over keys of q[n, key] (sum_j softmax(k)[key, j] v[j] + bias + sum around i of kernel[key] v)."""
+def test_lambda_layer_equals_a_loop():
+    """out[n] at pixel i = sum over keys of q[n, key] times
+    (sum_j softmax(k)[key, j] v[j] + bias + sum around i of kernel[key] v)."""
     N, d, v, side, H, W = 2, 3, 4, 3, 5, 4
     layer = LambdaLayer(6, N * v, N, side, head_dim=d).eval()
     x = np.random.default_rng(0).normal(size=(1, 6, H, W)).astype('float32')
-    q, k, value = np.split(np.einsum('chw,kc->khw', x[0], layer.qkv.weight.numpy()[:, :, 0, 0]), [N * d, N * d + d])
+    q, k, value = np.split(
+        np.einsum('chw,kc->khw', x[0], layer.qkv.weight.numpy()[:, :, 0, 0]), [N * d, N * d + d]
+    )
     q, value = q / (1 + 1e-5) ** 0.5, value / (1 + 1e-5) ** 0.5              # fresh norms
     share = np.exp(k) / np.exp(k).sum((1, 2), keepdims=True)
     content = np.einsum('dhw,vhw->dv', share, value)
@@ -83,9 +99,14 @@ def test_lambda_layer_is_the_plain_sum():
 
 @pytest.mark.parametrize('opts', [[], MIXED, ['MODEL.BLOCK_SIZE', 3]], ids=['halo', 'every kind', 'pooled'])
 def test_exported_model_takes_any_batch_and_size(tmp_path, opts):
-    opts = [['conv lambda', 'halo*2', 'halo'] if value is MIXED[1] else value for value in opts]    # bot: see below
+    # bot: see below
+    opts = [
+        ['conv lambda', 'halo*2', 'halo'] if value is MIXED[1] else value for value in opts
+    ]
     model = build_tiny(*opts).eval()
-    paddle.jit.save(model, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, None, None], 'float32')])
+    paddle.jit.save(
+        model, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, None, None], 'float32')]
+    )
     loaded = paddle.jit.load(str(tmp_path / 'net'))
     for shape in ((2, 3, 32, 32), (1, 3, 40, 56), (3, 3, 37, 61)):
         images = ref.seeded_images(shape)
@@ -104,15 +125,21 @@ def test_bottleneck_attention_is_exported_for_its_size_only(tmp_path):
 
 # ---- a backbone
 
-def test_features_are_the_stages_one_after_another():
+def test_features_are_the_outputs_of_the_stages():
     model = build_tiny('MODEL.HEAD_WIDTH', 24).eval()
     x = paddle.to_tensor(ref.seeded_images((2, 3, 32, 32)))
     first = model.stages[0](model.stem(x))
     second = model.stages[1](first)
-    assert [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(model.features(x), (first, second))] == [True, True]
+    assert [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(model.features(x), (first, second))] == [
+        True, True,
+    ]
     last = model.forward_features(x)
-    assert np.array_equal(last.numpy(), model.final_conv(second).numpy()) and list(last.shape) == [2, 24, 4, 4]
-    np.testing.assert_allclose(model(x).numpy(), model.head.fc(last.mean([2, 3])).numpy(), rtol=1e-5, atol=1e-7)
+    assert np.array_equal(last.numpy(), model.final_conv(second).numpy()) and list(last.shape) == [
+        2, 24, 4, 4,
+    ]
+    np.testing.assert_allclose(
+        model(x).numpy(), model.head.fc(last.mean([2, 3])).numpy(), rtol=1e-5, atol=1e-7
+    )
     assert model.feature_info == [{'stride': 4, 'width': 16}, {'stride': 8, 'width': 32}]
 
 
@@ -124,11 +151,13 @@ def test_without_classifier():
     np.testing.assert_allclose(ref.run(model, images), features, rtol=1e-5, atol=1e-6)
 
 
-def test_a_backbone_takes_the_weights_of_a_classifier(tmp_path):
+def test_backbone_loads_the_weights_of_a_classifier(tmp_path):
     whole, model = build_tiny(), build_tiny('MODEL.NUM_CLASSES', 0)
     paddle.save(whole.state_dict(), str(tmp_path / 'whole.pdparams'))
     weights.load_pretrained(model, str(tmp_path / 'whole.pdparams'))
-    assert all((value.numpy() == whole.state_dict()[key].numpy()).all() for key, value in model.state_dict().items())
+    assert all(
+        (value.numpy() == whole.state_dict()[key].numpy()).all() for key, value in model.state_dict().items()
+    )
 
 
 class Detector(nn.Layer):
@@ -145,7 +174,7 @@ class Detector(nn.Layer):
         return self.score(fine + nn.functional.interpolate(coarse, fine.shape[2:]))
 
 
-def test_a_detector_trains():
+def test_detector_trains():
     """Find a bright square of 8 pixels in images of 36 x 52, which do not divide into blocks."""
     rng, model = np.random.default_rng(0), Detector()
     images, targets = rng.normal(0, 0.3, (8, 3, 36, 52)).astype('float32'), np.zeros((8, 1, 9, 13), 'float32')
@@ -154,7 +183,9 @@ def test_a_detector_trains():
         targets[i, 0, y:y + 2, x:x + 2] = 1
     optimizer, losses = paddle.optimizer.AdamW(3e-3, parameters=model.parameters()), []
     for _ in range(25):
-        loss = nn.functional.binary_cross_entropy_with_logits(model(paddle.to_tensor(images)), paddle.to_tensor(targets))
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            model(paddle.to_tensor(images)), paddle.to_tensor(targets)
+        )
         loss.backward()
         unused = [key for key, p in model.named_parameters() if p.trainable and p.grad is None]
         optimizer.step()
@@ -208,7 +239,7 @@ def test_freeze(parts):
 
 @pytest.mark.parametrize('freeze', [0, 1])
 @pytest.mark.parametrize('stages', [1, 2, 3])
-def test_recompute_changes_nothing(stages, freeze):
+def test_recomputation_changes_no_result(stages, freeze):
     opts = [*MIXED, 'MODEL.DROPPATH', 0.4, 'MODEL.FREEZE', freeze]
     plain, model = build_tiny(*opts), build_tiny(*opts, 'TRAIN.RECOMPUTE', stages)
     passes = {key: 0 for key, layer in model.named_sublayers() if isinstance(layer, Bottleneck)}
@@ -227,9 +258,15 @@ def test_recompute_changes_nothing(stages, freeze):
     for key in expected:
         assert np.array_equal(gradients[key], expected[key]), key
     before, after = ref.arrays(plain), ref.arrays(model)
-    assert all(np.array_equal(before[key], after[key]) for key in before)    # running statistics too: updated once
-    first = freeze == 1                             # its input needs no gradient, so that it is not computed again
-    assert passes == {key: 2 + 2 * (int(key.split('.')[1]) < stages and not (first and key == 'stages.0.0')) for key in passes}
+    # running statistics too: updated once
+    assert all(
+        np.array_equal(before[key], after[key]) for key in before
+    )
+    first = freeze == 1  # its input needs no gradient, so that it is not computed again
+    assert passes == {
+        key: 2 + 2 * (int(key.split('.')[1]) < stages and not (first and key == 'stages.0.0'))
+        for key in passes
+    }
     model.eval()
     passes.update(dict.fromkeys(passes, 0))
     ref.run(model, images)

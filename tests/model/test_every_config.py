@@ -1,4 +1,4 @@
-"""Every model of configs/ can be traced, saved, exported to Paddle and to ONNX, and trained as a static program.
+"""Every model of configs/ is traced, saved, exported to Paddle and to ONNX, and trained as a static program.
 
 With one block of each kind in each stage: tracing more of the same takes minutes.
 """
@@ -17,7 +17,7 @@ from halonet import build_halonet, parse_stage
 from model.layers import Traced
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = {'haloregnetz_b_224'}                       # with blocks that have no shortcut, groups and channel attention
+QUICK = {'haloregnetz_b_224'}  # with blocks that have no shortcut, groups and channel attention
 CONFIGS = [pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
            for path in sorted(ROOT.glob('configs/*.yaml')) if not path.name.startswith('_')]
 
@@ -42,7 +42,9 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_traced_and_saved_as_it_is(name, tmp_path):
     network, images = build(name).eval(), ref.seeded_images((2, 3, 64, 64))
-    paddle.jit.save(network, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, 64, 64], 'float32')])
+    paddle.jit.save(
+        network, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, 64, 64], 'float32')]
+    )
     assert_close(ref.run(paddle.jit.load(str(tmp_path / 'net')), images), ref.run(network, images))
 
 
@@ -54,8 +56,9 @@ def test_exported(name, tmp_path):
     network = build(name)
     paddle.save(network.state_dict(), weights)
     path, opts = options(name)
-    args = export.parser().parse_args(['-cfg', path, '-pretrained', weights, '-output', output, '-device', 'cpu',
-                                       '-opts', *map(str, opts)])
+    args = export.parser().parse_args(
+        ['-cfg', path, '-pretrained', weights, '-output', output, '-device', 'cpu', '-opts', *map(str, opts)]
+    )
     assert export.main(args) == 0
     images = ref.seeded_images((2, 3, 64, 64))
     expected = ref.run(network.eval(), images)
@@ -72,7 +75,9 @@ def test_trained_one_step_as_a_static_program(name):
         optimizer = paddle.optimizer.Momentum(0.01, parameters=network.parameters())
         loss = paddle.nn.functional.cross_entropy(wrap(network)(images), labels)
         loss.backward()
-        missing = [key for key, value in network.named_parameters() if not value.stop_gradient and value.grad is None]
+        missing = [
+            key for key, value in network.named_parameters() if not value.stop_gradient and value.grad is None
+        ]
         assert missing == []
         optimizer.step()
         steps.append((loss.item(), ref.arrays(network)))

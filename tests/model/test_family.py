@@ -1,4 +1,4 @@
-"""The models of configs/ against what is published about them: timm's figures, the paper's sizes, docs/models.md."""
+"""The models of configs/ against published facts: timm's numbers, the paper's sizes, docs/models.md."""
 import math
 
 import numpy as np
@@ -13,17 +13,21 @@ from halonet import build_halonet, count_parameters
 from training import macs
 
 PUBLISHED = model_table.published()[0]
-TIMM = {                                            # config -> name in timm, side of the images, parameters
-    'halonet_26t_256': ('halonet26t', 256, 12_480_288), 'halonet_50ts_256': ('halonet50ts', 256, 22_733_280),
-    'sehalonet_33ts_256': ('sehalonet33ts', 256, 13_691_712), 'eca_halonext_26ts_256': ('eca_halonext26ts', 256, 10_756_885),
-    'haloregnetz_b_224': ('haloregnetz_b', 224, 11_680_072), 'halonet_h1_timm_256': ('halonet_h1', 256, 8_100_056),
+TIMM = {  # config -> name in timm, side of the images, parameters
+    'halonet_26t_256': ('halonet26t', 256, 12_480_288),
+    'halonet_50ts_256': ('halonet50ts', 256, 22_733_280),
+    'sehalonet_33ts_256': ('sehalonet33ts', 256, 13_691_712),
+    'eca_halonext_26ts_256': ('eca_halonext26ts', 256, 10_756_885),
+    'haloregnetz_b_224': ('haloregnetz_b', 224, 11_680_072),
+    'halonet_h1_timm_256': ('halonet_h1', 256, 8_100_056),
     'halo2botnet_50ts_256': ('halo2botnet50ts_256', 256, 22_635_360),
     'lamhalobotnet_50ts_256': ('lamhalobotnet50ts_256', 256, 22_569_824),
 }
-PAPER = {                                           # b, h, r_v, r_b, l_3, s, d_f
-    'halonet_h0': (8, 3, 1, 0.5, 7, 256, 0), 'halonet_h1': (8, 3, 1, 1.0, 10, 256, 0), 'halonet_h2': (8, 3, 1, 1.25, 11, 256, 0),
-    'halonet_h3': (10, 3, 1, 1.5, 12, 320, 1024), 'halonet_h4': (12, 2, 1, 3, 12, 384, 1280),
-    'halonet_h5': (14, 2, 2.5, 2, 23, 448, 1536), 'halonet_h6': (8, 4, 3, 2.75, 24, 512, 1536),
+PAPER = {  # b, h, r_v, r_b, l_3, s, d_f
+    'halonet_h0': (8, 3, 1, 0.5, 7, 256, 0), 'halonet_h1': (8, 3, 1, 1.0, 10, 256, 0),
+    'halonet_h2': (8, 3, 1, 1.25, 11, 256, 0), 'halonet_h3': (10, 3, 1, 1.5, 12, 320, 1024),
+    'halonet_h4': (12, 2, 1, 3, 12, 384, 1280), 'halonet_h5': (14, 2, 2.5, 2, 23, 448, 1536),
+    'halonet_h6': (8, 4, 3, 2.75, 24, 512, 1536),
     'halonet_h7': (10, 3, 4, 3.5, 26, 600, 2048),
 }
 CONFIGS = {config.MODEL.NAME: config for config in model_table.model_configs().values()}
@@ -59,7 +63,10 @@ def test_same_network_as_timm(name):
     expected = ref.timm_logits(f'{timm_name}.{side}x{side}')
     images = ref.seeded_images((2, 3, side, side))
     ref.fill_seeded(model).eval()
-    if name == 'halonet_h1_timm_256':       # 19 sharp attentions in a row: timm's float32 misses its float64 by 1.3e-4
+    # 19 sharp attentions in a row: timm's float32 misses its float64 by 1.3e-4
+    if (
+        name == 'halonet_h1_timm_256'
+    ):
         assert np.abs(expected - ref.timm_h1_float64()).max() < 3e-4 * expected.std()
         assert np.abs(ref.run(model, images[:1]) - ref.timm_h1_float64()[:1]).max() < 3e-4 * expected.std()
         expected, images = ref.timm_h1_float64()[:1], images[:1].astype('float64')
@@ -69,14 +76,18 @@ def test_same_network_as_timm(name):
 
 
 @pytest.mark.parametrize('name', [name for name, facts in PUBLISHED.items() if 'gmacs' in facts])
-def test_multiply_adds_are_the_published(name):
+def test_multiply_adds_agree_with_published_ones(name):
     side = CONFIGS[name].DATA.IMAGE_SIZE
     count = macs.total_multiply_adds(shapes_only(CONFIGS[name]), side, side) / 1e9
     assert count == pytest.approx(PUBLISHED[name]['gmacs'], rel=0.02)
 
 
-def test_every_timm_model_has_its_figures():
-    named = {facts['weights'][0].partition('/')[2].partition('.')[0] for facts in PUBLISHED.values() if 'weights' in facts}
+def test_every_timm_model_has_published_results():
+    named = {
+        facts['weights'][0].partition('/')[2].partition('.')[0]
+        for facts in PUBLISHED.values()
+        if 'weights' in facts
+    }
     assert named | {'halonet_h1'} == {timm_name for timm_name, _, _ in TIMM.values()}
     with np.load(ref.FIXTURES / 'timm_logits.npz') as file:
         assert {key.split('.')[0] for key in file.files} == {timm_name for timm_name, _, _ in TIMM.values()}
@@ -89,15 +100,19 @@ def test_paper_sizes(name):
     b, h, r_v, r_b, l_3, s, d_f = PAPER[name]
     config, model = CONFIGS[name], CONFIGS[name].MODEL
     base = [64, 128, 256, 512]
-    assert (model.BLOCK_SIZE, model.HALO_SIZE, model.VALUE_RATIO, config.DATA.IMAGE_SIZE, model.HEAD_WIDTH) == (b, h, r_v, s, d_f)
-    assert (model.INNER_WIDTHS, model.WIDTHS, model.HEADS) == (base, [r_b * width for width in base], [4, 8, 8, 8])
+    assert (
+        model.BLOCK_SIZE, model.HALO_SIZE, model.VALUE_RATIO, config.DATA.IMAGE_SIZE, model.HEAD_WIDTH,
+    ) == (b, h, r_v, s, d_f)
+    assert (model.INNER_WIDTHS, model.WIDTHS, model.HEADS) == (
+        base, [r_b * width for width in base], [4, 8, 8, 8],
+    )
     network = shapes_only(config)
     assert [len(stage) for stage in network.stages] == [3, 3, l_3, 3]
     assert count_parameters(network) == pytest.approx(1e6 * PUBLISHED[name]['params_m'], rel=0.01)
 
 
 @pytest.mark.parametrize('conv_stages', [1, 2, 3])
-def test_paper_hybrids_are_h7_but_for_the_first_stages(conv_stages):
+def test_paper_hybrids_are_h7_with_convolutions_in_the_first_stages(conv_stages):
     hybrid, whole = CONFIGS['halonet_h7_conv' + '123'[:conv_stages]], CONFIGS['halonet_h7']
     differing = {key for key in whole.MODEL if hybrid.MODEL[key] != whole.MODEL[key]}
     assert differing == {'NAME', 'STAGES', 'HEADS'} and hybrid.DATA == whole.DATA
@@ -108,8 +123,13 @@ def test_paper_hybrids_are_h7_but_for_the_first_stages(conv_stages):
 
 def test_largest_of_the_family_runs():
     """600 px do not divide into blocks after stage 1: sides of 150, 75, 38 and 19 pixels, blocks of 10."""
-    config = get_config('configs/halonet_h7_600.yaml', ['MODEL.STAGES', ['halo'] * 4, 'MODEL.WIDTHS', [32, 64, 64, 64],
-                                                        'MODEL.INNER_WIDTHS', [8, 16, 16, 16], 'MODEL.HEAD_WIDTH', 0])
+    config = get_config(
+        'configs/halonet_h7_600.yaml',
+        [
+            'MODEL.STAGES', ['halo'] * 4, 'MODEL.WIDTHS', [32, 64, 64, 64], 'MODEL.INNER_WIDTHS',
+            [8, 16, 16, 16], 'MODEL.HEAD_WIDTH', 0,
+        ],
+    )
     model = build_halonet(config).eval()
     with paddle.no_grad():
         maps = model.features(paddle.to_tensor(ref.seeded_images((1, 3, 600, 600))))
@@ -120,7 +140,8 @@ def test_largest_of_the_family_runs():
 # ---- fresh weights
 
 def expected_deviation(name, layer):
-    """timm's: projections of attention N(0, 1 / fan in), a lambda's positions N(0, 1 / head), convolutions N(0, 2 / fan out)."""
+    """As in timm: projections of attention N(0, 1 / fan in), positions of a lambda N(0, 1 / head),
+    convolutions N(0, 2 / fan out)."""
     shape = layer.weight.shape
     if name.rpartition('.')[2] in ('q', 'kv', 'qkv'):
         return shape[1] ** -0.5
@@ -135,19 +156,24 @@ def expected_deviation(name, layer):
 def test_initialisation(name):
     model = build(name)
     for key, layer in model.named_sublayers():
-        if isinstance(layer, nn.Conv1D):            # PyTorch's default: uniform in +- fan in ** -0.5, in the next line too
+        # PyTorch's default: uniform in +- fan in ** -0.5, in the next line too
+        if isinstance(
+            layer, nn.Conv1D
+        ):
             assert 0 < np.abs(layer.weight.numpy()).max() <= layer.weight.size ** -0.5
         elif isinstance(layer, (nn.Conv2D, nn.Conv3D, nn.Linear)):
             value, std = layer.weight.numpy().astype('float64'), expected_deviation(key, layer)
             assert value.std() == pytest.approx(std, rel=5 / (2 * value.size) ** 0.5), key
             assert abs(value.mean()) < 5 * std / value.size ** 0.5, key
             if layer.bias is not None:
-                assert np.abs(layer.bias.numpy()).max() <= (1 / 13 if isinstance(layer, nn.Conv3D) else 0), key
+                assert np.abs(layer.bias.numpy()).max() <= (1 / 13 if isinstance(layer, nn.Conv3D) else 0), (
+                    key
+                )
         elif isinstance(layer, nn.BatchNorm2D) and not key.endswith('conv3_1x1.bn'):
             assert (layer.weight.numpy() == 1).all() and (layer.bias.numpy() == 0).all(), key
 
 
-def test_fresh_blocks_are_their_shortcuts_where_they_have_one():
+def test_new_blocks_with_a_shortcut_return_it():
     model = build_halonet(CONFIGS['haloregnetz_b'])
     for stage in model.stages:
         for i, block in enumerate(stage):
@@ -159,21 +185,27 @@ def test_fresh_blocks_are_their_shortcuts_where_they_have_one():
 
 # ---- docs/models.md
 
-def test_the_page_is_up_to_date():
+def test_page_of_models_is_up_to_date():
     assert model_table.PAGE.read_text(encoding='utf-8') == model_table.page(), 'run python dev/model_table.py'
 
 
-def test_the_page_has_every_model():
-    rows = [line.split('|') for line in model_table.PAGE.read_text(encoding='utf-8').splitlines() if line.startswith('| ')][1:]
+def test_page_of_models_has_every_model():
+    rows = [
+        line.split('|')
+        for line in model_table.PAGE.read_text(encoding='utf-8').splitlines()
+        if line.startswith('| ')
+    ][1:]
     names = [row[1].strip() for row in rows]
-    files = sorted(path.name for path in model_table.ROOT.glob('configs/*.yaml') if not path.name.startswith('_'))
+    files = sorted(
+        path.name for path in model_table.ROOT.glob('configs/*.yaml') if not path.name.startswith('_')
+    )
     assert sorted(row[9].strip(' `') for row in rows) == [f'configs/{name}' for name in files]
     assert sorted(names) == sorted({*names}) == sorted(CONFIGS) == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize('name', ['halonet_26t', 'haloregnetz_b', 'lamhalobotnet_50ts'])
-def test_counted_maps_are_the_real_ones(name):
-    """The counter works with sides alone; run the model, on sides that divide into nothing, for what they are."""
+def test_counted_sizes_are_those_of_the_feature_maps(name):
+    """The counter uses sides only. The model runs on sides that nothing divides for the real ones."""
     model = build_halonet(CONFIGS[name]).eval()
     images = paddle.zeros([1, 3, 201, 119])
     with paddle.no_grad():

@@ -1,27 +1,32 @@
-"""A change to any layer is seen at the next forward: with compiled operators the result stays that of Paddle's."""
+"""A change to any layer counts at the next forward: compiled operators give the results of Paddle's."""
 import copy
 
 import numpy as np
 import paddle
 import pytest
 import reference as ref
+from operators import COMPILED
 from paddle import nn
 
-import ops
 from config import get_config
 from halonet import build_halonet
 from model.attention import HaloAttention
 from model.layers import ConvNormAct, can_fuse, use_operators
 
-pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
+pytestmark = COMPILED
 
 OF_PADDLE = {*vars(nn.Layer()), 'operators', 'name', '_name'}              # what no operator depends on
 
 
 def block(*stages, size=8):
     """A block of each given kind, by the names of the layers that it is made of, with seeded weights."""
-    config = get_config(None, [*ref.TINY, 'MODEL.STAGES', [' '.join(stages)], 'MODEL.WIDTHS', [16], 'MODEL.STRIDES', [1],
-                               'MODEL.HEADS', [2], 'DATA.IMAGE_SIZE', size * 4])
+    config = get_config(
+        None,
+        [
+            *ref.TINY, 'MODEL.STAGES', [' '.join(stages)], 'MODEL.WIDTHS', [16], 'MODEL.STRIDES', [1],
+            'MODEL.HEADS', [2], 'DATA.IMAGE_SIZE', size * 4,
+        ],
+    )
     return ref.fill_seeded(build_halonet(config)).stages[0]
 
 
@@ -29,7 +34,7 @@ def stem():
     return ref.fill_seeded(build_halonet(get_config(None, ref.TINY))).stem
 
 
-CASES = {                                           # name -> (network, path of the layer that is changed, input)
+CASES = {  # name -> (network, path of the layer that is changed, input)
     'conv': (lambda: block('conv'), '0.conv1_1x1.conv', (2, 8, 8, 8)),
     'conv of 3x3': (lambda: block('conv'), '0.conv2_kxk.conv', (2, 8, 8, 8)),
     'last conv': (lambda: block('conv'), '0.conv3_1x1.conv', (2, 8, 8, 8)),
@@ -58,7 +63,11 @@ def layer_at(network, path):
 
 
 def attributes(layer):
-    return {key: value for key, value in vars(layer).items() if key not in OF_PADDLE and not isinstance(value, paddle.Tensor)}
+    return {
+        key: value
+        for key, value in vars(layer).items()
+        if key not in OF_PADDLE and not isinstance(value, paddle.Tensor)
+    }
 
 
 def others(value):
@@ -68,14 +77,19 @@ def others(value):
     if isinstance(value, (int, float)):
         return [value + 1, 1000 * value]
     if isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value):
-        return [[2 * item + 2 for item in value], [*value[:1], *(item + 1 for item in value[1:])], tuple(value)]
+        return [
+            [2 * item + 2 for item in value], [*value[:1], *(item + 1 for item in value[1:])],
+            tuple(value),
+        ]
     if isinstance(value, str):
-        return [text for text in ('NHWC', 'NCL', 'reflect', 'SAME', 'VALID', 'depthwise_conv2d') if text != value]
+        return [
+            text for text in ('NHWC', 'NCL', 'reflect', 'SAME', 'VALID', 'depthwise_conv2d') if text != value
+        ]
     return [True, False] if value is None else []
 
 
 def outcome(network, shape):
-    """The results in evaluation, with gradients recorded, and in training; or the fact that one is refused."""
+    """The results in evaluation, with gradients recorded, and in training; or that one was refused."""
     x, found = paddle.to_tensor(ref.seeded_images(shape)), []
     for training, recorded in (False, False), (False, True), (True, True):
         network.train() if training else network.eval()
@@ -97,7 +111,7 @@ def assert_equal_outcomes(network, shape):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_a_changed_attribute_counts(name):
+def test_changed_attribute_changes_the_fused_result(name):
     make, path, shape = CASES[name]
     network = make()
     for key, value in attributes(layer_at(network, path)).items():
@@ -127,11 +141,13 @@ def parameter(layer, shape, dtype='float32'):
     return value
 
 
-CHANGES = {                                         # name -> what is done to a block
+CHANGES = {  # name -> what is done to a block
     'a bias': lambda block: setattr(block.conv1_1x1.conv, 'bias', parameter(block, [4])),
     'a weight of float64': lambda block: block.conv1_1x1.conv.to(dtype='float64'),
     'a larger kernel': lambda block: setattr(block.conv1_1x1.conv, 'weight', parameter(block, [4, 8, 3, 3])),
-    'a kernel that is no square': lambda block: setattr(block.conv2_kxk.conv, 'weight', parameter(block, [4, 4, 3, 5])),
+    'a kernel that is no square': lambda block: setattr(
+        block.conv2_kxk.conv, 'weight', parameter(block, [4, 4, 3, 5])
+    ),
     'an even kernel': lambda block: setattr(block.conv2_kxk.conv, 'weight', parameter(block, [4, 4, 2, 2])),
     'fewer channels': lambda block: setattr(block.conv1_1x1.conv, 'weight', parameter(block, [2, 8, 1, 1])),
     'no weight of the norm': lambda block: setattr(block.conv1_1x1.bn, 'weight', None),
@@ -139,24 +155,34 @@ CHANGES = {                                         # name -> what is done to a 
     'a shortcut of one pixel': lambda block: setattr(block, 'shortcut', Mean()),
     'a shortcut of float64': lambda block: setattr(block, 'shortcut', Double()),
     'no shortcut': lambda block: setattr(block, 'shortcut', None),
-    'reflected padding': lambda block: setattr(block.conv2_kxk, 'conv', nn.Conv2D(4, 4, 3, padding=1, padding_mode='reflect')),
+    'reflected padding': lambda block: setattr(
+        block.conv2_kxk, 'conv', nn.Conv2D(4, 4, 3, padding=1, padding_mode='reflect')
+    ),
     'a weight norm': lambda block: nn.utils.weight_norm(block.conv2_kxk.conv),
-    'a hook on the input': lambda block: block.conv2_kxk.conv.register_forward_pre_hook(lambda layer, x: 2 * x[0]),
-    'a hook on the result': lambda block: block.conv1_1x1.act.register_forward_post_hook(lambda layer, x, out: 2 * out),
-    'a hook on the end': lambda block: block.conv3_1x1.register_forward_post_hook(lambda layer, x, out: 2 * out),
-    'a hook on the dropped branch': lambda block: block.drop_path.register_forward_post_hook(lambda layer, x, out: 2 * out),
+    'a hook on the input': lambda block: block.conv2_kxk.conv.register_forward_pre_hook(
+        lambda layer, x: 2 * x[0]
+    ),
+    'a hook on the result': lambda block: block.conv1_1x1.act.register_forward_post_hook(
+        lambda layer, x, out: 2 * out
+    ),
+    'a hook on the end': lambda block: block.conv3_1x1.register_forward_post_hook(
+        lambda layer, x, out: 2 * out
+    ),
+    'a hook on the dropped branch': lambda block: block.drop_path.register_forward_post_hook(
+        lambda layer, x, out: 2 * out
+    ),
 }
 
 
 @pytest.mark.parametrize('name', CHANGES)
-def test_a_changed_layer_counts(name):
+def test_changed_layer_changes_the_fused_result(name):
     network = block('conv')
     CHANGES[name](network[0])
     assert_equal_outcomes(network, (2, 8, 8, 8))
 
 
 @pytest.mark.parametrize('training', [False, True])
-def test_a_norm_of_another_type_is_refused(training):
+def test_norm_of_another_type_is_refused(training):
     """Paddle's batch norm takes the bytes of a float64 for two numbers."""
     network = use_operators(ConvNormAct(4, 4, 1), 'fused')
     network.bn.to(dtype='float64')
@@ -165,15 +191,17 @@ def test_a_norm_of_another_type_is_refused(training):
         network(paddle.ones([1, 4, 8, 8]))
 
 
-def test_a_class_with_another_forward_counts(monkeypatch):
+def test_replaced_forward_of_a_class_is_called(monkeypatch):
     for kind in nn.ReLU, nn.Conv2D, nn.BatchNorm2D:
         with monkeypatch.context() as patch:
             patch.setattr(kind, 'forward', lambda layer, x, forward=kind.forward: 2 * forward(layer, x))
             assert_equal_outcomes(block('conv'), (2, 8, 8, 8))
 
 
-@pytest.mark.parametrize('key, value', [('block_size', 8), ('halo_size', 2), ('num_heads', 4), ('num_heads', 1), ('stride', 2)])
-def test_sizes_that_do_not_fit_are_refused_by_either_path(key, value):
+@pytest.mark.parametrize(
+    'key, value', [('block_size', 8), ('halo_size', 2), ('num_heads', 4), ('num_heads', 1), ('stride', 2)]
+)
+def test_sizes_that_do_not_fit_are_refused_by_both_operators(key, value):
     for kind in 'fused', 'composed':
         layer = use_operators(HaloAttention(8, 8, 2, 4, 1).eval(), kind)
         setattr(layer, key, value)
@@ -181,14 +209,16 @@ def test_sizes_that_do_not_fit_are_refused_by_either_path(key, value):
             layer(paddle.randn([1, 8, 8, 8]))
 
 
-def test_a_change_is_in_the_export_too(tmp_path):
+def test_changed_layer_is_exported(tmp_path):
     network = use_operators(block('conv', 'halo').eval(), 'auto')
     network[0].conv2_kxk.conv._dilation = [2, 2]
     network[0].conv2_kxk.conv._updated_padding = [2, 2]
     network[1].conv1_1x1.conv._stride = [2, 2]
     network[1].shortcut = nn.MaxPool2D(1, 2)
     x = paddle.to_tensor(ref.seeded_images((2, 8, 16, 16)))
-    paddle.jit.save(network, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 8, 16, 16], 'float32')])
+    paddle.jit.save(
+        network, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 8, 16, 16], 'float32')]
+    )
     with paddle.no_grad():
         expected = network(x).numpy()
     assert expected.shape == (2, 16, 8, 8)

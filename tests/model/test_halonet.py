@@ -32,12 +32,18 @@ def repo_root(monkeypatch, request):
 
 @pytest.mark.parametrize('steps', [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_training_trajectory(steps):
-    """AdamW (lr 1e-4, weight decay 0.05 on matrices and kernels), label smoothing 0.1, one batch of 8, all of train mode."""
+    """The losses of timm: AdamW (lr 1e-4, weight decay 0.05 on matrices and kernels), label smoothing
+    0.1, one batch of 8, all layers in train mode."""
     model = ref.fill_seeded(build('halonet_26t_256'))
     model.train()
     decays = {key: p.ndim > 1 and not key.endswith('_rel') for key, p in model.named_parameters()}
-    groups = [{'params': [p for key, p in model.named_parameters() if decays[key] == decay], 'weight_decay': 0.05 * decay}
-              for decay in (True, False)]
+    groups = [
+        {
+            'params': [p for key, p in model.named_parameters() if decays[key] == decay],
+            'weight_decay': 0.05 * decay,
+        }
+        for decay in (True, False)
+    ]
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=groups)
     images = paddle.to_tensor(ref.seeded_images((8, 3, 256, 256)))
     labels = paddle.to_tensor(np.random.default_rng([0, 9]).integers(0, 1000, 8))
@@ -58,7 +64,10 @@ def test_training_trajectory(steps):
 
 def attention_inputs(B=2, N=2, d=4, v=4, block=4, halo=1, stride=1, H=8, W=8):
     rng, w = np.random.default_rng(0), block + 2 * halo
-    shapes = (B, N * d, -(-H // stride), -(-W // stride)), (B, N * (d + v), H, W), (2 * w - 1, d), (2 * w - 1, d)
+    shapes = (
+        (B, N * d, -(-H // stride), -(-W // stride)), (B, N * (d + v), H, W), (2 * w - 1, d),
+        (2 * w - 1, d),
+    )
     sizes = {'num_heads': N, 'block_size': block, 'halo_size': halo, 'stride': stride}
     return [rng.normal(size=shape) for shape in shapes], sizes
 
@@ -87,8 +96,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: ','.join(f'{k}{v}' for k, v in case.items()) or 'plain')
-def test_attention_is_the_plain_loop(case):
+@pytest.mark.parametrize(
+    'case', CASES, ids=lambda case: ','.join(f'{k}{v}' for k, v in case.items()) or 'plain'
+)
+def test_attention_equals_a_loop(case):
     inputs, sizes = attention_inputs(**case)
     out = halo_attention(*map(paddle.to_tensor, inputs), **sizes).numpy()
     expected = ref.naive_halo_attention(*inputs, **sizes)
@@ -96,10 +107,14 @@ def test_attention_is_the_plain_loop(case):
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize('case', [{'W': 4}, {'stride': 2, 'd': 3, 'v': 1}, {'H': 3, 'W': 1}, {'H': 3, 'W': 4, 'stride': 2}],
-                         ids=['plain', 'strided', 'ragged', 'ragged and strided'])
-def test_attention_gradient_is_that_of_the_plain_loop(case):
-    inputs, sizes = attention_inputs(**{'B': 1, 'N': 2, 'd': 2, 'v': 2, 'block': 2, 'halo': 1, 'H': 2, 'W': 2} | case)
+@pytest.mark.parametrize(
+    'case', [{'W': 4}, {'stride': 2, 'd': 3, 'v': 1}, {'H': 3, 'W': 1}, {'H': 3, 'W': 4, 'stride': 2}],
+    ids=['plain', 'strided', 'ragged', 'ragged and strided'],
+)
+def test_attention_gradient_equals_finite_differences_of_a_loop(case):
+    inputs, sizes = attention_inputs(
+        **{'B': 1, 'N': 2, 'd': 2, 'v': 2, 'block': 2, 'halo': 1, 'H': 2, 'W': 2} | case
+    )
     tensors = [paddle.to_tensor(a, stop_gradient=False) for a in inputs]
     out = halo_attention(*tensors, **sizes)
     weight = np.random.default_rng(1).normal(size=out.shape)
@@ -117,17 +132,25 @@ def test_attention_gradient_is_that_of_the_plain_loop(case):
 @pytest.mark.parametrize('block, stride, size', [(4, 1, 8), (4, 2, 8), (3, 2, 6), (4, 2, 7), (3, 2, 5)],
                          ids=['plain', 'strided queries', 'pooled', 'odd', 'odd and pooled'])
 def test_attention_layer(block, stride, size):
-    """1x1 projections, queries at every stride-th pixel; where the stride does not divide the block, a mean over all pixels."""
+    """1x1 projections, queries at every stride-th pixel; a mean over all pixels if the stride does not
+    divide the block."""
     layer = HaloAttention(6, 8, num_heads=2, block_size=block, halo_size=1, stride=stride)
     x = np.random.default_rng(0).normal(size=(2, 6, size, size))
-    q, kv = (np.einsum('bchw,kc->bkhw', x, p.weight.numpy()[:, :, 0, 0].astype('float64')) for p in (layer.q, layer.kv))
+    q, kv = (
+        np.einsum('bchw,kc->bkhw', x, p.weight.numpy()[:, :, 0, 0].astype('float64'))
+        for p in (layer.q, layer.kv)
+    )
     pooled = block % stride != 0
     q = q if pooled else q[:, :, ::stride, ::stride]
-    expected = ref.naive_halo_attention(q, kv, layer.pos_embed.height_rel.numpy(), layer.pos_embed.width_rel.numpy(), num_heads=2,
-                                        block_size=block, halo_size=1, stride=1 if pooled else stride)
+    expected = ref.naive_halo_attention(
+        q, kv, layer.pos_embed.height_rel.numpy(), layer.pos_embed.width_rel.numpy(), num_heads=2,
+        block_size=block, halo_size=1, stride=1 if pooled else stride,
+    )
     if pooled:                                      # at the edge the mean is of what there is
         places = range(0, size, stride)
-        expected = np.stack([[expected[:, :, y:y + stride, x:x + stride].mean((2, 3)) for x in places] for y in places])
+        expected = np.stack(
+            [[expected[:, :, y : y + stride, x : x + stride].mean((2, 3)) for x in places] for y in places]
+        )
         expected = expected.transpose(2, 3, 0, 1)
     np.testing.assert_allclose(ref.run(layer, x.astype('float32')), expected, rtol=0, atol=2e-6)
 
@@ -142,12 +165,14 @@ def test_any_fitting_size():
 
 
 @pytest.mark.parametrize('heads', [0, 3, -2])
-def test_unfit_heads(heads):
-    with pytest.raises(ValueError, match=rf'width 8 cannot have {heads} heads.*MODEL\.HEADS|MODEL\.HEADS is \[0, {heads}\]'):
+def test_heads_that_do_not_divide_the_width_are_refused(heads):
+    with pytest.raises(
+        ValueError, match=rf'width 8 cannot have {heads} heads.*MODEL\.HEADS|MODEL\.HEADS is \[0, {heads}\]'
+    ):
         build_tiny('MODEL.HEADS', [0, heads])
 
 
-def test_unknown_kind_of_block():
+def test_unknown_kind_of_block_is_refused():
     with pytest.raises(ValueError, match=r"MODEL\.STAGES.*'hallo'.*conv, halo, bot and lambda"):
         build_tiny('MODEL.STAGES', ['conv', 'conv hallo'])
 
@@ -161,13 +186,18 @@ def test_parse_stage(text, kinds):
 
 @pytest.mark.parametrize('text', [
     '', '  ', 'conv*0', 'conv*-1', 'conv*two', 'conv*1.5', 'conv*', 'conv *2', '*2', 'conv*2*2', 'conv*²'])
-def test_parse_stage_refuses(text):
+def test_malformed_stage_is_refused(text):
     with pytest.raises(ValueError, match=r'MODEL\.STAGES'):
         parse_stage(text)
 
 
-@pytest.mark.parametrize('stem, pool, kernels, side', [
-    ('tiered', True, [(24, 3), (32, 3), (64, 3)], 8), ('7x7', True, [(64, 7)], 8), ('3x3', False, [(64, 3)], 16)])
+@pytest.mark.parametrize(
+    'stem, pool, kernels, side',
+    [
+        ('tiered', True, [(24, 3), (32, 3), (64, 3)], 8), ('7x7', True, [(64, 7)], 8),
+        ('3x3', False, [(64, 3)], 16),
+    ],
+)
 def test_stem(stem, pool, kernels, side):
     model = build_tiny('MODEL.STEM', stem, 'MODEL.STEM_WIDTH', 64, 'MODEL.STEM_POOL', pool)
     weights = [p for key, p in model.stem.named_parameters() if key.endswith('conv.weight')]
@@ -191,7 +221,8 @@ def test_activation_and_dropout_options():
 # ---- fresh weights
 
 def expected_deviation(key, shape):
-    """timm's: conv N(0, 2 / fan out); q, kv N(0, 1 / fan in); tables N(0, 1 / head width); classifier N(0, 0.01^2)."""
+    """As in timm: conv N(0, 2 / fan out); q, kv N(0, 1 / fan in); tables N(0, 1 / head width);
+    classifier N(0, 0.01^2)."""
     if key.endswith('_rel'):
         return shape[1] ** -0.5
     if key.endswith(('q.weight', 'kv.weight')):
@@ -202,8 +233,10 @@ def expected_deviation(key, shape):
     return 0.01
 
 
-@pytest.mark.parametrize('make', [*(partial(build, name) for name in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
-                         ids=['26t', '50ts', 'layer of unequal widths'])
+@pytest.mark.parametrize(
+    'make', [*(partial(build, name) for name in MODELS), partial(HaloAttention, 400, 128, 4, 4, 1)],
+    ids=['26t', '50ts', 'layer of unequal widths'],
+)
 def test_initialisation(make):
     for key, parameter in make().named_parameters():
         value = parameter.numpy().astype('float64')
@@ -217,7 +250,7 @@ def test_initialisation(make):
             assert np.abs(value).max() < 7 * std, key
 
 
-def test_fresh_blocks_are_their_shortcuts():
+def test_new_blocks_return_their_shortcuts():
     model = build_tiny()
     blocks = [layer for layer in model.sublayers() if isinstance(layer, Bottleneck)]
     assert len(blocks) == 3
@@ -286,12 +319,16 @@ def test_training_under_to_static_with_any_batch(kind):
         model = ref.fill_seeded(build_halonet(get_config(None, [*ref.TINY, 'MODEL.ATTENTION', kind]))).train()
         call = paddle.jit.to_static(model.forward, full_graph=True, input_spec=spec) if spec else model
         call(images).square().sum().backward()
-        gradients.append({name: value.grad.numpy() for name, value in model.named_parameters() if not value.stop_gradient})
+        gradients.append(
+            {name: value.grad.numpy() for name, value in model.named_parameters() if not value.stop_gradient}
+        )
     for name, expected in gradients[0].items():
-        np.testing.assert_allclose(gradients[1][name], expected, atol=1e-4 * abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradients[1][name], expected, atol=1e-4 * abs(expected).max(), err_msg=name
+        )
 
 
-def test_to_static_is_eager():
+def test_static_program_equals_eager_mode():
     model = ref.fill_seeded(build_tiny()).eval()
     images = ref.seeded_images((2, 3, 32, 32))
     eager = ref.run(model, images)
@@ -303,7 +340,9 @@ def test_exported_model_takes_any_batch(tmp_path):
     model = ref.fill_seeded(build_tiny()).eval()
     batches = {n: ref.seeded_images((n, 3, 32, 32)) for n in (1, 2, 5)}
     eager = {n: ref.run(model, images) for n, images in batches.items()}
-    paddle.jit.save(model, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, 32, 32], 'float32')])
+    paddle.jit.save(
+        model, str(tmp_path / 'net'), input_spec=[paddle.static.InputSpec([None, 3, 32, 32], 'float32')]
+    )
     loaded = paddle.jit.load(str(tmp_path / 'net'))
     for n, images in batches.items():
         np.testing.assert_allclose(ref.run(loaded, images), eager[n], rtol=1e-5, atol=1e-5)

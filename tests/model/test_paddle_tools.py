@@ -25,7 +25,9 @@ IMAGES = ref.seeded_images((4, 3, 32, 32))
 
 
 def build(name):
-    return ref.fill_seeded(build_halonet(get_config(None, [*ref.TINY, 'DATA.IMAGE_SIZE', 32, *NETWORKS[name]])))
+    return ref.fill_seeded(
+        build_halonet(get_config(None, [*ref.TINY, 'DATA.IMAGE_SIZE', 32, *NETWORKS[name]]))
+    )
 
 
 # ---- counts
@@ -40,7 +42,10 @@ def test_summary_counts_every_parameter(name, capsys):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_flops_count_every_parameter(name, capsys, monkeypatch):
-    monkeypatch.setattr(paddle.Tensor, '__int__', lambda x: x.item())      # Paddle 3.3.1's fails on [1] with numpy 2.4
+    # Paddle 3.3.1's fails on [1] with numpy 2.4
+    monkeypatch.setattr(
+        paddle.Tensor, '__int__', lambda x: x.item()
+    )
     network = build(name)
     keys = list(network.state_dict())
     assert paddle.flops(network, [1, 3, 32, 32]) > 0
@@ -58,9 +63,10 @@ def test_summary_of_halonet_26t():
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_conversion_to_synchronised_norms_keeps_the_network(name, monkeypatch):
-    """With a stand-in for the GPU's kernel: the same results, statistics, keys, and activations after the norms."""
+    """With a replacement for the GPU's kernel: the same results, statistics, keys and activations."""
     def kernel(x, mean, variance, weight, bias, is_test, momentum, epsilon, *rest):
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, not is_test, momentum, epsilon), *[None] * 5
+        out = nn.functional.batch_norm(x, mean, variance, weight, bias, not is_test, momentum, epsilon)
+        return out, None, None, None, None, None
 
     monkeypatch.setattr(nn.layer.norm._C_ops, 'sync_batch_norm_', kernel)
     plain = build(name)
@@ -83,8 +89,10 @@ def test_conversion_to_synchronised_norms_keeps_the_network(name, monkeypatch):
 # ---- quantisation
 
 def quantisation(kind, scope):
-    """QAT or PTQ with 8 bits for activations and weights, of everything or of the types that have quantised layers."""
-    method, quanter = {'qat': (QAT, FakeQuanterWithAbsMaxObserver(moving_rate=0.9)), 'ptq': (PTQ, AbsmaxObserver())}[kind]
+    """QAT or PTQ with 8 bits for activations and weights, of all layers or of types with quantised layers."""
+    method, quanter = {
+        'qat': (QAT, FakeQuanterWithAbsMaxObserver(moving_rate=0.9)), 'ptq': (PTQ, AbsmaxObserver()),
+    }[kind]
     if scope == 'everything':
         return method(QuantConfig(activation=quanter, weight=quanter))
     config = QuantConfig(activation=None, weight=None)
@@ -125,5 +133,8 @@ def test_quantisation_aware_training(name, scope):
 
 def assert_all_quantised(network, quantised):
     count = sum(type(layer) is nn.Conv2D for layer in network.sublayers())
-    assert count > 5 and sum(type(layer) is nn.quant.qat.QuantedConv2D for layer in quantised.sublayers()) == count
+    assert (
+        count > 5
+        and sum(type(layer) is nn.quant.qat.QuantedConv2D for layer in quantised.sublayers()) == count
+    )
     assert not any(type(layer) in (nn.Conv2D, nn.Linear) for layer in quantised.sublayers())

@@ -1,13 +1,16 @@
 """The compiled batch norm with its activation against Paddle's, in float64, and finite differences."""
+from system import paddle_internals
+
 import numpy as np
 import paddle
 import pytest
+from operators import COMPILED
 from paddle import nn
 
 import ops
 from model.layers import norm_act, use_operators
 
-pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
+pytestmark = COMPILED
 ACTS = {'identity': nn.Identity, 'relu': nn.ReLU, 'silu': nn.Silu}
 
 
@@ -30,7 +33,9 @@ def norm(width, act, dtype, kind):
     layer.to(dtype=dtype)
     random = np.random.default_rng(0)
     for name, value in layer.state_dict().items():
-        value.set_value(random.uniform(0.5, 1.5, value.shape).astype(dtype) * (-1 if name == 'norm.bias' else 1))
+        value.set_value(
+            random.uniform(0.5, 1.5, value.shape).astype(dtype) * (-1 if name == 'norm.bias' else 1)
+        )
     layer.train()
     return layer
 
@@ -40,12 +45,16 @@ def run(layer, x, gradient):
     x = paddle.to_tensor(x, stop_gradient=False)
     out = layer(x)
     out.backward(paddle.to_tensor(gradient))
-    values = [out, layer.norm._mean, layer.norm._variance, x.grad, layer.norm.weight.grad, layer.norm.bias.grad]
+    values = [
+        out, layer.norm._mean, layer.norm._variance, x.grad, layer.norm.weight.grad, layer.norm.bias.grad,
+    ]
     return [value.numpy().astype('float64') for value in values]
 
 
 @pytest.mark.parametrize('act', ACTS)
-@pytest.mark.parametrize('shape', [(4, 24, 16, 16), (3, 5, 7, 3), (1, 2, 1, 5), (16, 3, 33, 30), (1, 6, 1, 1)])
+@pytest.mark.parametrize(
+    'shape', [(4, 24, 16, 16), (3, 5, 7, 3), (1, 2, 1, 5), (16, 3, 33, 30), (1, 6, 1, 1)]
+)
 def test_equals_paddle(shape, act):
     random = np.random.default_rng(1)
     x, gradient = (3 + 2 * random.standard_normal(shape), random.standard_normal(shape))
@@ -53,12 +62,15 @@ def test_equals_paddle(shape, act):
     for dtype, tolerance in (('float64', 1e-12), ('float32', 3e-6)):
         ours = run(norm(shape[1], act, dtype, 'fused'), x.astype(dtype), gradient.astype(dtype))
         for i, (a, b) in enumerate(zip(ours, theirs)):
-            bound = max(tolerance, 1e-7) if i in (1, 2) else tolerance      # Paddle's momentum is a float32 in any case
+            # Paddle's momentum is a float32 in any case
+            bound = (
+                max(tolerance, 1e-7) if i in (1, 2) else tolerance
+            )
             assert np.linalg.norm(a - b) <= bound * max(np.linalg.norm(b), 1)
 
 
 @pytest.mark.parametrize('act', ACTS)
-def test_what_is_no_number_stays_so(act):
+def test_nan_and_infinity_propagate(act):
     x = np.zeros((2, 3, 4, 4), 'float32')
     x[1, 2, 3, 0] = np.nan
     out, *_, gradient, _, _ = run(norm(3, act, 'float32', 'fused'), x, np.ones_like(x))
@@ -85,14 +97,16 @@ def test_gradients_equal_finite_differences(act):
             assert abs(tensor.grad[index].item() - numeric) < 1e-7
 
 
-def test_a_large_mean_does_not_spoil_the_variance():
+def test_variance_is_exact_with_a_large_mean():
     x = (1000 + np.random.default_rng(0).standard_normal((4, 3, 9, 9))).astype('float32')
-    _, mean, variance = ops.batch_norm_act(paddle.to_tensor(x), paddle.ones([3]), paddle.zeros([3]), 1e-5, 'relu')
+    _, mean, variance = ops.batch_norm_act(
+        paddle.to_tensor(x), paddle.ones([3]), paddle.zeros([3]), 1e-5, 'relu'
+    )
     np.testing.assert_allclose(mean.numpy(), x.astype('float64').mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(variance.numpy(), x.astype('float64').var((0, 2, 3)), rtol=1e-4)
 
 
-def test_no_images_leave_the_statistics_as_they_are():
+def test_empty_batch_keeps_the_statistics():
     layer = norm(3, 'relu', 'float32', 'fused')
     before = [value.numpy() for value in (layer.norm._mean, layer.norm._variance)]
     assert layer(paddle.zeros([0, 3, 4, 4])).shape == [0, 3, 4, 4]
@@ -100,11 +114,11 @@ def test_no_images_leave_the_statistics_as_they_are():
         assert (old == new.numpy()).all()
 
 
-def test_bits_do_not_depend_on_the_threads():
+def test_results_are_the_same_for_any_number_of_threads():
     random = np.random.default_rng(0)
     x, gradient = (random.standard_normal((4, 24, 16, 16)).astype('float32') for _ in range(2))
     runs = []
     for threads in (1, 2, 3, 2):
-        paddle.base.core.set_num_threads(threads)
+        paddle_internals.set_num_threads(threads)
         runs.append(run(norm(24, 'silu', 'float32', 'fused'), x, gradient))
     assert all((a == b).all() for other in runs[1:] for a, b in zip(runs[0], other))

@@ -1,13 +1,15 @@
 """The compiled pool of the stem against Paddle's, to the bit."""
+from system import paddle_internals
+
 import numpy as np
 import paddle
 import pytest
+from operators import COMPILED
 from paddle import nn
 
-import ops
 from model.layers import max_pool
 
-pytestmark = pytest.mark.skipif(paddle.get_device() != 'cpu' or not ops.load(), reason='no C++ compiler, or not a CPU')
+pytestmark = COMPILED
 
 
 class Pool(nn.Layer):
@@ -25,13 +27,20 @@ def pooled(kind, x):
     """Result and gradient of x."""
     x = paddle.to_tensor(x, stop_gradient=False)
     out = Pool(kind)(x)
-    out.backward(paddle.to_tensor(np.random.default_rng(1).standard_normal(out.shape).astype(x.numpy().dtype)))
+    out.backward(
+        paddle.to_tensor(np.random.default_rng(1).standard_normal(out.shape).astype(x.numpy().dtype))
+    )
     return out.numpy(), x.grad.numpy()
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
-@pytest.mark.parametrize('shape', [(2, 3, 16, 16), (1, 2, 1, 1), (1, 1, 2, 1), (3, 2, 7, 5), (1, 4, 33, 66), (2, 2, 30, 31),
-                                   (1, 1, 3, 130)])
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (2, 3, 16, 16), (1, 2, 1, 1), (1, 1, 2, 1), (3, 2, 7, 5), (1, 4, 33, 66), (2, 2, 30, 31),
+        (1, 1, 3, 130),
+    ],
+)
 def test_equals_paddle(shape, dtype):
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     for values in (x, np.maximum(x, 0), np.round(x)):                       # also equal pixels
@@ -39,7 +48,7 @@ def test_equals_paddle(shape, dtype):
             assert (ours == theirs).all()
 
 
-def test_what_is_no_number_stays_so():
+def test_nan_and_infinity_propagate():
     x = np.zeros((1, 1, 6, 6), 'float32')
     x[0, 0, 3, 3] = np.nan
     out, gradient = pooled('fused', x)
@@ -48,13 +57,13 @@ def test_what_is_no_number_stays_so():
     assert (pooled('fused', np.full((1, 1, 5, 4), -np.inf))[0] == -np.inf).all()
 
 
-def test_no_images_and_other_threads():
+def test_empty_batch_and_any_number_of_threads():
     assert Pool('fused')(paddle.zeros([0, 3, 8, 7])).shape == [0, 3, 4, 4]
     x = np.random.default_rng(0).standard_normal((2, 5, 20, 18)).astype('float32')
     try:
         for threads in (1, 3):
-            paddle.base.core.set_num_threads(threads)
+            paddle_internals.set_num_threads(threads)
             for a, b in zip(pooled('fused', x), pooled('composed', x)):
                 assert (a == b).all()
     finally:
-        paddle.base.core.set_num_threads(2)
+        paddle_internals.set_num_threads(2)
