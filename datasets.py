@@ -1,8 +1,8 @@
 """From a list file to batches: reading images, their transforms, the order, the loaders.
 
 A sample is named (epoch, index). Its position in the order, its crop and its colours are functions of
-the seed and that name. So a run can stop and go on at any batch, with another number of processes or
-workers, and see the same pixels.
+the seed and that name. So a run can stop at any batch and go on with another number of processes or
+workers: it sees the same pixels.
 """
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
-        Raises DataError. Raises stopping.Failure if a data process dies, or reads one image for longer than
-        `timeout` seconds.
+        Raises DataError. Raises stopping.Failure if a data process dies, or reads one image for longer
+        than `timeout` seconds.
         """
         self.skipped = 0
         batches = self.sampler.batches(epoch, start)

@@ -57,7 +57,10 @@ def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_p
             return names
         warn(f'{problem}; it is not used, and labels are shown as numbers')
         return None
-    return names_of_folders(data_path, count) or (imagenet_names() if count == IMAGENET_CLASSES else None)
+    of_folders = names_of_folders(data_path, count)
+    if not of_folders and count == IMAGENET_CLASSES:
+        return imagenet_names()
+    return of_folders
 
 
 def _try_read(path: str, count: int) -> tuple[list[str], str]:
@@ -66,7 +69,9 @@ def _try_read(path: str, count: int) -> tuple[list[str], str]:
         names = read_names(path)
     except (ValueError, OSError) as error:
         return [], str(error)
-    return names, '' if len(names) == count else f'{path}: {len(names)} names for {count} classes'
+    if len(names) != count:
+        return names, f'{path}: {len(names)} names for {count} classes'
+    return names, ''
 
 
 def imagenet_names() -> list[str]:
@@ -107,11 +112,10 @@ def run_folder_of(weights: str) -> str:
 
 
 def for_a_run(data_path: str, count: int) -> Optional[list[str]]:
-    """Return the names that a training on a data folder keeps for its `count` classes, or None if it has
-    no file of them.
+    """Return the names for a run of `count` classes, or None if the data folder has no file of names.
 
-    Labels that the file does not reach are called 'class N'. Raises ValueError if it has more than
-    `count` names.
+    Labels that the file does not reach are called 'class N'.
+    Raises ValueError if it has more than `count` names.
     """
     path = os.path.join(data_path, FILE)
     if not os.path.isfile(path):

@@ -214,7 +214,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _scale_transparent_value(image: Image.Image) -> None:
     """Scale the one value that a PNG names as transparent to the range of its pixels.
 
-    Pillow scales pixels of 1, 2 and 4 bits up and those of 16 bits down, but leaves this value as the
+    Pillow scales pixels of 1, 2 and 4 bits up and those of 16 bits down. It leaves this value as the
     file has it.
     """
     value, raw = image.info.get('transparency'), _raw_mode(image)
@@ -246,7 +246,7 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize to (width, height), bicubic: timm's pixels with every version of Pillow.
 
     The rows come first, then the columns. A resize in one call begins with the columns of some images
-    (from Pillow 12.2 on, often from 13 on) and rounds differently.
+    and rounds differently: from Pillow 12.2 on, often from 13 on.
     """
     rows = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
     return rows.resize(size, Image.Resampling.BICUBIC)

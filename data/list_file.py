@@ -1,5 +1,4 @@
-"""Read list files: text of 'relative/path label' lines -> the samples as a few arrays, shared by forked
-processes.
+"""Read list files: text of 'relative/path label' lines -> the samples as a few arrays.
 
 Lines of the usual form are read in bulk by numpy, all others one by one. So 14 million lines take seconds;
 one by one they would take half a minute.
@@ -31,8 +30,8 @@ UTF_8_LOCALE = sys.getfilesystemencoding().lower() == 'utf-8'
 class ImageList:
     """The n samples of a list file.
 
-    It holds arrays, no text objects: a process that reads those writes to their reference counts, and so
-    gets its own copy of each page of memory.
+    It holds arrays, no text objects. Reading a text object writes to its reference count, and so copies
+    a page of memory into each forked process.
     """
 
     list_file: str
@@ -167,8 +166,8 @@ def read_list(list_file: str, data_path: str, num_classes: int) -> ImageList:
 def read_optional_labels(list_file: str) -> list[tuple[str, int | None]]:
     """Read a list file in which labels may be missing, as (path, label or None) of each line.
 
-    Paths are relative to its folder. The last word is a label if it is a whole number, unless the whole line
-    names a file. Raises as `read_lines`, and ValueError for an empty list.
+    Paths are relative to its folder. The last word is a label if it is a whole number, unless the whole
+    line names a file. Raises as `read_lines`, and ValueError for an empty list.
     """
     folder = os.path.dirname(list_file)
     found: list[tuple[str, int | None]] = []

@@ -225,7 +225,7 @@ def _equalizing(channel: np.ndarray) -> np.ndarray:
 
 
 def _blend(other: np.ndarray, pixels: np.ndarray, factor: float) -> np.ndarray:
-    # Pillow cuts fractions off where OpenCV rounds; the thousandth keeps whole numbers what they are
+    # Pillow truncates, OpenCV rounds; the thousandth keeps whole numbers unchanged
     return cv2.addWeighted(pixels, factor, other, 1 - factor, -0.499)
 
 

@@ -19,7 +19,7 @@ def repeated_order(num_samples: int, repeats: int, step_size: int, rng: Generato
     """Return (num_samples,) indices with `repeats` copies of each image that occurs.
 
     Repeated augmentation is of Hoffer et al. 2020 and Berman et al. 2019. The copies of an image are in
-    the same optimizer step of `step_size` images, unless the end of a step separates them. A step has
+    the same optimizer step of `step_size` images. Only the end of a step may separate them. A step has
     all first copies in random order, then all second ones, and so on: neighbours, which mixup mixes, are
     different images.
     """

@@ -15,9 +15,9 @@ IDLE = -1                                           # instead of an index: no im
 class Watch:
     """Kill a data process that reads one image for longer than `limit` seconds; 0: no limit.
 
-    A read from a network mount that is gone never returns. So each data process notes in shared memory
-    which image it reads, and a thread of the trainer looks at the notes every second. `late` is the
-    index of the image that exceeded the limit, or IDLE.
+    A read from a network mount that is gone never returns. Each data process notes in shared memory
+    which image it reads. A thread of the trainer looks at the notes every second. `late` is the index of
+    the image that exceeded the limit, or IDLE.
     """
 
     def __init__(self, workers: int, limit: float):
@@ -40,8 +40,7 @@ class Watch:
 
     def _look(self) -> None:
         before = self.notes.copy()
-        # seconds since each process's last note; a clock would also count the time that a trainer is
-        # stopped
+        # seconds since the last note of each process, while the trainer runs: it may have been stopped
         seconds = np.zeros(len(before))
         while not self._stopped.wait(1):
             now = self.notes.copy()
