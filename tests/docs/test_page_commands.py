@@ -30,7 +30,8 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
     'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2,
-    'docs/finetune.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4, 'docs/report.md': 3,
+    'docs/finetune.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4,
+    'docs/report.md': 3,
     'docs/training.md': 1, 'docs/weights.md': 2}
 INSTALLS = r'python3 -m venv|\S*python -m pip'
 SHORTER = [

@@ -1,7 +1,8 @@
 """Writes tests/fixtures/timm_recipes.npz by timm 1.0.31, which the tests do not need.
 
-What training does to a few numbers by timm's own code: optimizer steps, gradient clipping, losses, learning rates, averaged
-weights, layer-wise factors, AutoAugment's policies, the arguments of every operation, and the shares of mixed images.
+What training does to a few numbers by timm's own code: optimizer steps, gradient clipping, losses,
+learning rates, averaged weights, layer-wise factors, AutoAugment's policies, the arguments of every
+operation, and the fractions of mixed images.
 """
 import json
 import random
@@ -18,15 +19,18 @@ from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 
 OPTIMIZERS = {                              # ours: timm's name and options beside the learning rate
-    'adamw': ('adamw', {'eps': 1e-6}), 'sgd': ('sgd', {'momentum': 0.8}), 'lamb': ('lamb', {'eps': 1e-6, 'max_grad_norm': None}),
+    'adamw': ('adamw', {'eps': 1e-6}), 'sgd': ('sgd', {'momentum': 0.8}),
+    'lamb': ('lamb', {'eps': 1e-6, 'max_grad_norm': None}),
     'rmsprop': ('rmsproptf', {'momentum': 0.9, 'alpha': 0.9, 'eps': 0.001}),
 }
 STEPS = 6
 RNG = np.random.default_rng(2)
-SHAPES = {'stem.conv.weight': (4, 3, 3, 3), 'stages.0.0.self_attn.pos_embed.height_rel': (5, 4), 'stages.0.0.bn.bias': (4,),
-          'head.fc.weight': (6, 5), 'head.fc.bias': (5,)}                    # the classifier is (in, out), as Paddle has it
+SHAPES = {                                          # the classifier is (in, out), as in Paddle
+    'stem.conv.weight': (4, 3, 3, 3), 'stages.0.0.self_attn.pos_embed.height_rel': (5, 4),
+    'stages.0.0.bn.bias': (4,), 'head.fc.weight': (6, 5), 'head.fc.bias': (5,)}
 PARAMETERS = {name: RNG.normal(0, 0.5, shape).astype('float32') for name, shape in SHAPES.items()}
-GRADIENTS = [{name: RNG.normal(0, 1, shape).astype('float32') for name, shape in SHAPES.items()} for _ in range(STEPS)]
+GRADIENTS = [{name: RNG.normal(0, 1, shape).astype('float32') for name, shape in SHAPES.items()}
+             for _ in range(STEPS)]
 
 
 class Tiny(torch.nn.Module):
@@ -35,7 +39,8 @@ class Tiny(torch.nn.Module):
     def __init__(self):
         super().__init__()
         for name, value in PARAMETERS.items():
-            self.register_parameter(name.replace('.', '!'), torch.nn.Parameter(torch.tensor(turned(name, value))))
+            parameter = torch.nn.Parameter(torch.tensor(turned(name, value)))
+            self.register_parameter(name.replace('.', '!'), parameter)
 
     def named(self):
         return {name.replace('!', '.'): p for name, p in self.named_parameters()}
@@ -47,7 +52,8 @@ def turned(name, value):
 
 def given():
     yield from ((f'parameter.{name}', value) for name, value in PARAMETERS.items())
-    yield from ((f'gradient.{step}.{name}', g) for step in range(STEPS) for name, g in GRADIENTS[step].items())
+    for step in range(STEPS):
+        yield from ((f'gradient.{step}.{name}', g) for name, g in GRADIENTS[step].items())
 
 
 def set_gradients(model, step):
@@ -74,7 +80,8 @@ def clipped_gradients():
     for mode, limit in (('norm', 1.0), ('value', 0.5), ('agc', 0.3)):
         model = Tiny()
         set_gradients(model, 0)
-        inner = [p for key, p in model.named().items() if mode != 'agc' or not key.startswith('head.')]  # as timm's train.py
+        inner = [p for key, p in model.named().items()                       # as timm's train.py
+                 if mode != 'agc' or not key.startswith('head.')]
         dispatch_clip_grad(inner, limit, mode)
         for key, p in model.named().items():
             yield f'clip.{mode}.{key}', turned(key, p.grad.numpy().copy())
@@ -82,7 +89,8 @@ def clipped_gradients():
 
 def losses():
     rng = np.random.default_rng(3)
-    logits, targets = rng.normal(0, 3, (6, 7)).astype('float32'), rng.dirichlet(np.full(7, 0.3), 6).astype('float32')
+    logits = rng.normal(0, 3, (6, 7)).astype('float32')
+    targets = rng.dirichlet(np.full(7, 0.3), 6).astype('float32')
     labels = rng.integers(0, 7, 6)
     yield from {'loss.logits': logits, 'loss.targets': targets, 'loss.labels': labels}.items()
     x, soft, hard = torch.tensor(logits), torch.tensor(targets), torch.tensor(labels)
@@ -95,10 +103,12 @@ def losses():
 
 def learning_rates():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    cosine = CosineLRScheduler(optimizer, t_initial=100 - 1 - 10, lr_min=0.01, warmup_t=10, warmup_lr_init=0.001,
-                               warmup_prefix=True, t_in_epochs=False)
-    step = StepLRScheduler(optimizer, decay_t=2.4 * 7, decay_rate=0.9, warmup_t=10, warmup_lr_init=0.001, warmup_prefix=False,
-                           t_in_epochs=False)
+    cosine = CosineLRScheduler(
+        optimizer, t_initial=100 - 1 - 10, lr_min=0.01, warmup_t=10, warmup_lr_init=0.001,
+        warmup_prefix=True, t_in_epochs=False)
+    step = StepLRScheduler(
+        optimizer, decay_t=2.4 * 7, decay_rate=0.9, warmup_t=10, warmup_lr_init=0.001,
+        warmup_prefix=False, t_in_epochs=False)
     for name, schedule in (('cosine', cosine), ('step', step)):
         yield f'lr.{name}', np.array([schedule._get_lr(t)[0] for t in range(110)])
 
@@ -118,7 +128,8 @@ def averages():
 
 
 def layers():
-    groups = param_groups_layer_decay(model := timm.create_model('halonet50ts', num_classes=10), layer_decay=0.75)
+    model = timm.create_model('halonet50ts', num_classes=10)
+    groups = param_groups_layer_decay(model, layer_decay=0.75)
     names = {id(p): name for name, p in model.named_parameters()}
     scales = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
     yield 'layers', text(scales)
@@ -135,12 +146,14 @@ def policies():
     random.seed(0)
     hparams = {'translate_pct': 0.45, 'translate_const': 1}
     yield 'arguments', text({
-        name: {level: sorted({round(float(arguments(level, hparams)[0]), 9) for _ in range(40)}) for level in range(0, 21, 2)}
+        name: {level: sorted({round(float(arguments(level, hparams)[0]), 9) for _ in range(40)})
+               for level in range(0, 21, 2)}
         for name, arguments in auto_augment.LEVEL_TO_ARG.items() if arguments})
 
 
 def shares():
-    """How often the share that an image keeps lies in each tenth from 0 to 1; and how often neighbours keep the same share."""
+    """Count how often the fraction that an image keeps lies in each tenth from 0 to 1, and how often
+    neighbours keep the same fraction."""
     np.random.seed(0)
     for mode in ('batch', 'pair', 'elem', 'half'):
         mix = mixup.FastCollateMixup if mode == 'half' else mixup.Mixup
@@ -161,6 +174,7 @@ def shares():
 
 if __name__ == '__main__':
     torch.manual_seed(0)
-    parts = (given, optimizer_steps, clipped_gradients, losses, learning_rates, averages, layers, policies, shares)
+    parts = (given, optimizer_steps, clipped_gradients, losses, learning_rates, averages, layers, policies,
+             shares)
     path = Path(__file__).parent.parent / 'fixtures' / 'timm_recipes.npz'
     np.savez_compressed(path, **{key: value for part in parts for key, value in part()})

@@ -1,11 +1,14 @@
-"""What the tests compare with: figures computed by timm, tables of published key names, a slow and plain attention.
+"""References of the tests: timm's results, tables of published key names, a slow and plain attention.
 
-fixtures/timm_logits.npz: `NAME.HxW.logits` (2, 1000) of timm 1.0.31's halo models in eval mode on `seeded_images((2, 3, H, W))`,
-every float32 entry of the state dict set to `seeded_weight(key, shape)`; `NAME.keys`: JSON {timm's key: shape} as bytes.
-fixtures/timm_h1_float64.npz: `logits` of halonet_h1, the same but for the model and the images being cast to float64.
-fixtures/paddlevit_keys.npz: NAME -> JSON {key: shape} as bytes, of the .pdparams files that PaddleViT published.
+fixtures/timm_logits.npz: `NAME.HxW.logits` (2, 1000) of timm 1.0.31's halo models in eval mode on
+`seeded_images((2, 3, H, W))`, every float32 entry of the state dict set to `seeded_weight(key, shape)`;
+`NAME.keys`: JSON {timm's key: shape} as bytes.
+fixtures/timm_h1_float64.npz: `logits` of halonet_h1, the same but for model and images in float64.
+fixtures/paddlevit_keys.npz: NAME -> JSON {key: shape} as bytes, of the .pdparams files that PaddleViT
+published.
 fixtures/timm_recipes.npz: what timm 1.0.31 makes of a few numbers in training; made by make_timm_recipes.py.
-TIMM_LOSSES: timm's halonet26t in train mode from the same weights, on one batch, see test_halonet.test_training_trajectory.
+TIMM_LOSSES: timm's halonet26t in train mode from the same weights, on one batch; see
+test_halonet.test_training_trajectory.
 """
 import json
 import zlib
@@ -15,9 +18,12 @@ import numpy as np
 import paddle
 
 FIXTURES = Path(__file__).parent.parent / 'fixtures'
-TIMM_LOSSES = [7.204110145568848, 6.326181411743164, 5.623709201812744, 4.997720718383789, 4.421803951263428, 3.878613233566284]
-TINY = ['MODEL.STAGES', ['conv', 'halo*2'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2], 'MODEL.HEADS', [0, 2],
-        'MODEL.STEM_WIDTH', 8, 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1, 'MODEL.NUM_CLASSES', 10]  # takes 32x32 and up
+TIMM_LOSSES = [7.204110145568848, 6.326181411743164, 5.623709201812744, 4.997720718383789,
+               4.421803951263428, 3.878613233566284]
+TINY = [                                            # for images of 32x32 and more
+    'MODEL.STAGES', ['conv', 'halo*2'], 'MODEL.WIDTHS', [16, 32], 'MODEL.STRIDES', [1, 2],
+    'MODEL.HEADS', [0, 2], 'MODEL.STEM_WIDTH', 8, 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1,
+    'MODEL.NUM_CLASSES', 10]
 
 
 with np.load(FIXTURES / 'timm_logits.npz') as _file:
@@ -40,7 +46,7 @@ def timm_keys(name):
 
 
 def timm_recipes(prefix):
-    """{rest of the key: array, or what its JSON says} of the entries of timm_recipes.npz below `prefix`, or the entry itself."""
+    """Return the entry `prefix` of timm_recipes.npz, or {rest of the key: value} of those below it."""
     def value(key):
         return json.loads(bytes(file[key])) if file[key].dtype == np.uint8 else file[key]
 
@@ -61,9 +67,10 @@ def seeded_images(shape, seed=0):
 
 
 def seeded_weight(key, shape, seed=0):
-    """The float32 array that stands for timm's entry `key`: the distribution follows from what it is, the numbers from its name.
+    """Return the float32 array for timm's entry `key`: its kind sets the distribution, its name the values.
 
-    Attention is sharp (queries have a gain of 6), so that a wrong key or offset shows; residual branches are small (0.3).
+    Attention is sharp (queries have a gain of 6), so that a wrong key or offset shows. Residual branches are
+    small (0.3).
     """
     def deviation():
         if key.endswith('_rel'):
@@ -88,7 +95,7 @@ def timm_key(key):
 
 
 def fill_seeded(model):
-    """Gives `model` the seeded weights under timm's names; timm's linear layers are (out, in), Paddle's (in, out)."""
+    """Give `model` the seeded weights by timm's names. Linear layers are (out, in) there, (in, out) here."""
     for key, tensor in model.state_dict().items():
         if key == 'head.fc.weight':
             tensor.set_value(seeded_weight(key, tuple(tensor.shape[::-1])).T)
@@ -98,17 +105,17 @@ def fill_seeded(model):
 
 
 def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
-    """attention.halo_attention in float64, one query pixel after another, from the positions of the pixels alone."""
+    """Compute attention.halo_attention in float64, one query pixel at a time, from positions alone."""
     (B, _, rows, columns), (_, _, H, W), d = q.shape, kv.shape, height_rel.shape[1]
     v, w, b = kv.shape[1] // num_heads - d, block_size + 2 * halo_size, block_size // stride
     out = np.zeros((B, num_heads * v, rows, columns))
     for image, n, y, x in np.ndindex(B, num_heads, rows, columns):
         query = q[image, n * d:(n + 1) * d, y, x]
         logits, values = np.full((w, w), -np.inf), np.zeros((w, w, v))
-        for i, j in np.ndindex(w, w):               # the window's first pixel lies halo_size before the block's
+        for i, j in np.ndindex(w, w):               # the window starts halo_size before the block
             row, column = y // b * block_size - halo_size + i, x // b * block_size - halo_size + j
             if row >= H + halo_size or column >= W + halo_size:
-                continue                            # it is there only because the map does not divide into blocks
+                continue                            # padding of a map that does not divide into blocks
             key = np.zeros(d)
             if 0 <= row < H and 0 <= column < W:    # outside: a key of zeros that takes part
                 key, values[i, j] = np.split(kv[image, n * (d + v):(n + 1) * (d + v), row, column], [d])

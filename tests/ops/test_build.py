@@ -1,4 +1,4 @@
-"""Compiling the operators: compilers, the cache of libraries, concurrent and killed builds, CUDA in emulation."""
+"""Compiling the operators: compilers, the cache, concurrent and killed builds, CUDA in emulation."""
 import os
 import subprocess
 import sys

@@ -36,7 +36,7 @@ def make_monitor(clock, **changes):
 
 
 def stretch(watch, clock, wait, work, steps=5):
-    """Run an epoch of `steps` steps with one report at its end. Returns the fraction of time spent waiting."""
+    """Run an epoch of `steps` steps and report at its end. Returns the fraction of time spent waiting."""
     start = clock.now
     for _ in watch.batches(clock.loader(wait, steps), Progress()):
         clock.now += work
