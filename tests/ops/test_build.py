@@ -191,7 +191,7 @@ def test_operators_compile_for_a_gpu(tmp_path):
 def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
     program, sources = (
         tmp_path / 'emulation',
-        [f'-I{ROOT}/tests', f'-I{ROOT}/ops', str(ROOT / 'tests/helpers/cuda_emulation.cc')],
+        [f'-I{ROOT}/tests/helpers', f'-I{ROOT}/ops', str(ROOT / 'tests/helpers/cuda_emulation.cc')],
     )
     subprocess.run(
         [*build.find_compiler(), '-std=c++17', '-O1', '-w', *sources, '-o', str(program)], check=True
