@@ -201,9 +201,10 @@ def test_cuda_kernels_equal_the_cpu_in_emulation(tmp_path):
 
 
 def test_freed_memory_is_reused_for_large_tensors():
-    """Told by the pages that the kernel had to hand out for 20 tensors of 64 MiB, 16384 each. Where small
-    blocks lie in the way a tensor may miss the place of the last one; that it does a few times, no
-    more."""
+    """Count the pages that the kernel hands out for 20 tensors of 64 MiB, 16384 pages each.
+
+    Small blocks of memory may prevent the reuse a few times, but not in most cases.
+    """
     program = '''
 import resource, utils, paddle
 {}
