@@ -259,7 +259,7 @@ def test_second_run_in_a_folder_is_refused_and_changes_nothing(images, tmp_path,
 def test_second_start_is_refused_with_one_line(images, tmp_path):
     """By the commands; the first goes on and ends well."""
     folder, log = tmp_path / 'run', tmp_path / 'output.txt'
-    opts = ['TRAIN.NUM_EPOCHS', 100, 'DATA.NUM_WORKERS', 1]
+    opts = ['TRAIN.NUM_EPOCHS', 100_000, 'DATA.NUM_WORKERS', 1]
     first = start('main_single_gpu.py', *words(images, folder, *opts), log=log)
     wait_for_step(folder, 1, first)
     for command in (['main_single_gpu.py'], ['main_multi_gpu.py', '-nprocs', 2]):
