@@ -37,7 +37,10 @@ def test_kill_and_sigterm_with_data_workers(images, whole, tmp_path, log):
 def ranks(process, log):
     """The pids of the training processes below a spawning or launching one, rank 0 first."""
     def parent(pid):
-        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+        try:
+            return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+        except OSError:                             # it has ended
+            return None
     return sorted(pid for pid, command in processes(log).items()
                   if parent(pid) == process.pid and ('spawn_main' in command or 'main_multi' in command))
 
