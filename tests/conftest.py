@@ -3,6 +3,7 @@ import utils
 
 import paddle
 import pytest
+from runs import make_images
 
 utils.tune_cpu()
 
@@ -27,3 +28,9 @@ def write(tmp_path):
         path.write_text(content)
         return str(path)
     return write
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """A folder of 20 training and 11 validation images; tests do not change it."""
+    return make_images(tmp_path_factory.mktemp('images') / 'data')

@@ -3,15 +3,9 @@ import os
 
 import pytest
 from exact_runs import CHANCE, STEPS, TWO, run, words
-from runs import kill_all, make_images, processes, program, wait_until
+from runs import kill_all, processes, program, wait_until
 
 from training import checkpoint
-
-
-@pytest.fixture(scope='session')
-def images(tmp_path_factory):
-    """A folder of 20 training and 11 validation images; tests do not change it."""
-    return make_images(tmp_path_factory.mktemp('images') / 'data')
 
 
 @pytest.fixture(scope='session')
