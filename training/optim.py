@@ -63,6 +63,8 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, war
         return end_lr
     if schedule == 'step':
         return max(base_lr * decay_rate ** (step // decay_steps), end_lr)
+    if schedule != 'cosine':
+        raise ValueError(f'TRAIN.LR_SCHEDULE is {schedule}, which lr_at does not handle')
     progress = (step - warmup_steps) / max(last - warmup_steps, 1)
     return end_lr + (base_lr - end_lr) * (1 + math.cos(math.pi * progress)) / 2
 

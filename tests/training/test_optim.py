@@ -319,3 +319,9 @@ def test_optimizer_state_loads_with_other_parameter_names(name):
         optim.load_optimizer_state(other_optimizer, other, state)
         step(other, other_optimizer, 0.01, seed=1)
     assert all((value == values(model)[key]).all() for key, value in values(other).items())
+
+
+def test_schedule_without_code_is_refused():
+    with pytest.raises(ValueError, match='TRAIN.LR_SCHEDULE is linear'):
+        optim.lr_at(5, total_steps=10, warmup_steps=0, base_lr=1.0, warmup_lr=0.0, end_lr=0.0,
+                    schedule='linear')
