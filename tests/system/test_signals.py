@@ -92,7 +92,7 @@ PROGRAMS = {                                        # and their exit codes; FOLD
     'tools/check_data.py FOLDER/data -workers 2': {},
     'tools/make_lists.py FOLDER/classes -force': {},
     'tools/make_digits.py OUT/digits': {},
-    'tools/export.py -pretrained FOLDER/run/final -output OUT/export': {},
+    'tools/export.py -pretrained FOLDER/run/final -format paddle -output OUT/export': {},
     'dev/benchmark.py eval -cfg FOLDER/run/config.yaml -csv OUT/a.csv': {},
     'tools/port_weights.py FOLDER/run/final.pdparams OUT/a.safetensors -cfg FOLDER/run/config.yaml': {},
     'dev/model_table.py -check': {},
