@@ -245,7 +245,8 @@ class Traced(nn.Layer):
     def __init__(self, network: nn.Layer) -> None:
         super().__init__()
         self.network = network
-        self.program = paddle.jit.to_static(network.forward, full_graph=True)
+        # Paddle's default on a GPU, CINN, compiles for minutes
+        self.program = paddle.jit.to_static(network.forward, full_graph=True, backend=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.program(x)

@@ -97,6 +97,18 @@ def arguments(folder, *more):
     )
 
 
+def test_program_of_a_gpu_build_has_operators_of_paddle2onnx(tmp_path, monkeypatch):
+    """A GPU build calls linear_v2 for F.linear, which Paddle2ONNX does not know."""
+    layer = paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 3), paddle.nn.Flatten(), paddle.nn.Linear(144, 2))
+    monkeypatch.setattr(paddle, 'is_compiled_with_cuda', lambda: True)
+    paddle.set_flags({'FLAGS_use_legacy_linear': False})
+    spec = paddle.static.InputSpec([None, 3, 8, 8], 'float32')
+    paddle.jit.save(paddle.jit.to_static(layer.forward, [spec], full_graph=True), str(tmp_path / 'gpu'))
+    assert 'linear_v2' in (tmp_path / 'gpu.json').read_text()
+    export.save(layer, 8, str(tmp_path / 'ours'))
+    assert 'linear_v2' not in (tmp_path / 'ours.json').read_text()
+
+
 def images(side=32, count=4):
     return np.random.default_rng(5).standard_normal((count, 3, side, side), dtype='float32')
 
