@@ -23,6 +23,7 @@ from yacs.config import CfgNode
 from config import parse_args
 
 GRACE = 10                                          # seconds that the others get after one has failed
+VISIBLE = 'CUDA_VISIBLE_DEVICES'
 POLL = 0.2                                          # seconds between two looks at a request to stop
 
 
@@ -50,13 +51,32 @@ def start_processes(config: CfgNode, stop: Stop) -> None:
     import paddle.distributed as dist
     with utils.plain_errors():
         device = utils.choose_device(config.DEVICE)
-    count = config.NPROCS or (utils.gpu_count() if device == 'gpu' else 1)
+        count = count_processes(config.NPROCS, device)
     if count == 1:
         return train(config, stop)
+    if VISIBLE in os.environ:                       # Paddle's spawn splits it at commas only
+        os.environ[VISIBLE] = os.environ[VISIBLE].replace(' ', '')
     backend = 'nccl' if device == 'gpu' else 'gloo'
     context = dist.spawn(train_spawned, (config,), nprocs=count, join=False, backend=backend)
     supervise(context.processes, stop)
     sys.exit(exit_code_of(context.processes, stop))
+
+
+def count_processes(nprocs: int, device: str) -> int:
+    """Return how many processes to start: NPROCS, or for 0 one per visible GPU and one on a CPU.
+
+    Raises ValueError for more processes than GPUs.
+    """
+    import utils
+    if device != 'gpu':
+        return nprocs or 1
+    gpus = utils.gpu_count()
+    if nprocs > gpus:
+        visible = os.environ.get(VISIBLE)
+        chosen = f' ({VISIBLE} is {visible!r})' if visible is not None else ''
+        raise ValueError(f'-nprocs {nprocs}: Paddle sees {gpus} GPU(s) here{chosen}, and each process needs '
+                         f'its own; use -nprocs {gpus} or less, or leave it out for all of them')
+    return nprocs or gpus
 
 
 def supervise(processes: Sequence[BaseProcess], stop: Stop) -> None:

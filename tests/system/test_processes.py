@@ -5,10 +5,14 @@ import signal
 import time
 from types import SimpleNamespace
 
+from system.stopping import Stop
+import utils
+
 import pytest
 from runs import wait_until
 
 import main_multi_gpu
+from config import get_config
 
 fork = multiprocessing.get_context('fork')
 
@@ -82,3 +86,46 @@ def test_process_that_was_killed_is_reported(started, capsys):
 def test_exit_code_of_several_processes(codes, requested, expected):
     processes = [SimpleNamespace(exitcode=code) for code in codes]
     assert main_multi_gpu.exit_code_of(processes, SimpleNamespace(requested=requested)) == expected
+
+
+# ---- how many processes, and on which GPUs
+
+@pytest.mark.parametrize('nprocs, device, gpus, count', [
+    (0, 'gpu', 4, 4), (2, 'gpu', 4, 2), (4, 'gpu', 4, 4), (0, 'cpu', 0, 1), (3, 'cpu', 0, 3)])
+def test_one_process_for_each_gpu(monkeypatch, nprocs, device, gpus, count):
+    monkeypatch.setattr(utils, 'gpu_count', lambda: gpus)
+    assert main_multi_gpu.count_processes(nprocs, device) == count
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(utils, 'gpu_count', lambda: 2)
+    monkeypatch.setattr(utils, 'choose_device', lambda device: 'gpu')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
+    monkeypatch.setattr(utils.log, 'handlers', [])
+    with pytest.raises(SystemExit) as stop:
+        main_multi_gpu.start_processes(get_config(None, ['NPROCS', 3]), Stop())
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: -nprocs 3: Paddle sees 2 GPU(s) here (CUDA_VISIBLE_DEVICES is '0,1')")
+    assert 'use -nprocs 2 or less' in message and message.count('\n') == 1
+
+
+@pytest.mark.parametrize('visible, spawned', [
+    ('0, 1', '0,1'), (' 2 ,3', '2,3'), ('0,1', '0,1'), ('0,1,', '0,1,'),
+    ('GPU-8932f937-d72c,MIG-GPU-1/1/0', 'GPU-8932f937-d72c,MIG-GPU-1/1/0')])
+def test_spaces_between_visible_gpus_do_not_reach_paddle(monkeypatch, visible, spawned):
+    """Its spawn compares the names between the commas, spaces and all."""
+    import paddle.distributed as dist
+    monkeypatch.setattr(utils, 'gpu_count', lambda: 2)
+    monkeypatch.setattr(utils, 'choose_device', lambda device: 'gpu')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    seen = []
+
+    def spawn(*args, **kwargs):
+        seen.append(os.environ['CUDA_VISIBLE_DEVICES'])
+        return SimpleNamespace(processes=[])
+
+    monkeypatch.setattr(dist, 'spawn', spawn)
+    with pytest.raises(SystemExit):
+        main_multi_gpu.start_processes(get_config(None, ['NPROCS', 2]), Stop())
+    assert seen == [spawned]
