@@ -2,6 +2,7 @@
 import itertools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -217,6 +218,8 @@ def plain_errors() -> Iterator[None]:
         log.debug('traceback', exc_info=True)
         if paddle_internals.is_lost_connection(error):
             error = Failure('another process has ended or does not answer; its own message tells why')
+        if isinstance(error, MemoryError):
+            error = ValueError(out_of_memory(error))
         if not isinstance(error, (ValueError, OSError, FloatingPointError, Failure)):
             raise
         if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
@@ -225,6 +228,14 @@ def plain_errors() -> Iterator[None]:
             prefix = f'rank {rank()}: ' if rank() else ''
             print(console.visible(f'{prefix}error: {error}'), file=sys.stderr)
         sys.exit(exit_code(error))
+
+
+def out_of_memory(error: MemoryError) -> str:
+    """Return in one line what is out of memory, and what to do. Paddle raises a MemoryError on a GPU, too."""
+    asked = re.search(r'Cannot allocate (\S+) memory on GPU (\d+)', str(error))
+    where = f' on GPU {asked[2]}, which cannot give another {asked[1]}' if asked else ''
+    return (f'out of memory{where}; lower DATA.BATCH_SIZE and raise TRAIN.ACCUM_ITER by the same factor, '
+            'compute stages twice by TRAIN.RECOMPUTE, or use MODEL.ATTENTION fused, which stores no logits')
 
 
 # ---- run folders
@@ -316,6 +327,7 @@ class Totals:
     def add(self, losses: paddle.Tensor, logits: paddle.Tensor, labels: paddle.Tensor,
             step: int = 0) -> None:
         """Add a batch: losses (B,), logits (B, K), labels (B,)."""
+        logits = logits.astype('float32')           # equal numbers of 16 bits would be classes in any order
         top = logits.topk(min(5, logits.shape[1]), axis=1)[1] == labels.unsqueeze(1)  # (B, 5 or K)
         batch = [losses.sum(), top[:, 0].sum(), top.any(axis=1).sum(), paddle.full([], losses.shape[0])]
         self.sums += paddle.stack([value.astype('float64') for value in batch])

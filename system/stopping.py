@@ -9,7 +9,7 @@ FAILURE = 1                                         # another start may help
 MISTAKE = 2                                         # another start meets the same error
 STOPPED = 75                                        # EX_TEMPFAIL: on request, another start continues
 MISTAKES = (ValueError, FloatingPointError, FileNotFoundError, FileExistsError, NotADirectoryError,
-            IsADirectoryError, PermissionError)
+            IsADirectoryError, PermissionError, MemoryError)
 
 
 class Failure(RuntimeError):

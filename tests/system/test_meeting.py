@@ -88,3 +88,23 @@ def test_lost_connection_is_a_failure_in_one_line(error, capsys, monkeypatch):
     assert stop.value.code == stopping.FAILURE
     message = 'error: another process has ended or does not answer; its own message tells why\n'
     assert capsys.readouterr().err == message
+
+
+PADDLE_ON_A_GPU = ('\n\n--------------------------------------\nC++ Traceback:\n...\n'
+                   'ResourceExhaustedError: \n\nOut of memory error on GPU 1. Cannot allocate 2.441406GB '
+                   'memory on GPU 1, 78.2GB memory has been allocated and available memory is only 915MB.\n')
+
+
+@pytest.mark.parametrize('text, where', [
+    (PADDLE_ON_A_GPU, ' on GPU 1, which cannot give another 2.441406GB; '), ('', '; ')], ids=['GPU', 'host'])
+def test_out_of_memory_is_a_mistake_in_one_line(text, where, capsys, monkeypatch):
+    """Another start would run out of memory again, so nothing restarts."""
+    monkeypatch.setattr(utils.log, 'handlers', [])
+    with pytest.raises(SystemExit) as stop, utils.plain_errors():
+        raise MemoryError(text)
+    assert stop.value.code == stopping.MISTAKE
+    message = capsys.readouterr().err
+    assert message.startswith(f'error: out of memory{where}lower DATA.BATCH_SIZE')
+    assert message.count('\n') == 1
+    for option in ('TRAIN.ACCUM_ITER', 'TRAIN.RECOMPUTE', 'MODEL.ATTENTION'):
+        assert option in message

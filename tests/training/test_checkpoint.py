@@ -173,3 +173,15 @@ def test_totals_sum_what_is_added():
     totals.add(paddle.to_tensor([float('nan')]), logits[:1], paddle.to_tensor([5]), step=7)
     totals.add(paddle.to_tensor([float('inf')]), logits[:1], paddle.to_tensor([5]), step=8)
     assert totals.first_nonfinite() == (7, 0)
+
+
+def test_totals_rank_logits_of_16_bits_as_float32():
+    """Equal numbers get one order in every precision, and so the same accuracy."""
+    logits = paddle.to_tensor(np.random.default_rng(0).integers(0, 3, (64, 40)).astype('float32'))
+    labels = paddle.arange(64) % 40
+    counted = []
+    for dtype in ('float32', 'float16', 'bfloat16'):
+        totals = utils.Totals()
+        totals.add(paddle.zeros([64]), logits.astype(dtype), labels)
+        counted.append(totals.reduce())
+    assert counted[0] == counted[1] == counted[2]
