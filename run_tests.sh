@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run the tests in .venv, which is made at the first call; a CPU is enough. Arguments go to pytest, with paths from
-# the repository root:
+# Run the tests in .venv, which is made at the first call; a CPU is enough. Two processes share the test files.
+# Arguments go to pytest, with paths from the repository root:
 #
 #   ./run_tests.sh                       all but the slow ones
 #   ./run_tests.sh -m slow               the slow ones
-#   ./run_tests.sh tests/test_config.py -x
+#   ./run_tests.sh tests/test_config.py -x -n 0           in one process, as for --pdb
 #   ./run_tests.sh -h                    show this text, and change nothing
 #
 #   PYTHON=                              the Python that makes .venv, such as python3.12; empty: python3
@@ -15,4 +15,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/usage.sh
 ! show_usage run_tests.sh "$@" || exit 0
 tools/setup_env.sh requirements-dev.txt
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
