@@ -42,8 +42,8 @@ OPTIONS = (
     Option('NPROCS',        0,          'processes of main_multi_gpu.py; 0: one per visible GPU, one on CPU',
                                         ge=0, le=1024, flag=True, on_resume='unsaved'),
     Option('AMP',           False,      'mixed precision in training and evaluation (GPU only)', flag=True),
-    Option('AMP_DTYPE',     'float16',  'float16 (with loss scaling) or bfloat16',
-                                        choices=('float16', 'bfloat16')),
+    Option('AMP_DTYPE',     'auto',     'float16 (with loss scaling), bfloat16, or auto: bfloat16 from '
+                                        'compute capability 8.0 on', choices=('auto', 'float16', 'bfloat16')),
     Option('SEED',          0,          'decides initialisation, order and augmentation', ge=0),
     Option('EVAL',          False,      'only evaluate', flag=True, on_resume='unsaved'),
     Option('RESULTS',       '',         "CSV that evaluations append to; '': results.csv in the run folder",

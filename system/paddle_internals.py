@@ -113,6 +113,34 @@ class RMSProp(paddle.optimizer.RMSProp):
         return super()._add_accumulator(name, param, *args, **kwargs)
 
 
+class GradScaler(paddle.amp.GradScaler):
+    """Paddle's scaling of the loss, without the line that it prints on every process at an overflow.
+
+    That line is a TypeError since NumPy 2.4. `skipped` counts the steps that were left out. There is no
+    public way to learn of them.
+    """
+
+    skipped = 0
+    _incr_count: int
+    _decr_count: int
+    _scale: paddle.Tensor
+
+    def _update(self) -> None:
+        if not self._cache_found_inf:
+            super()._update()
+            return
+        self.skipped += 1
+        self._incr_count = 0
+        self._decr_count += 1
+        if self._decr_count == self._decr_every_n_nan_or_inf:
+            self._scale = self._scale * self._decr_ratio
+            self._decr_count = 0
+
+    def scale_factor(self) -> float:
+        """Return the present factor of the loss. The public way, state_dict(), returns it with all else."""
+        return self._scale.item() if self._enable else 1.0
+
+
 def shut_down_workers(reader: Any, timeout: float) -> None:
     """End the data workers of an iterator over a DataLoader with workers; wait `timeout` seconds for each.
 

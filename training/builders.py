@@ -4,7 +4,6 @@ Only these functions and engine.run read the config. All others get the values t
 """
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Union
@@ -22,12 +21,11 @@ from config import dump_run, flatten
 from data import mixing
 from halonet import build_halonet, count_parameters
 from model.layers import Traced, synchronise_norms
-from training import checkpoint, optim, records
+from training import checkpoint, mixed_precision, optim, records
 from training.checkpoint import Progress
+from training.mixed_precision import Autocast, LossScaler
 from training.progress import Monitor
-from training.run_folder import RunFolder
-
-Autocast = Callable[[], AbstractContextManager]     # makes the context of a forward pass
+from training.run_folder import RunFolder, read_machine
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Training:
     model: nn.Layer
     parallel: nn.Layer                              # the same network, with gradients of all processes
     optimizer: paddle.optimizer.Optimizer
-    scaler: paddle.amp.GradScaler
+    scaler: LossScaler
     ema: Union[optim.Ema, optim.NoEma]
     loader: datasets.Loader
     to_input: Callable                              # uint8 images, indices, epoch -> network input
@@ -130,37 +128,44 @@ def build_start(config: CfgNode) -> Start:
         last_epoch=config.TRAIN.LAST_EPOCH, options=flatten(config))
 
 
-def build_run_folder(config: CfgNode, device: str, path: str) -> RunFolder:
+def build_run_folder(config: CfgNode, device: str, precision: str, path: str) -> RunFolder:
     """Return the run folder at `path`, which exists."""
-    return RunFolder(path, device=device, config=dump_run(config), data_path=config.DATA.DATA_PATH,
-                     num_classes=config.MODEL.NUM_CLASSES)
+    return RunFolder(
+        path, device=device, precision=precision or 'float32', config=dump_run(config),
+        data_path=config.DATA.DATA_PATH, num_classes=config.MODEL.NUM_CLASSES)
 
 
-def build_columns(config: CfgNode, device: str) -> dict[str, Any]:
+def build_columns(config: CfgNode, device: str, precision: str) -> dict[str, Any]:
     """Return the columns of the table of results that are known before the evaluation, {name: value}."""
-    mixed = config.AMP and device == 'gpu'
     return {
         'model': config.MODEL.NAME, 'data': config.DATA.DATA_PATH, 'image_size': config.DATA.IMAGE_SIZE,
-        'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': config.AMP_DTYPE if mixed else ''}
+        'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': precision}
 
 
-def build_autocast(config: CfgNode, device: str) -> Autocast:
-    """Return what makes the context of a forward pass: mixed precision with AMP on a GPU, else none."""
-    if not config.AMP or device == 'cpu':
-        return nullcontext
-    return partial(paddle.amp.auto_cast, level='O1', dtype=config.AMP_DTYPE)
+def build_precision(config: CfgNode, device: str) -> str:
+    """Return the dtype of mixed precision: float16, bfloat16, or '' for float32 alone.
+
+    For AMP_DTYPE auto a resumed run keeps the dtype that it had. Rank 0 decides for all.
+    """
+    if not config.AMP:
+        return ''
+    dtype = config.AMP_DTYPE
+    if dtype == 'auto' and config.MODEL.RESUME:
+        before = read_machine(config.MODEL.RESUME, config.OUTPUT).get('precision')
+        dtype = before if before in mixed_precision.CAPABILITY else dtype
+    return utils.broadcast(mixed_precision.choose_dtype(dtype, device))
 
 
-def build_evaluation(config: CfgNode, device: str, folder: str, stop: Stop) -> Evaluation:
+def build_evaluation(config: CfgNode, precision: str, folder: str, stop: Stop) -> Evaluation:
     """Return the evaluation of val_list.txt. Raises as datasets.build_eval."""
     keep = records.Predictions(folder) if config.EVAL else records.NoPredictions()
     return Evaluation(
         loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
         to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-        autocast=build_autocast(config, device), predictions=keep, stop=stop)
+        autocast=mixed_precision.make_autocast(precision), predictions=keep, stop=stop)
 
 
-def build_training(config: CfgNode, model: nn.Layer, device: str) -> Training:
+def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str) -> Training:
     """Return the training of `model` on train_list.txt. Raises as datasets.build_train."""
     train = config.TRAIN
     world = utils.world_size()
@@ -177,14 +182,14 @@ def build_training(config: CfgNode, model: nn.Layer, device: str) -> Training:
         model=model,
         parallel=build_parallel(config, model, world),
         optimizer=optim.build_optimizer(config, model),
-        scaler=build_scaler(config, device),
+        scaler=LossScaler(enable=precision == 'float16'),
         ema=optim.build_ema(config, model),
         loader=loader,
         to_input=build_input(config),
         to_targets=partial(mixing.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
         mix=build_mix(config),
         loss=optim.build_loss(config),
-        autocast=build_autocast(config, device),
+        autocast=mixed_precision.make_autocast(precision),
         monitor=Monitor(
             epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=config.DATA.NUM_WORKERS),
         lr_at=lr_at,
@@ -217,11 +222,6 @@ def build_parallel(config: CfgNode, model: nn.Layer, world: int) -> nn.Layer:
     return paddle.DataParallel(network) if world > 1 else network
 
 
-def build_scaler(config: CfgNode, device: str) -> paddle.amp.GradScaler:
-    """Return the loss scaler, which works for float16 on a GPU and else passes the loss on."""
-    return paddle.amp.GradScaler(enable=config.AMP and device == 'gpu' and config.AMP_DTYPE == 'float16')
-
-
 def build_mix(config: CfgNode) -> Callable:
     """Return mixup and cutmix as TRAIN says: input, targets, rng, indices -> input, targets."""
     train = config.TRAIN
@@ -241,12 +241,13 @@ def build_input(config: CfgNode) -> Callable[[paddle.Tensor, paddle.Tensor, int]
     return to_input
 
 
-def build_saver(config: CfgNode, training: Training, folder: str, stop: Stop) -> Saver:
+def build_saver(config: CfgNode, training: Training, precision: str, folder: str, stop: Stop) -> Saver:
     """Return the Saver of a training, as the SAVE options say."""
     samples = training.loader.dataset.samples
     images_per_step = config.DATA.BATCH_SIZE * utils.world_size() * training.accum
     derived = {'images per step (DATA.BATCH_SIZE x processes x TRAIN.ACCUM_ITER)': images_per_step,
-               'train_list.txt': samples.digest()}
+               'train_list.txt': samples.digest(),
+               'AMP_DTYPE': precision or 'float16'}  # without mixing, its default in earlier versions
     return Saver(
         folder, facts=checkpoint.facts(flatten(config), **derived),
         older_facts={'train_list.txt': samples.file_digest()}, stop=stop, freq=config.SAVE_FREQ,

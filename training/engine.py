@@ -50,21 +50,22 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
     with utils.reserved(path):
         with utils.undone_by_mistakes(path, made):
             utils.setup_logger(path)
-            log_start(path, device, chosen=config.DEVICE != 'auto', amp=config.AMP)
+            log_start(path, device, chosen=config.DEVICE != 'auto')
+            precision = builders.build_precision(config, device)
             num_classes = builders.count_classes(config.MODEL.NUM_CLASSES, config.DATA.DATA_PATH)
             config = changed(config, 'MODEL.NUM_CLASSES', num_classes)
-            folder = builders.build_run_folder(config, device, path)
+            folder = builders.build_run_folder(config, device, precision, path)
             metrics = Metrics(path)
             start = builders.build_start(config)
-            evaluation = builders.build_evaluation(config, device, path, stop)
+            evaluation = builders.build_evaluation(config, precision, path, stop)
             model = builders.build_model(config)
             if config.EVAL:
                 table = config.RESULTS or os.path.join(path, 'results.csv')
-                columns = builders.build_columns(config, device)
+                columns = builders.build_columns(config, device, precision)
                 return run_evaluation(
                     model, evaluation, start, folder, metrics, table=table, columns=columns)
-            training = builders.build_training(config, model, device)
-            saver = builders.build_saver(config, training, path, stop)
+            training = builders.build_training(config, model, device, precision)
+            saver = builders.build_saver(config, training, precision, path, stop)
             progress = prepare_training(training, evaluation, saver, start, folder, metrics)
         try:
             with training.monitor.shown():
@@ -79,13 +80,11 @@ def main(config: CfgNode, stop: Stop) -> None:
     run(config, stop)
 
 
-def log_start(folder: str, device: str, *, chosen: bool, amp: bool) -> None:
-    """Log what runs where, and how it was started. chosen, amp: the user asked for this device, for -amp."""
+def log_start(folder: str, device: str, *, chosen: bool) -> None:
+    """Log what runs where, and how it was started. chosen: the user asked for this device."""
     log.debug('started by: %s', records.command())
     if device == 'cpu' and not chosen:
         log.info('no GPU: running on the CPU')
-    if device == 'cpu' and amp:
-        log.info('-amp: mixed precision needs a GPU; going on in float32')
     log.info('run folder %s, Python %s, Paddle %s, %s x %d', folder, platform.python_version(),
              paddle.__version__, device, utils.world_size())
 
@@ -260,7 +259,8 @@ def report_training(training: Training, progress: Progress, lr: float, metrics: 
     data_wait = training.monitor.report(result['loss'], images_per_s, seconds)
     metrics.write(
         epoch=progress.epoch + 1, step=progress.step, split='train', loss=result['loss'], acc1=result['acc1'],
-        acc5=result['acc5'], lr=lr, images_per_s=images_per_s, data_wait=data_wait)
+        acc5=result['acc5'], lr=lr, images_per_s=images_per_s, data_wait=data_wait,
+        **training.scaler.record())
     progress.totals = utils.Totals()
 
 

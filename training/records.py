@@ -186,11 +186,14 @@ def write_predictions(path: str, rows: np.ndarray) -> None:
 
 # ---- machine and command
 
-def write_machine(path: str, device: str) -> None:
-    """Write machine.json, which describes the last start of the run, on rank 0."""
+def write_machine(path: str, device: str, **choices: str) -> None:
+    """Write machine.json, which describes the last start of the run, on rank 0.
+
+    choices: what the run has chosen for this machine, {name: value}.
+    """
     if utils.rank() == 0:
         with harmless(os.path.basename(path)):
-            text = json.dumps(machine(device), indent=1)
+            text = json.dumps({**machine(device), **choices}, indent=1)
             files.atomic_write(path, lambda file: file.write(text.encode()))
 
 

@@ -1,7 +1,8 @@
 """The files that describe a start in its run folder: config.yaml, machine.json and class_names.txt."""
+import json
 import os
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from system import files
 import utils
@@ -16,6 +17,7 @@ class RunFolder:
     """The run folder at `path`, and the description of a start that is written there."""
     path: str
     device: str                                     # cpu or gpu
+    precision: str                                  # float32, or the dtype of mixed precision
     config: str                                     # the text of config.yaml
     data_path: str
     num_classes: int
@@ -23,18 +25,35 @@ class RunFolder:
     def record_training(self, resumed: bool) -> None:
         """Write config.yaml, machine.json and class_names.txt, on rank 0."""
         self._write_config('config.yaml')
-        write_machine(os.path.join(self.path, 'machine.json'), self.device)
+        self._write_machine('machine.json')
         keep_class_names(self.path, self.data_path, self.num_classes, resumed)
 
     def record_evaluation(self, weights: str) -> None:
         """Write config_eval.yaml, machine_eval.json and class_names.txt for the file `weights`, on rank 0."""
         self._write_config('config_eval.yaml')
-        write_machine(os.path.join(self.path, 'machine_eval.json'), self.device)
+        self._write_machine('machine_eval.json')
         keep_names_of_weights(self.path, weights, self.data_path, self.num_classes)
+
+    def _write_machine(self, name: str) -> None:
+        write_machine(os.path.join(self.path, name), self.device, precision=self.precision)
 
     def _write_config(self, name: str) -> None:
         path, content = os.path.join(self.path, name), self.config.encode()
         utils.on_rank_0(files.atomic_write, path, lambda file: file.write(content))
+
+
+def read_machine(resume: str, output: str) -> dict[str, Any]:
+    """Return the machine.json of the run that MODEL.RESUME goes on with; {} if there is none to read.
+
+    output: the run folder, for `resume` auto.
+    """
+    folder = output if resume == 'auto' else class_names.run_folder_of(resume)
+    try:
+        with open(os.path.join(folder, 'machine.json'), encoding='utf-8') as file:
+            facts = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def keep_class_names(folder: str, data_path: str, count: int, resumed: bool = False) -> None:

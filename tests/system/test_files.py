@@ -148,7 +148,7 @@ def model():
 
 def save(path, model, weights='w'):
     result = {'acc1': 50.0, 'acc5': 75.0, 'loss': 1.0, 'images': 4, 'images_per_s': 8.0}
-    columns = builders.build_columns(get_config(None, TINY), 'cpu')
+    columns = builders.build_columns(get_config(None, TINY), 'cpu', '')
     results.save_result(str(path), results.row(columns, model, weights, result))
 
 

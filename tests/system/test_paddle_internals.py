@@ -1,6 +1,7 @@
 """system/paddle_internals.py: name what a new Paddle has lost. Each function has a check, named after it."""
 import ctypes
 import inspect
+import math
 import os
 import signal
 
@@ -10,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from pretended_gpu import pretend_gpu
 
 X = np.arange(2 * 3 * 4 * 4, dtype='float32').reshape(2, 3, 4, 4)
 
@@ -105,6 +107,23 @@ def check_RMSProp():
     assert parameter.item() == pytest.approx(1 - 0.1 * 2 / (0.9 * 1 + 0.1 * 4) ** 0.5)
 
 
+def check_GradScaler():
+    """As on a GPU: a step with an infinite gradient is skipped, counted, and halves the scale."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pretend_gpu(monkeypatch)
+        scaler = paddle_internals.GradScaler(init_loss_scaling=8.0)
+        parameter = paddle.create_parameter([1], 'float32', default_initializer=nn.initializer.Constant(1.0))
+        optimizer = paddle.optimizer.SGD(0.5, parameters=[parameter])
+        for factor in (float('inf'), 1.0):
+            with paddle.amp.auto_cast(dtype='float16'):
+                scaler.scale(parameter.sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.clear_grad()
+            assert scaler.skipped == 1 and scaler.scale_factor() == 4.0
+            assert parameter.item() == (1.0 if math.isinf(factor) else 0.5)
+
+
 class Numbers(paddle.io.Dataset):
     def __len__(self):
         return 100
@@ -186,7 +205,8 @@ def test_paddle_still_has(name):
 
 
 def test_every_function_has_a_check():
+    classes = paddle_internals.RMSProp, paddle_internals.GradScaler
     own = {name for name, value in vars(paddle_internals).items()
            if not name.startswith('_') and getattr(value, '__module__', '') == paddle_internals.__name__
-           and (inspect.isfunction(value) or value is paddle_internals.RMSProp)}
+           and (inspect.isfunction(value) or value in classes)}
     assert own == CHECKS.keys()

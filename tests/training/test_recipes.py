@@ -152,7 +152,7 @@ def test_training_is_built_from_the_options(images):
     config = get_config(None, [
         *TINY, 'DATA.DATA_PATH', images, *EVERYTHING, 'TRAIN.MIXUP_MODE', 'pair', 'TRAIN.ACCUM_ITER', 3,
         'TRAIN.MIXUP_PROB', 0.5, 'TRAIN.MIXUP_SWITCH_PROB', 0.25])
-    training = builders.build_training(config, build_halonet(config), 'cpu')
+    training = builders.build_training(config, build_halonet(config), 'cpu', '')
     assert training.mix == mixing.Mix(0.8, 1.0, 0.5, 0.25, 'pair')
     assert (training.loader.sampler.repeats, training.loader.sampler.step_size) == (3, 24)
     logits, targets = paddle.randn([2, 4]), paddle.to_tensor([[0.1, 0.9, 0, 0], [0.3, 0.3, 0.4, 0]])
