@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, Optional
 
 from system import console, cpu, files, lifeline, paddle_internals
-from system.stopping import MISTAKE, MISTAKES, STOPPED, Failure, Stopped, exit_code
+from system.stopping import FAILURE, MISTAKE, MISTAKES, STOPPED, Failure, Stopped, exit_code
 
 import numpy as np
 import paddle
@@ -57,8 +57,15 @@ def start(device: str) -> str:
         if missing and rank() == 0:
             log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, '
                         'they notice after %d min', missing, host, PATIENCE // 60)
+        lifeline.watch(_leave)
     tune_cpu(processes)
     return device
+
+
+def _leave(ended: int) -> None:
+    """End this process, which hangs since the rank `ended` has ended."""
+    report_error(Failure(f'process {ended} has ended, and this one waited for it; its own message tells why'))
+    os._exit(FAILURE)                               # the kernel ends the data workers: die_with_parent
 
 
 def tune_cpu(processes: int = 1) -> None:
@@ -222,12 +229,17 @@ def plain_errors() -> Iterator[None]:
             error = ValueError(out_of_memory(error))
         if not isinstance(error, (ValueError, OSError, FloatingPointError, Failure)):
             raise
-        if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
-            log.error('error: %s', error)           # on the console of rank 0 only
-        else:
-            prefix = f'rank {rank()}: ' if rank() else ''
-            print(console.visible(f'{prefix}error: {error}'), file=sys.stderr)
+        report_error(error)
         sys.exit(exit_code(error))
+
+
+def report_error(error: Exception) -> None:
+    """Show an error in one line: in the log, or on stderr by a rank whose log has no console."""
+    if log.handlers and (rank() == 0 or isinstance(error, FloatingPointError)):
+        log.error('error: %s', error)               # on the console of rank 0 only
+    else:
+        prefix = f'rank {rank()}: ' if rank() else ''
+        print(console.visible(f'{prefix}error: {error}'), file=sys.stderr, flush=True)
 
 
 def out_of_memory(error: MemoryError) -> str:

@@ -1,7 +1,7 @@
 """Notice processes that have ended: a parent by the kernel, a rank by its idle TCP connection to rank 0.
 
-The connection breaks with the process. gloo notices only during a collective, and the launcher of one
-machine does not watch the processes of another.
+The connection breaks with the process. gloo notices only during a collective, NCCL never, and the launcher
+of one machine does not watch the processes of another.
 """
 import ctypes
 import hmac
@@ -9,11 +9,11 @@ import ipaddress
 import multiprocessing
 import os
 import secrets
-import select
 import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +24,13 @@ _libc = ctypes.CDLL(None)
 TOKEN, RANK = 16, 4                                 # bytes of the message of a rank: token, number
 BACKLOG = 1024                                      # connections that wait to be accepted
 
+GOODBYE = b'.'                                      # sent by a rank that has done its work
+LOOK = 1.0                                          # seconds between two looks of `watch`
+GRACE = 10.0                                        # seconds that this process gets to notice by itself
+
 lines: dict[int, socket.socket] = {}                # by rank: all others on rank 0, elsewhere 0
+_broken: set[int] = set()                           # the ranks that `ended` has found
+_looking = threading.Lock()                         # `ended` is called by `watch`, too
 
 
 def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: Callable,
@@ -35,6 +41,7 @@ def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: 
     Connections that do not send the token of this run, which the ranks get by `broadcast`, are closed.
     """
     lines.clear()
+    _broken.clear()
     listener = listen(host) if rank == 0 else None
     port, token = broadcast(listener and (listener.getsockname()[1], secrets.token_bytes(TOKEN)))
     if rank:
@@ -136,12 +143,49 @@ def watched(line: socket.socket) -> socket.socket:
 
 
 def ended() -> list[int]:
-    """Return the ranks whose connection to this process has broken: on rank 0 any, elsewhere rank 0."""
-    poll = select.poll()
-    ranks = {line.fileno(): rank for rank, line in lines.items()}
-    for descriptor in ranks:
-        poll.register(descriptor, select.POLLIN)    # nobody sends anything: an event is the end
-    return sorted(ranks[descriptor] for descriptor, _ in poll.poll(0))
+    """Return the ranks that have ended without `say_goodbye`: on rank 0 any, elsewhere rank 0."""
+    with _looking:
+        for rank, line in list(lines.items()):
+            try:
+                data = line.recv(len(GOODBYE), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue                            # it lives, and has nothing to say
+            except OSError:
+                data = b''
+            if data == GOODBYE:
+                lines.pop(rank).close()
+            else:
+                _broken.add(rank)
+        return sorted(_broken & lines.keys())
+
+
+def say_goodbye() -> None:
+    """Tell the ranks at the other end of the connections that this one has done its work and may end."""
+    with _looking:
+        for line in lines.values():
+            with suppress(OSError):                 # the other one has ended already
+                line.send(GOODBYE)
+
+
+def watch(leave: Callable[[int], None]) -> None:
+    """Look every second, in a thread, whether a rank has ended; call `leave(rank)` if this process hangs.
+
+    A collective of NCCL that waits for an ended process never returns. Paddle releases the interpreter's
+    lock while it waits, so the thread runs. The process first gets GRACE seconds to notice by itself.
+    """
+    def look() -> None:
+        since = None
+        while True:
+            time.sleep(LOOK)
+            broken = ended()
+            if not broken:
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since >= GRACE:
+                leave(broken[0])
+                return
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def die_with_parent() -> None:

@@ -165,8 +165,11 @@ def process_store() -> Any:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """True if Paddle raised `error` as another process did not answer: by a source path in its text."""
-    return bool(re.search('/third_party/gloo/|/core/distributed/store/', str(error)))
+    """True if Paddle raised `error` as another process did not answer: by its text.
+
+    Gloo and the store have their source path in it, NCCL an error number: system, internal or remote error.
+    """
+    return bool(re.search(r'/third_party/gloo/|/core/distributed/store/|NCCL error\([236]\)', str(error)))
 
 
 # ---- compiled operators

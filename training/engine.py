@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, Optional
 
+from system import lifeline
 from system.stopping import Stop, Stopped
 import utils
 from utils import log
@@ -77,7 +78,12 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
 @utils.plain_errors()
 def main(config: CfgNode, stop: Stop) -> None:
     """`run` for a command line: mistakes, failures and a stop end it with one line and an exit code."""
-    run(config, stop)
+    try:
+        run(config, stop)
+    except Stopped:
+        lifeline.say_goodbye()                      # all have saved, and end
+        raise
+    lifeline.say_goodbye()
 
 
 def log_start(folder: str, device: str, *, chosen: bool) -> None:

@@ -2,6 +2,7 @@
 
     python -m paddle.distributed.launch tests/helpers/faulty.py FAULT OPTIONS ...
 """
+import ctypes
 import os
 import signal
 import sys
@@ -61,6 +62,16 @@ def lost():
     wrap(checkpoint, 'capture', after=end)
 
 
+def hang():
+    """Rank 1 is killed within a step, and rank 0 waits for it for ever, as a collective of NCCL does."""
+    def end(losses):
+        if utils.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+        ctypes.CDLL(None).pause()
+    wrap(optim, 'cross_entropy', after=end)
+
+
 if __name__ == '__main__':
-    {'nan': nan, 'slow': slow, 'full': full, 'lost': lost}[sys.argv.pop(1)]()
+    {'nan': nan, 'slow': slow, 'full': full, 'lost': lost, 'hang': hang}[sys.argv.pop(1)]()
     main_multi_gpu.main()

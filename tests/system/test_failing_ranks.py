@@ -40,8 +40,14 @@ def test_one_rank_may_work_longer_than_the_timeout_of_gloo(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_rank_of_another_machine_is_noticed_at_once(images, tmp_path):
-    """The launcher of rank 0 does not see it, nor does gloo: rank 0 waits for it outside of a collective."""
+@pytest.mark.parametrize('fault, message', [
+    ('lost', 'error: process 1 has ended; its own message tells why'),
+    ('hang', 'error: process 1 has ended, and this one waited for it; its own message tells why')])
+def test_killed_rank_of_another_machine_is_noticed(images, tmp_path, fault, message):
+    """The launcher of rank 0 does not see it, nor does gloo: rank 0 waits for it outside of a collective.
+
+    lost: on the store. hang: in a call that never returns, as the collectives of NCCL.
+    """
     line = words(images, tmp_path / 'run', 'DATA.BATCH_SIZE', 4, 'SAVE_STEPS', 1)
     with socket.create_server(('127.0.0.1', 0)) as free:
         master = f'127.0.0.1:{free.getsockname()[1]}'
@@ -49,9 +55,9 @@ def test_killed_rank_of_another_machine_is_noticed_at_once(images, tmp_path):
     for rank, log in enumerate(logs):
         launch = ['-mpaddle.distributed.launch', '--nnodes', 2, '--rank', rank, '--master', master,
                   '--nproc_per_node', 1, '--log_dir', tmp_path / f'launch{rank}']
-        nodes.append(start(*launch, 'tests/helpers/faulty.py', 'lost', *line, log=log))
+        nodes.append(start(*launch, 'tests/helpers/faulty.py', fault, *line, log=log))
     try:
         assert [node.wait(90) for node in nodes] == [stopping.FAILURE, 256 - signal.SIGKILL]
     finally:
         kill_all(*logs)
-    assert 'error: process 1 has ended; its own message tells why' in logs[0].read_text()
+    assert message in logs[0].read_text()

@@ -84,3 +84,39 @@ def test_listens_on_one_address_only(monkeypatch, host, address, bound):
     monkeypatch.setattr(socket, 'getaddrinfo', resolve)
     with lifeline.listen(host) as listener:
         assert listener.getsockname()[0] == bound
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """The other end of a watched connection to rank 7, and the ranks for which this process was to leave."""
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(lifeline, 'lines', {7: ours})
+    monkeypatch.setattr(lifeline, '_broken', set())
+    monkeypatch.setattr(lifeline, 'LOOK', 0.01)
+    monkeypatch.setattr(lifeline, 'GRACE', 0.3)
+    left = []
+    lifeline.watch(left.append)
+    yield theirs, left
+    theirs.close()
+    wait_until(lambda: left or not lifeline.lines, 5, 'the thread ends')
+
+
+def test_watch_ends_a_process_that_waits_for_an_ended_rank(line):
+    theirs, left = line
+    time.sleep(0.1)
+    assert left == [] and lifeline.ended() == []
+    theirs.close()
+    wait_until(lambda: lifeline.ended() == [7], 5, 'noticed at once')
+    assert left == []                               # this process may notice by itself, with a better message
+    wait_until(lambda: left == [7], 5, 'left')
+
+
+def test_rank_that_says_goodbye_has_not_failed(line):
+    theirs, left = line
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(lifeline, 'lines', {0: theirs})
+        lifeline.say_goodbye()
+    theirs.close()
+    wait_until(lambda: not lifeline.lines, 5, 'the goodbye is heard')
+    time.sleep(0.5)
+    assert lifeline.ended() == [] and left == []

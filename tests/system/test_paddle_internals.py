@@ -162,6 +162,9 @@ def check_process_store():
 def check_is_lost_connection():
     lost = RuntimeError('[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer')
     assert paddle_internals.is_lost_connection(lost)
+    for number, expected in (2, True), (3, True), (6, True), (1, False), (5, False):
+        nccl = OSError(f'(External) NCCL error({number}), see the manual of NCCL. (at /paddle/phi/x.cc:1)')
+        assert paddle_internals.is_lost_connection(nccl) == expected
     assert not paddle_internals.is_lost_connection(ValueError('a file lies in /third_party/images'))
 
 
