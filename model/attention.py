@@ -8,6 +8,7 @@ Axes, used in every shape below:
     Y, X rows and columns of the grid of blocks; the last ones may extend outside the feature map
     b side of a block of queries (block / stride)   w side of its window of keys and values (block + 2 * halo)
 """
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,27 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     A feature map that does not divide into blocks is padded to them. Padding further outside the map than
     the halo gets no attention.
     """
+    height, width = q.shape[2], q.shape[3]
+    q, k, value, rows, columns = split_into_blocks(
+        q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
+        stride=stride, hidden=-math.inf)
+    logits = (q * q.shape[-1] ** -0.5).matmul(k, transpose_y=True)          # (B*N, Y*X, b*b, w*w)
+    logits = logits + (rows + columns).flatten(4).flatten(2, 3)
+    out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
+    return join_blocks(out, num_heads, block_size // stride, height, width)
+
+
+def split_into_blocks(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
+                      block_size: int, halo_size: int, stride: int, hidden: float
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return queries, keys, values and both position logits by block, for the arguments of `halo_attention`.
+
+    -> (B*N, Y*X, b*b, d), (B*N, Y*X, w*w, d), (B*N, Y*X, w*w, v), and the logits of `position_logits`, which
+    are `hidden` for keys further outside the feature map than the halo.
+    """
     d, w, b = height_rel.shape[1], block_size + 2 * halo_size, block_size // stride
     v = kv.shape[1] // num_heads - d
-    height, width, H, W = q.shape[2], q.shape[3], kv.shape[2], kv.shape[3]
+    H, W = kv.shape[2], kv.shape[3]
     Y, X = (H + block_size - 1) // block_size, (W + block_size - 1) // block_size
     ragged = not (divides(block_size, H) and divides(block_size, W))
 
@@ -47,27 +66,30 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
         q = F.pad(q, [0, b - 1, 0, b - 1])[:, :, :Y * b, :X * b]            # (B, N*d, Y*b, X*b)
     q = q.reshape([-1, d, Y, b, X, b]).transpose([0, 2, 4, 3, 5, 1])        # (B*N, Y, X, b, b, d)
     q = q.reshape([-1, Y * X, b * b, d])                                    # (B*N, Y*X, b*b, d)
-    kv = F.pad(kv, [halo_size, far, halo_size, far])                    # (B, N*(d+v), halo+H+far, halo+W+far)
-    kv = kv.reshape([-1, d + v, kv.shape[2], kv.shape[3]])              # (B*N, d+v, halo+H+far, halo+W+far)
-    kv = kv.gather(window_index(Y, block_size, halo_size).flatten(), axis=2)    # (B*N, d+v, Y*w, halo+W+far)
-    kv = kv.gather(window_index(X, block_size, halo_size).flatten(), axis=3)    # (B*N, d+v, Y*w, X*w)
-    kv = kv.reshape([-1, d + v, Y, w, X, w]).transpose([0, 2, 4, 3, 5, 1])  # (B*N, Y, X, w, w, d+v)
-    k, value = kv.reshape([-1, Y * X, w * w, d + v]).split([d, v], axis=-1)  # (B*N, Y*X, w*w, d or v)
+    # rows, then columns. On a GPU the gradient of an index would add in any order; this one has one order
+    kv = F.unfold(kv.reshape([1, -1, H, W]), [w, 1], [block_size, 1], [halo_size, 0, far, 0])
+    kv = kv.reshape([1, -1, Y, W])                                          # (1, B*N*(d+v)*w, Y, W)
+    kv = F.unfold(kv, [1, w], [1, block_size], [0, halo_size, 0, far])      # (1, B*N*(d+v)*w*w, Y*X)
+    kv = kv.reshape([-1, d + v, w * w, Y * X]).transpose([0, 3, 2, 1])      # (B*N, Y*X, w*w, d+v)
+    k, value = kv.split([d, v], axis=-1)
 
-    logits = (q * d ** -0.5).matmul(k, transpose_y=True)                    # (B*N, Y*X, b*b, w*w)
     rows, columns = position_logits(q, height_rel, width_rel, b, w)         # (B*N, Y*X, b, b, w, 1 or 1, w)
     if ragged:
-        mask = outside_mask(Y, H, block_size, halo_size).astype(rows.dtype)            # (Y, w)
+        mask = outside_mask(Y, H, block_size, halo_size, hidden).astype(rows.dtype)    # (Y, w)
         rows = rows + mask.unsqueeze(1).tile([1, X, 1]).reshape([Y * X, 1, 1, w, 1])
-        mask = outside_mask(X, W, block_size, halo_size).astype(rows.dtype)            # (X, w)
+        mask = outside_mask(X, W, block_size, halo_size, hidden).astype(rows.dtype)    # (X, w)
         columns = columns + mask.tile([Y, 1]).reshape([Y * X, 1, 1, 1, w])
-    logits = logits + (rows + columns).reshape([-1, Y * X, b * b, w * w])
-    out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
+    return q, k, value, rows, columns
+
+
+def join_blocks(out: Tensor, num_heads: int, b: int, height: Any, width: Any) -> Tensor:
+    """Put the outputs of blocks together: (B*N, Y*X, b*b, v) -> (B, N*v, height, width)."""
+    v, Y, X = out.shape[-1], (height + b - 1) // b, (width + b - 1) // b
     out = out.reshape([-1, Y, X, b, b, v]).transpose([0, 5, 1, 3, 2, 4])    # (B*N, v, Y, b, X, b)
     out = out.reshape([-1, num_heads * v, Y * b, X * b])                    # (B, N*v, Y*b, X*b)
-    if ragged:
+    if not (divides(b, height) and divides(b, width)):
         out = out[:, :, :height, :width]
-    return out                                                      # (B, N*v, ceil(H/stride), ceil(W/stride))
+    return out
 
 
 def divides(block_size: int, size: Any) -> bool:
@@ -85,13 +107,13 @@ def window_index(blocks: Any, block_size: int, halo_size: int, arange: Callable 
     return first + arange(block_size + 2 * halo_size)
 
 
-def outside_mask(blocks: Any, size: Any, block_size: int, halo_size: int) -> Tensor:
-    """Return -inf for keys outside the halo along one axis of `size` pixels, else 0: (blocks, w).
+def outside_mask(blocks: Any, size: Any, block_size: int, halo_size: int, hidden: float) -> Tensor:
+    """Return `hidden` for keys outside the halo along one axis of `size` pixels, else 0: (blocks, w).
 
     It is added to the logits.
     """
     seen = window_index(blocks, block_size, halo_size) < size + 2 * halo_size
-    return seen.astype('float32').log()                                     # log 1 is 0, log 0 is -inf
+    return paddle.where(seen, 0.0, hidden)
 
 
 def position_logits(q: Tensor, height_rel: Tensor, width_rel: Tensor, b: int, w: int
@@ -101,14 +123,20 @@ def position_logits(q: Tensor, height_rel: Tensor, width_rel: Tensor, b: int, w:
     q (B*N, Y*X, b*b, d), tables (2w-1, d) -> (B*N, Y*X, b, b, w, 1) and (B*N, Y*X, b, b, 1, w).
     """
     d, P = q.shape[-1], q.shape[1]
-    offset = paddle.arange(w) - paddle.arange(b).unsqueeze(1) + w - 1       # query i, key j: j - i + w - 1
-    offset = offset.flatten()                                               # (b*w,)
-    rows = height_rel.gather(offset).reshape([b, w, d])                     # (b, w, d)
-    columns = width_rel.gather(offset).reshape([b, w, d])                   # (b, w, d)
     q = q.reshape([-1, P, b, b, d])                                         # (B*N, Y*X, b, b, d)
-    rows = paddle.einsum('gpyxd,yjd->gpyxj', q, rows).unsqueeze(-1)         # (B*N, Y*X, b, b, w, 1)
-    columns = paddle.einsum('gpyxd,xjd->gpyxj', q, columns).unsqueeze(-2)   # (B*N, Y*X, b, b, 1, w)
-    return rows, columns
+    rows = paddle.einsum('gpyxd,yjd->gpyxj', q, offsets(height_rel, b, w)).unsqueeze(-1)
+    columns = paddle.einsum('gpyxd,xjd->gpyxj', q, offsets(width_rel, b, w)).unsqueeze(-2)
+    return rows, columns                                    # (B*N, Y*X, b, b, w, 1), (B*N, Y*X, b, b, 1, w)
+
+
+def offsets(table: Tensor, b: int, w: int) -> Tensor:
+    """Return the vectors for query i and key j, rows j - i + w - 1 of the table: (2w-1, d) -> (b, w, d).
+
+    An index would give the same. On a GPU its gradient would add in any order.
+    """
+    rows = F.unfold(table.t().unsqueeze([0, -1]), [w, 1])                   # (1, d*w, w): w rows from each on
+    rows = rows.reshape([-1, w, w]).transpose([2, 1, 0])                    # (w, w, d)
+    return rows[w - b:].flip(0)                                             # (b, w, d), query 0 was the last
 
 
 def query_width(width: int, num_heads: int, head_dim: int, qk_ratio: float) -> int:
@@ -165,7 +193,9 @@ class RelativePosition(nn.Layer):
 
 def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor], *, num_heads: int,
            block_size: int, halo_size: int, stride: int = 1) -> Tensor:
-    """Compute `halo_attention`, with the compiled operator if `owner` may use it and it gives the same.
+    """Compute `halo_attention` by the operators that `owner` has chosen.
+
+    The compiled one is used only if it gives the same.
 
     `tables` are those of vertical and of horizontal relative positions. Raises ValueError if they or q do not
     fit the sizes.
@@ -179,8 +209,9 @@ def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor]
     if q.shape[1] != num_heads * d:
         raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; '
                          f'these have {q.shape[1]}')
-    same = has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu'))
-    operator = ops.halo_attention if same else halo_attention
+    operator = halo_attention
+    if has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu')):
+        operator = ops.halo_attention
     return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size,
                     halo_size=halo_size, stride=stride)
 
