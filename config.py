@@ -132,9 +132,10 @@ OPTIONS = (
                                                ge=1),
     Option('MODEL.HEAD_WIDTH',       0,        'channels of a last 1x1 convolution, before pooling; 0: none',
                                                ge=0),
-    Option('MODEL.ATTENTION',        'auto',   "auto, composed (Paddle's operators) or fused (compiled; "
-                                               "on a CPU also convolutions and norms)",
-                                               choices=('auto', 'fused', 'composed'), on_resume='free'),
+    Option('MODEL.ATTENTION',        'auto',   "auto, composed or sdpa (both of Paddle's operators) or fused "
+                                               "(compiled; on a CPU also convolutions and norms)",
+                                               choices=('auto', 'composed', 'sdpa', 'fused'),
+                                               on_resume='free'),
     Option('MODEL.ACT',              'relu',   'relu or silu', choices=('relu', 'silu')),
     Option('MODEL.DROPOUT',          0.0,      'before the classifier', ge=0, lt=1),
     Option('MODEL.DROPPATH',         0.0,      'stochastic depth of the last block, rising linearly from 0',

@@ -49,8 +49,8 @@ def parser() -> cli.Parser:
     options.add('exported', 'eval: a folder of tools/export.py', metavar='DIR')
     options.add('also', 'eval: other ONNX files; {batch} in a name stands for the batch size', nargs='+',
                 default=[], metavar='NAME=FILE')
-    options.add('attention', 'the attention operators to measure', nargs='+', choices=('fused', 'composed'),
-                default=['fused', 'composed'])
+    options.add('attention', 'the attention operators to measure', nargs='+',
+                choices=('fused', 'composed', 'sdpa'), default=['fused', 'composed'])
     options.add('batch', 'batch sizes', nargs='+', type=int, default=[1, 16])
     options.add('threads', 'numbers of threads (default: one per core)', nargs='+', type=int)
     options.add('rounds', 'times that each is measured', type=int, default=5)

@@ -20,6 +20,8 @@ from paddle.nn.initializer import Normal, Uniform
 import ops
 from model.layers import compiled, conv2d, convolve, norm_act
 
+HIDDEN = -2000.0        # hides a key as -inf does: exp(HIDDEN) is 0. Unlike -inf, products with it are finite
+
 
 def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *,
                    num_heads: int, block_size: int, halo_size: int, stride: int = 1) -> Tensor:
@@ -44,6 +46,32 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     logits = logits + (rows + columns).flatten(4).flatten(2, 3)
     out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
     return join_blocks(out, num_heads, block_size // stride, height, width)
+
+
+def sdpa_halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *,
+                        num_heads: int, block_size: int, halo_size: int, stride: int = 1) -> Tensor:
+    """Compute `halo_attention` by Paddle's scaled_dot_product_attention, which has FlashAttention on a GPU.
+
+    The logits of positions are products as well. A query gets 2w more channels: its logits of the w rows
+    and of the w columns. A key gets ones in the channels of its own row and column, and zeros in the others.
+
+    FlashAttention takes heads of one width, a multiple of 8: zeros fill queries, keys and values up to it.
+    Paddle 3.3.1 takes it without the argument `scale` only, so its width ** -0.5 is cancelled here.
+    """
+    height, width = q.shape[2], q.shape[3]
+    q, k, value, rows, columns = split_into_blocks(
+        q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
+        stride=stride, hidden=HIDDEN)
+    d, v, w = q.shape[-1], value.shape[-1], rows.shape[-2]
+    rows, columns = rows.squeeze(-1).flatten(2, 3), columns.squeeze(-2).flatten(2, 3)  # (B*N, Y*X, b*b, w)
+    q = paddle.concat([q * d ** -0.5, rows, columns], axis=-1)              # (B*N, Y*X, b*b, d+2w)
+    places = key_places(w).astype(k.dtype) + paddle.zeros_like(k[..., :1])  # (B*N, Y*X, w*w, 2w)
+    k = paddle.concat([k, places], axis=-1)                                 # (B*N, Y*X, w*w, d+2w)
+    D = -(-max(d + 2 * w, v) // 8) * 8
+    q, k, value = [F.pad(x, [0, 0, 0, 0, 0, 0, 0, D - x.shape[-1]]).transpose([0, 2, 1, 3])
+                   for x in (q * D ** 0.5, k, value)]                       # (B*N, b*b or w*w, Y*X, D)
+    out = F.scaled_dot_product_attention(q, k, value)                       # (B*N, b*b, Y*X, D)
+    return join_blocks(out.transpose([0, 2, 1, 3])[..., :v], num_heads, block_size // stride, height, width)
 
 
 def split_into_blocks(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
@@ -114,6 +142,13 @@ def outside_mask(blocks: Any, size: Any, block_size: int, halo_size: int, hidden
     """
     seen = window_index(blocks, block_size, halo_size) < size + 2 * halo_size
     return paddle.where(seen, 0.0, hidden)
+
+
+def key_places(w: int) -> Tensor:
+    """Return a one in the channel of each key's row and one in that of its column, else 0: (w*w, 2w)."""
+    one = paddle.eye(w)
+    rows, columns = one.repeat_interleave(w, axis=0), one.tile([w, 1])
+    return paddle.concat([rows, columns], axis=-1)
 
 
 def position_logits(q: Tensor, height_rel: Tensor, width_rel: Tensor, b: int, w: int
@@ -210,7 +245,9 @@ def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor]
         raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; '
                          f'these have {q.shape[1]}')
     operator = halo_attention
-    if has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu')):
+    if owner.operators == 'sdpa':
+        operator = sdpa_halo_attention
+    elif has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu')):
         operator = ops.halo_attention
     return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size,
                     halo_size=halo_size, stride=stride)

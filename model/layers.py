@@ -28,14 +28,15 @@ FORWARD = {kind: kind.forward for kind in (nn.Conv2D, nn.BatchNorm2D, nn.MaxPool
 def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     """True if the compiled operators that exist for `devices` are to be used in the layer `owner`.
 
-    Its attribute `operators` decides: fused (compiled), composed (Paddle's) or auto (compiled on a CPU).
+    Its attribute `operators` decides: fused (compiled), composed or sdpa (Paddle's), or auto (compiled on a
+    CPU).
     A static program for inference is traced with Paddle's operators, because it may run where ours do not
     exist.
 
     Raises ValueError if `operators` is fused and they cannot be compiled.
     """
     kind, device = owner.operators, paddle.get_device().split(':')[0]
-    if kind == 'composed' or device == 'gpu' and 'gpu' not in devices:
+    if kind in ('composed', 'sdpa') or device == 'gpu' and 'gpu' not in devices:
         return False
     if kind == 'auto' and not (device == 'cpu' and (owner.training or paddle.in_dynamic_mode())):
         return False
@@ -43,7 +44,7 @@ def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
         return True
     if kind == 'fused':
         raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well '
-                         '(the log says what is amiss); auto and composed need neither')
+                         '(the log says what is amiss); auto, composed and sdpa need neither')
     return False
 
 

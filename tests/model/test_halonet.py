@@ -9,7 +9,7 @@ import reference as ref
 
 from config import get_config
 from halonet import build_halonet, parse_stage
-from model.attention import HaloAttention, halo_attention
+from model.attention import HaloAttention, halo_attention, sdpa_halo_attention
 from model.blocks import Bottleneck, DropPath
 
 MODELS = ['halonet_26t_256', 'halonet_50ts_256']
@@ -96,27 +96,29 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize('attend', [halo_attention, sdpa_halo_attention])
 @pytest.mark.parametrize(
     'case', CASES, ids=lambda case: ','.join(f'{k}{v}' for k, v in case.items()) or 'plain'
 )
-def test_attention_equals_a_loop(case):
+def test_attention_equals_a_loop(case, attend):
     inputs, sizes = attention_inputs(**case)
-    out = halo_attention(*map(paddle.to_tensor, inputs), **sizes).numpy()
+    out = attend(*map(paddle.to_tensor, inputs), **sizes).numpy()
     expected = ref.naive_halo_attention(*inputs, **sizes)
     assert out.shape == expected.shape and out.dtype == np.float64
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize('attend', [halo_attention, sdpa_halo_attention])
 @pytest.mark.parametrize(
     'case', [{'W': 4}, {'stride': 2, 'd': 3, 'v': 1}, {'H': 3, 'W': 1}, {'H': 3, 'W': 4, 'stride': 2}],
     ids=['plain', 'strided', 'ragged', 'ragged and strided'],
 )
-def test_attention_gradient_equals_finite_differences_of_a_loop(case):
+def test_attention_gradient_equals_finite_differences_of_a_loop(case, attend):
     inputs, sizes = attention_inputs(
         **{'B': 1, 'N': 2, 'd': 2, 'v': 2, 'block': 2, 'halo': 1, 'H': 2, 'W': 2} | case
     )
     tensors = [paddle.to_tensor(a, stop_gradient=False) for a in inputs]
-    out = halo_attention(*tensors, **sizes)
+    out = attend(*tensors, **sizes)
     weight = np.random.default_rng(1).normal(size=out.shape)
     (out * paddle.to_tensor(weight)).sum().backward()
     for array, tensor in zip(inputs, tensors):
