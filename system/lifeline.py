@@ -46,8 +46,9 @@ def connect(rank: int, world_size: int, host: str, broadcast: Callable, gather: 
     port, token = broadcast(listener and (listener.getsockname()[1], secrets.token_bytes(TOKEN)))
     if rank:
         try:
-            lines[0] = watched(socket.create_connection((host, port), patience))
-            lines[0].sendall(token + rank.to_bytes(RANK, 'big'))
+            line = socket.create_connection((host, port), patience)
+            line.sendall(token + rank.to_bytes(RANK, 'big'))
+            lines[0] = watched(line)
         except OSError:
             lines.clear()
     reached = gather(rank == 0 or 0 in lines)
@@ -134,7 +135,11 @@ def keep(line: socket.socket, caller: Optional[int], callers: set[int]) -> None:
 
 
 def watched(line: socket.socket) -> socket.socket:
-    """Let a connection break within a minute if the other machine stops answering; return it."""
+    """Let a connection break within a minute if the other machine stops answering; return it.
+
+    Nothing waits for it from now on.
+    """
+    line.setblocking(False)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 3)):
         if hasattr(socket, option):                 # not on every system
@@ -147,7 +152,7 @@ def ended() -> list[int]:
     with _looking:
         for rank, line in list(lines.items()):
             try:
-                data = line.recv(len(GOODBYE), socket.MSG_DONTWAIT)
+                data = line.recv(len(GOODBYE))
             except BlockingIOError:
                 continue                            # it lives, and has nothing to say
             except OSError:

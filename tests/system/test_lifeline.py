@@ -16,6 +16,7 @@ def live(rank, host, pipe):
         pipe.send(value)
         return [value]
     lifeline.connect(rank, 4, host, broadcast=lambda _: pipe.recv(), gather=gather)
+    pipe.send(lifeline.ended())
     signal.pause()
 
 
@@ -49,6 +50,7 @@ def test_ended_ranks_are_noticed(monkeypatch, greeting):
     try:
         missing = lifeline.connect(0, 4, '127.0.0.1', broadcast, gather, patience=60)
         assert missing == [3] and lifeline.ended() == [] and sorted(lifeline.lines) == [1, 2]
+        assert [pipe.recv() for _, pipe in pipes] == [[], [], []]    # nor have they found an ended one
         assert waited[1] - waited[0] < 30           # the silent ones were not waited for
         children[1].kill()
         assert wait_until(lifeline.ended, 5, 'noticed') == [2]
@@ -89,8 +91,10 @@ def test_listens_on_one_address_only(monkeypatch, host, address, bound):
 @pytest.fixture
 def line(monkeypatch):
     """The other end of a watched connection to rank 7, and the ranks for which this process was to leave."""
-    ours, theirs = socket.socketpair()
-    monkeypatch.setattr(lifeline, 'lines', {7: ours})
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    monkeypatch.setattr(lifeline, 'lines', {7: lifeline.watched(ours)})
     monkeypatch.setattr(lifeline, '_broken', set())
     monkeypatch.setattr(lifeline, 'LOOK', 0.01)
     monkeypatch.setattr(lifeline, 'GRACE', 0.3)
