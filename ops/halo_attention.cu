@@ -17,10 +17,17 @@
 
 #include "shape.h"
 
+#ifndef HALO_PARTS
+#define HALO_PARTS 512                                  // thread blocks that sum the tables' gradients, each its share of the tiles
+#endif
+
 namespace halo {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kTile = 64, kOwn = kTile / kWarps;    // kOwn: queries or pixels per warp
 constexpr unsigned kAll = 0xffffffffu;
+
+// Thread blocks that a multiprocessor holds at once: with two, a thread has 128 registers, too few for 4 channels of a head.
+constexpr int resident(int U) { return U < 4 ? 2 : 1; }
 
 __device__ inline float warp_sum(float x) {
   for (int k = 16; k; k /= 2) x += __shfl_xor_sync(kAll, x, k);
@@ -46,11 +53,12 @@ __device__ void fetch(const T* planes, ptrdiff_t plane, int channels, int count,
 
 __device__ inline float dot(const float* a, const float* b, int n) {
   float sum = 0;
+#pragma unroll 8
   for (int c = 0; c < n; ++c) sum += a[c] * b[c];
   return sum;
 }
 
-// The tile of queries of this thread block, with the logits of their relative positions, in shared memory.
+// A tile of queries, with the logits of their relative positions, in shared memory.
 template <class T>
 struct Queries {
   const Shape s;
@@ -59,12 +67,13 @@ struct Queries {
   const int first, count;                              // queries first .. first + count - 1 of the block
   float *q, *rows, *columns;                           // (kTile, d + 1), (kTile, w), (kTile, w)
 
-  __device__ static int tiles(const Shape& s) { return (s.b() * s.b() + kTile - 1) / kTile; }
+  HALO_BOTH static int tiles(const Shape& s) { return (s.b() * s.b() + kTile - 1) / kTile; }         // of a block
+  HALO_BOTH static int places(const Shape& s) { return s.Y() * s.X() * tiles(s); }                   // tiles of a head
   HALO_BOTH static int floats(const Shape& s) { return kTile * (s.d + 1 + 2 * s.w()); }
 
-  __device__ Queries(const Shape& shape, float* shared)
-      : s(shape), b(shape.b()), head(blockIdx.y), block(s, b, blockIdx.x / tiles(s) / s.X(), blockIdx.x / tiles(s) % s.X()),
-        first(blockIdx.x % tiles(s) * kTile), count(min(kTile, block.queries() - first)),
+  __device__ Queries(const Shape& shape, int place, int head, float* shared)
+      : s(shape), b(shape.b()), head(head), block(s, b, place / tiles(s) / s.X(), place / tiles(s) % s.X()),
+        first(place % tiles(s) * kTile), count(min(kTile, block.queries() - first)),
         q(shared), rows(q + kTile * (s.d + 1)), columns(rows + kTile * s.w()) {}
 
   __device__ int offset(int i) const {
@@ -104,11 +113,11 @@ struct Queries {
   }
 };
 
-// grid (blocks * tiles, B * N); a warp takes up to 32 * U channels
+// grid (places, B * N); a warp takes up to 32 * U channels
 template <class T, int U>
-__global__ void forward_kernel(Shape s, Inputs<T> in, T* out) {
+__global__ void __launch_bounds__(kThreads, resident(U)) forward_kernel(Shape s, Inputs<T> in, T* out) {
   extern __shared__ float shared[];
-  Queries<T> queries(s, shared);
+  Queries<T> queries(s, blockIdx.x, blockIdx.y, shared);
   float* kv = shared + Queries<T>::floats(s);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ld = s.d + s.v + 1;
   float largest[kOwn], total[kOwn], o[kOwn][U] = {};
@@ -127,6 +136,7 @@ __global__ void forward_kernel(Shape s, Inputs<T> in, T* out) {
       const float weight = expf(logit - largest[n]), keep = expf(before - largest[n]);
       total[n] = total[n] * keep + warp_sum(weight);
       for (int u = 0; u < U; ++u) o[n][u] *= keep;
+#pragma unroll 4
       for (int k = 0; k < 32; ++k) {
         const float p = __shfl_sync(kAll, weight, k);
         for (int u = 0; u < U; ++u)
@@ -143,93 +153,106 @@ __global__ void forward_kernel(Shape s, Inputs<T> in, T* out) {
 }
 
 // As forward_kernel, twice over the keys. Leaves log sum exp and the mean gradient of the probabilities of each query in
-// `statistics` (2, B*N, Hq, Wq) for the last kernel, this block's share of the tables' gradients in `tables` (grid, 2, 2w-1, d).
+// `statistics` (2, B*N, Hq, Wq) for the last kernel. A thread block takes every gridDim.x-th tile of all heads, one after another,
+// and leaves the sum of their gradients of the tables in `tables` (grid, 2, 2w-1, d).
 template <class T, int U>
-__global__ void query_gradient_kernel(Shape s, Inputs<T> in, const T* dout, T* dq, float* statistics, float* tables) {
+__global__ void __launch_bounds__(kThreads, resident(U))
+    query_gradient_kernel(Shape s, Inputs<T> in, const T* dout, T* dq, float* statistics, float* tables) {
   extern __shared__ float shared[];
-  Queries<T> queries(s, shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ld = s.d + s.v + 1, w = s.w(), keys = queries.block.keys();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ld = s.d + s.v + 1, w = s.w(), heads = s.B * s.N;
+  const int places = Queries<T>::places(s), size = (2 * w - 1) * s.d;
   const ptrdiff_t plane = static_cast<ptrdiff_t>(s.Hq) * s.Wq;
   float *kv = shared + Queries<T>::floats(s), *g = kv + 32 * ld, *drows = g + kTile * (s.v + 1), *dcolumns = drows + kTile * w;
-  queries.load(in);
-  fetch(dout + blockIdx.y * s.v * plane, plane, s.v, kTile, g, s.v + 1, [&](int i) { return queries.offset(i); });
-  for (int n = threadIdx.x; n < kTile * w; n += kThreads) drows[n] = dcolumns[n] = 0;
-  float largest[kOwn], total[kOwn], mean[kOwn], sum[kOwn][U] = {};
-  for (int n = 0; n < kOwn; ++n) largest[n] = -INFINITY, total[n] = mean[n] = 0;
-  for (int sweep = 0; sweep < 2; ++sweep)
-    for (int j = 0; j < keys; j += 32) {
-      __syncthreads();
-      queries.load_keys(in, j, kv);
-      __syncthreads();
+  tables += static_cast<ptrdiff_t>(blockIdx.x) * 2 * size;
+  for (int tile = blockIdx.x; tile < places * heads; tile += gridDim.x) {
+    const int head = tile / places;
+    Queries<T> queries(s, tile % places, head, shared);
+    const int keys = queries.block.keys();
+    __syncthreads();                                   // the tile before has been read
+    queries.load(in);
+    fetch(dout + static_cast<ptrdiff_t>(head) * s.v * plane, plane, s.v, kTile, g, s.v + 1, [&](int i) { return queries.offset(i); });
+    for (int n = threadIdx.x; n < kTile * w; n += kThreads) drows[n] = dcolumns[n] = 0;
+    float largest[kOwn], total[kOwn], mean[kOwn], sum[kOwn][U] = {};
+    for (int n = 0; n < kOwn; ++n) largest[n] = -INFINITY, total[n] = mean[n] = 0;
+    for (int sweep = 0; sweep < 2; ++sweep)
+      for (int j = 0; j < keys; j += 32) {
+        __syncthreads();
+        queries.load_keys(in, j, kv);
+        __syncthreads();
 #pragma unroll
-      for (int n = 0; n < kOwn; ++n) {
-        const int i = warp * kOwn + n;
-        if (i >= queries.count) continue;
-        const float* key = kv + lane * ld;
-        const float logit = queries.logit(i, j + lane, key), dp = dot(g + i * (s.v + 1), key + s.d, s.v);
-        if (sweep == 0) {
-          const float before = largest[n];
-          largest[n] = fmaxf(before, warp_max(logit));
-          const float weight = expf(logit - largest[n]), keep = expf(before - largest[n]);
-          total[n] = total[n] * keep + warp_sum(weight);
-          mean[n] = mean[n] * keep + warp_sum(weight * dp);
-          continue;
-        }
-        const float ds = expf(logit - largest[n]) / total[n] * (dp - mean[n] / total[n]);
-        for (int k = 0; k < 32 && j + k < keys; ++k) {
-          const float x = __shfl_sync(kAll, ds, k);
-          for (int u = 0; u < U; ++u)
-            if (u * 32 + lane < s.d) sum[n][u] += x * kv[k * ld + u * 32 + lane];
-          if (lane == 0) drows[i * w + (j + k) / queries.block.wx] += x;
-          if (lane == 1) dcolumns[i * w + (j + k) % queries.block.wx] += x;
+        for (int n = 0; n < kOwn; ++n) {
+          const int i = warp * kOwn + n;
+          if (i >= queries.count) continue;
+          const float* key = kv + lane * ld;
+          const float logit = queries.logit(i, j + lane, key), dp = dot(g + i * (s.v + 1), key + s.d, s.v);
+          if (sweep == 0) {
+            const float before = largest[n];
+            largest[n] = fmaxf(before, warp_max(logit));
+            const float weight = expf(logit - largest[n]), keep = expf(before - largest[n]);
+            total[n] = total[n] * keep + warp_sum(weight);
+            mean[n] = mean[n] * keep + warp_sum(weight * dp);
+            continue;
+          }
+          const float ds = expf(logit - largest[n]) / total[n] * (dp - mean[n] / total[n]);
+#pragma unroll 4
+          for (int k = 0; k < 32 && j + k < keys; ++k) {
+            const float x = __shfl_sync(kAll, ds, k);
+            for (int u = 0; u < U; ++u)
+              if (u * 32 + lane < s.d) sum[n][u] += x * kv[k * ld + u * 32 + lane];
+            if (lane == 0) drows[i * w + (j + k) / queries.block.wx] += x;
+            if (lane == 1) dcolumns[i * w + (j + k) % queries.block.wx] += x;
+          }
         }
       }
-    }
-  __syncthreads();
+    __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kOwn; ++n) {
-    if (warp * kOwn + n >= queries.count) continue;
-    const int i = warp * kOwn + n, at = queries.offset(i);
-    for (int u = 0; u < U; ++u) {
-      const int c = u * 32 + lane;
-      if (c >= s.d) continue;
-      float x = sum[n][u] * rsqrtf(s.d);
-      for (int j = 0; j < w; ++j)
-        x += drows[i * w + j] * static_cast<float>(in.height_rel[(j - queries.row(i) + w - 1) * s.d + c]) +
-             dcolumns[i * w + j] * static_cast<float>(in.width_rel[(j - queries.column(i) + w - 1) * s.d + c]);
-      dq[(static_cast<ptrdiff_t>(blockIdx.y) * s.d + c) * plane + at] = static_cast<T>(x);
+    for (int n = 0; n < kOwn; ++n) {
+      if (warp * kOwn + n >= queries.count) continue;
+      const int i = warp * kOwn + n, at = queries.offset(i);
+      for (int u = 0; u < U; ++u) {
+        const int c = u * 32 + lane;
+        if (c >= s.d) continue;
+        float x = sum[n][u] * rsqrtf(s.d);
+        for (int j = 0; j < w; ++j)
+          x += drows[i * w + j] * static_cast<float>(in.height_rel[(j - queries.row(i) + w - 1) * s.d + c]) +
+               dcolumns[i * w + j] * static_cast<float>(in.width_rel[(j - queries.column(i) + w - 1) * s.d + c]);
+        dq[(static_cast<ptrdiff_t>(head) * s.d + c) * plane + at] = static_cast<T>(x);
+      }
+      if (lane == 0) {
+        statistics[head * plane + at] = largest[n] + logf(total[n]);
+        statistics[(heads + head) * plane + at] = mean[n] / total[n];
+      }
     }
-    if (lane == 0) {
-      statistics[blockIdx.y * plane + at] = largest[n] + logf(total[n]);
-      statistics[(gridDim.y + blockIdx.y) * plane + at] = mean[n] / total[n];
+    for (int n = threadIdx.x; n < 2 * size; n += kThreads) {
+      const int row = n % size / s.d, c = n % s.d;
+      float x = 0;
+      for (int i = 0; i < queries.count; ++i) {
+        const int j = row + (n < size ? queries.row(i) : queries.column(i)) - w + 1;      // the key that sees this row from i
+        if (j >= 0 && j < w) x += (n < size ? drows : dcolumns)[i * w + j] * queries.q[i * (s.d + 1) + c];
+      }
+      tables[n] = tile == blockIdx.x ? x : tables[n] + x;
     }
-  }
-  const int size = (2 * w - 1) * s.d;
-  tables += (static_cast<ptrdiff_t>(blockIdx.y) * gridDim.x + blockIdx.x) * 2 * size;
-  for (int n = threadIdx.x; n < 2 * size; n += kThreads) {
-    const int row = n % size / s.d, c = n % s.d;
-    float x = 0;
-    for (int i = 0; i < queries.count; ++i) {
-      const int j = row + (n < size ? queries.row(i) : queries.column(i)) - w + 1;      // the key that sees this row from i
-      if (j >= 0 && j < w) x += (n < size ? drows : dcolumns)[i * w + j] * queries.q[i * (s.d + 1) + c];
-    }
-    tables[n] = x;
   }
 }
 
-// table[n] = sum over parts of parts[part, n], for the two tables side by side
+// table[n] = sum over parts of parts[part, n], for the two tables side by side. A warp sums every 8th part, a lane one n.
 template <class T>
 __global__ void table_gradient_kernel(const float* parts, int count, int size, T* height_rel, T* width_rel) {
-  const int n = blockIdx.x * kThreads + threadIdx.x;
-  if (n >= 2 * size) return;
-  double sum = 0;
-  for (int part = 0; part < count; ++part) sum += parts[static_cast<ptrdiff_t>(part) * 2 * size + n];
-  (n < size ? height_rel[n] : width_rel[n - size]) = static_cast<T>(static_cast<float>(sum));
+  extern __shared__ float shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.x * 32 + lane;
+  float sum = 0;
+  for (int part = warp; part < count && n < 2 * size; part += kWarps) sum += parts[static_cast<ptrdiff_t>(part) * 2 * size + n];
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp || n >= 2 * size) return;
+  for (int other = 1; other < kWarps; ++other) sum += shared[other * 32 + lane];
+  (n < size ? height_rel[n] : width_rel[n - size]) = static_cast<T>(sum);
 }
 
 // grid (key blocks * tiles of pixels, B * N). A lane takes a query of one of the blocks whose window holds the pixel.
 template <class T, int U>
-__global__ void key_value_gradient_kernel(Shape s, Inputs<T> in, const T* dout, const float* statistics, T* dkv) {
+__global__ void __launch_bounds__(kThreads, resident(U))
+    key_value_gradient_kernel(Shape s, Inputs<T> in, const T* dout, const float* statistics, T* dkv) {
   extern __shared__ float shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ld = s.d + s.v + 1, w = s.w(), b = s.b(), head = blockIdx.y;
   const int tiles = (s.block * s.block + kTile - 1) / kTile, place = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile;
@@ -269,6 +292,7 @@ __global__ void key_value_gradient_kernel(Shape s, Inputs<T> in, const T* dout, 
             p = expf(logit - statistics[head * plane + where]);
             ds = p * (dot(q + s.d, key + s.d, s.v) - statistics[(gridDim.y + head) * plane + where]);
           }
+#pragma unroll 4
           for (int k = 0; k < 32; ++k) {
             const float weight = __shfl_sync(kAll, p, k), slope = __shfl_sync(kAll, ds, k);
             for (int u = 0; u < U; ++u)
@@ -301,30 +325,28 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, size_t floats, cuda
 }
 #endif
 
-inline dim3 query_grid(const Shape& s) { return dim3(s.Y() * s.X() * ((s.b() * s.b() + kTile - 1) / kTile), s.B * s.N); }
+// Thread blocks of query_gradient_kernel, and the parts of the tables' gradients.
+inline int parts(const Shape& s) { return smaller(HALO_PARTS, Queries<float>::places(s) * s.B * s.N); }
 
 size_t workspace(const Shape& s) {
-  const size_t grid = static_cast<size_t>(query_grid(s).x) * query_grid(s).y;
-  return static_cast<size_t>(2) * s.B * s.N * s.Hq * s.Wq + grid * 2 * (2 * s.w() - 1) * s.d;
+  return static_cast<size_t>(2) * s.B * s.N * s.Hq * s.Wq + static_cast<size_t>(parts(s)) * 2 * (2 * s.w() - 1) * s.d;
 }
 
 template <class T, int U>
 cudaError_t forward_of(const Shape& s, const Inputs<T>& in, T* out, cudaStream_t stream) {
-  return launch(forward_kernel<T, U>, query_grid(s), Queries<T>::floats(s) + 32 * (s.d + s.v + 1), stream, s, in, out);
+  return launch(forward_kernel<T, U>, dim3(Queries<T>::places(s), s.B * s.N), Queries<T>::floats(s) + 32 * (s.d + s.v + 1), stream, s, in, out);
 }
 
 template <class T, int U>
 cudaError_t backward_of(const Shape& s, const Inputs<T>& in, const T* dout, const Gradients<T>& gradients, float* workspace,
                         cudaStream_t stream) {
   const int ld = s.d + s.v + 1, size = (2 * s.w() - 1) * s.d, tiles = (s.block * s.block + kTile - 1) / kTile;
-  const dim3 grid = query_grid(s);
   float* tables = workspace + static_cast<size_t>(2) * s.B * s.N * s.Hq * s.Wq;
   const size_t floats = Queries<T>::floats(s) + 32 * ld + kTile * (s.v + 1 + 2 * s.w());
-  cudaError_t error = launch(query_gradient_kernel<T, U>, grid, floats, stream, s, in, dout, gradients.q, workspace, tables);
+  cudaError_t error = launch(query_gradient_kernel<T, U>, dim3(parts(s)), floats, stream, s, in, dout, gradients.q, workspace, tables);
   if (error != cudaSuccess) return error;
-  error = launch(table_gradient_kernel<T>, dim3((2 * size + kThreads - 1) / kThreads), 0, stream,
-                 static_cast<const float*>(tables), static_cast<int>(grid.x * grid.y), size, gradients.height_rel,
-                 gradients.width_rel);
+  error = launch(table_gradient_kernel<T>, dim3((2 * size + 31) / 32), kThreads, stream, static_cast<const float*>(tables),
+                 parts(s), size, gradients.height_rel, gradients.width_rel);
   if (error != cudaSuccess) return error;
   return launch(key_value_gradient_kernel<T, U>, dim3(s.Y() * s.X() * tiles, s.B * s.N), (kTile + 32) * ld + 2 * size, stream,
                 s, in, dout, static_cast<const float*>(workspace), gradients.kv);
