@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -52,6 +53,8 @@ def library(arch: str = '') -> str:
     """
     compiler = find_compiler()
     nvcc = find_nvcc() if arch else None
+    if nvcc:
+        check_cuda(nvcc)
     folder = cache_folder().resolve() / key(compiler, nvcc, arch)
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     check_owner(folder)
@@ -181,6 +184,15 @@ def find_nvcc() -> Path:
     raise BuildError(f'no CUDA with bin/nvcc and its headers in {folders}; name its folder by CUDA_HOME')
 
 
+def check_cuda(nvcc: Path) -> None:
+    """Raise BuildError if nvcc and Paddle are of different major versions of CUDA: a driver may lack one."""
+    ours = re.search(r'release ((\d+)\.\d+)', version([str(nvcc)]))
+    theirs = re.match(r'(\d+)\.\d+', str(paddle.version.cuda()))     # False without CUDA
+    if ours and theirs and ours[2] != theirs[1]:
+        raise BuildError(f'{nvcc} is of CUDA {ours[1]}, and Paddle of CUDA {theirs[0]}; '
+                         f'name the folder of a CUDA {theirs[1]} by CUDA_HOME')
+
+
 # ---- compiling
 
 def compile_library(compiler: list[str], path: Path, nvcc: Optional[Path], arch: str) -> None:
@@ -224,7 +236,9 @@ def cuda_flags(nvcc: Path) -> list[str]:
     """Return the flags for CUDA's headers and runtime, and for the headers in Paddle's nvidia-* packages."""
     home, packages = nvcc.parent.parent, Path(paddle.__file__).parent.parent / 'nvidia'
     folders = [home / 'include', home / 'include' / 'cccl', *sorted(packages.glob('*/include'))]
-    return ['-DPADDLE_WITH_CUDA', *system_headers(map(str, folders)), f'-L{home}/lib64', '-lcudart']
+    # the runtime goes into the library: the dynamic linker need not find CUDA's folder
+    runtime = [f'-L{home}/lib64', '-lcudart_static', '-lrt', '-lpthread', '-ldl']
+    return ['-DPADDLE_WITH_CUDA', *system_headers(map(str, folders)), *runtime]
 
 
 def include_flags() -> list[str]:

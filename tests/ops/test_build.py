@@ -64,6 +64,22 @@ def test_malformed_compiler_command_is_named():
     assert text.count('no compiled operators') == 1 and "CXX is 'g++ \"'" in text
 
 
+def test_cuda_of_another_major_version_is_refused_before_compiling(tmp_path, monkeypatch):
+    for name in 'bin/nvcc', 'include/cuda_runtime.h':
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path))
+    for same in '13.2', 'False':                    # False: Paddle for a CPU
+        monkeypatch.setattr(build.paddle.version, 'cuda', lambda version=same: version)
+        build.check_cuda(build.find_nvcc())
+    monkeypatch.setattr(build.paddle.version, 'cuda', lambda: '12.6')
+    monkeypatch.setattr(build, 'cache_folder', lambda: pytest.fail('compiling began'))
+    message = 'bin/nvcc is of CUDA 13.0, and Paddle of CUDA 12.6; name the folder of a CUDA 12 by CUDA_HOME$'
+    with pytest.raises(build.BuildError, match=message):
+        build.library('sm_90')
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache with a stand-in for the compiler's work: `builds` lists what `build.library` compiled."""
@@ -166,6 +182,12 @@ def test_cuda_source_compiles(tmp_path):
     ).stdout
     for name in 'float', '__half', '__nv_bfloat16':
         assert f'halo::forward<{name}>(' in symbols and f'halo::backward<{name}>(' in symbols
+    library = tmp_path / 'gpu.so'
+    runtime = [flag for flag in build.cuda_flags(nvcc) if flag.startswith(('-L', '-l'))]
+    link = [*build.find_compiler(), '-shared', '-Wl,-z,defs', str(tmp_path / 'gpu.o'), '-o', str(library)]
+    build.run([*link, *runtime])
+    needed = subprocess.run(['readelf', '-d', library], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert 'NEEDED' in needed and 'cudart' not in needed
 
 
 @pytest.mark.slow
