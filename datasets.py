@@ -11,7 +11,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, Callable, Union
 
@@ -101,12 +101,15 @@ def train_pixels(image: Any, rng: Generator, *, backend: Backend, image_size: in
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turn uint8 images (B, 3, H, W) into float32 ones; mean and std are of RGB in [0, 1]."""
-    mean_255, std_255 = _per_channel(mean), _per_channel(std)
+    device = paddle.get_device()
+    mean_255, std_255 = _per_channel(tuple(mean), device), _per_channel(tuple(std), device)
     return images.astype('float32').subtract_(mean_255).divide_(std_255)  # in place: twice as fast on a CPU
 
 
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return paddle.to_tensor(255 * np.asarray(values)[:, None, None], 'float32')      # (3, 1, 1)
+@lru_cache(maxsize=8)
+def _per_channel(values: tuple[float, ...], device: str) -> Tensor:
+    """Return 255 * values, which are copied to the device once, in the shape (3, 1, 1)."""
+    return paddle.to_tensor(255 * np.asarray(values)[:, None, None], 'float32')
 
 
 # ---- samples
@@ -173,9 +176,9 @@ class _Batches:
 
     def __getitem__(self, names: Sequence[Name]) -> list:
         worker = paddle.io.get_worker_info().id
-        batch = self.dataset.batch(names, partial(self.watch.note, worker))
+        images, labels, indices, texts = self.dataset.batch(names, partial(self.watch.note, worker))
         self.watch.note(worker, IDLE)
-        return batch
+        return [images, labels, indices.tolist(), texts]      # a DataLoader makes tensors of all arrays
 
 
 # ---- loader
@@ -197,16 +200,18 @@ class Loader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
+        The indices are an array: the host draws random numbers by them, and would wait for a tensor.
         Raises DataError. Raises stopping.Failure if a data process dies, or reads one image for longer
         than `timeout` seconds.
         """
         self.skipped = 0
         batches = self.sampler.batches(epoch, start)
         read = self._read_in_workers if self.num_workers else self._read
-        for images, labels, indices, texts in read(batches):
+        for images, labels, numbers, texts in read(batches):
+            indices = np.asarray(numbers, np.int64)
             good = [i for i, text in enumerate(texts) if not text]
             if len(good) == len(texts):
                 yield images, labels, indices
@@ -214,7 +219,7 @@ class Loader:
             self._report([text for text in texts if text])
             if good:
                 rows = paddle.to_tensor(good)
-                yield images.gather(rows), labels.gather(rows), indices.gather(rows)
+                yield images.gather(rows), labels.gather(rows), indices[good]
             elif self.sampler.even:                 # the other ranks would wait for this one's step
                 raise DataError(f'no image of a whole training batch can be read, the last is {texts[-1]}')
 
@@ -232,7 +237,7 @@ class Loader:
         # without workers, paddle.io.DataLoader would wait forever once reading has raised
         for names in batches:
             images, labels, indices, texts = self.dataset.batch(names)
-            yield paddle.to_tensor(images), paddle.to_tensor(labels), paddle.to_tensor(indices), texts
+            yield paddle.to_tensor(images), paddle.to_tensor(labels), indices, texts
 
     def _read_in_workers(self, batches: Iterable[list[Name]]) -> Iterator[tuple]:
         handler = signal.getsignal(signal.SIGCHLD)

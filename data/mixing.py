@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import paddle
@@ -41,22 +42,25 @@ def erase(images: Tensor, boxes: Sequence[Box | None], rngs: Sequence[Generator]
     """Fill the box of each image and return a new tensor.
 
     The images (B, 3, H, W) are normalised. Mode 'const' fills with 0, the mean colour; 'pixel' fills
-    with normal noise of the image's generator.
+    with normal noise of the image's generator. The noise of all images is one copy to the device.
     """
     images = images.clone()
-    for i, (box, rng) in enumerate(zip(boxes, rngs)):
-        if box is None:
-            continue
-        top, left, h, w = box
-        if mode == 'pixel':
-            filling = rng.standard_normal((3, h, w), dtype=np.float32)
-        else:
-            filling = np.zeros((3, h, w), np.float32)
-        images[i, :, top:top + h, left:left + w] = paddle.to_tensor(filling).astype(images.dtype)
+    drawn = [(i, box) for i, box in enumerate(boxes) if box]
+    if mode == 'const' or not drawn:
+        for i, (top, left, h, w) in drawn:
+            images[i, :, top:top + h, left:left + w] = 0.0
+        return images
+    parts = [rngs[i].standard_normal(3 * h * w, dtype=np.float32) for i, (_, _, h, w) in drawn]
+    noise = paddle.to_tensor(np.concatenate(parts)).astype(images.dtype)
+    start = 0
+    for i, (top, left, h, w) in drawn:
+        end = start + 3 * h * w
+        images[i, :, top:top + h, left:left + w] = noise[start:end].reshape([3, h, w])
+        start = end
     return images
 
 
-def erase_batch(images: Tensor, indices: Tensor, epoch: int, *, seed: int, probability: float,
+def erase_batch(images: Tensor, indices: np.ndarray, epoch: int, *, seed: int, probability: float,
                 mode: str) -> Tensor:
     """Erase a random box of each image; images (B, 3, H, W), indices (B,) of the samples.
 
@@ -65,7 +69,7 @@ def erase_batch(images: Tensor, indices: Tensor, epoch: int, *, seed: int, proba
     if probability == 0:
         return images
     height, width = images.shape[2:]
-    rngs = [rng_for(seed, ERASE, epoch, index) for index in np.asarray(indices)]
+    rngs = [rng_for(seed, ERASE, epoch, index) for index in indices]
     boxes = [erase_box(rng, height, width, probability) for rng in rngs]
     return erase(images, boxes, rngs, mode)
 
@@ -84,7 +88,7 @@ class NoMix:
     """Leave a batch as it is."""
 
     def __call__(self, images: Tensor, targets: Tensor, rng: Generator,
-                 indices: Tensor) -> tuple[Tensor, Tensor]:
+                 indices: np.ndarray) -> tuple[Tensor, Tensor]:
         return images, targets
 
 
@@ -109,7 +113,7 @@ class Mix:
     mode: str = 'batch'
 
     def __call__(self, images: Tensor, targets: Tensor, rng: Generator,
-                 indices: Tensor) -> tuple[Tensor, Tensor]:
+                 indices: np.ndarray) -> tuple[Tensor, Tensor]:
         batch, (height, width) = len(images), images.shape[2:]
         per_draw = IMAGES_PER_DRAW[self.mode] or batch
         draws = [self.draw(each, height, width) for each in self._generators(rng, indices)]
@@ -117,23 +121,25 @@ class Mix:
         lams: np.ndarray = np.repeat(drawn, per_draw)[:batch]
         is_cut: np.ndarray = np.repeat([box is not None for box in boxes], per_draw)[:batch]
 
-        partner = _partners(batch)
-        mixed = _blend(images, partner, np.where(is_cut, 1, lams))
+        partner = _partners(batch, paddle.get_device())
+        weights = np.stack([np.where(is_cut, 0, 1 - lams), 1 - lams])        # of partners: pixels, targets
+        on_device = paddle.to_tensor(weights, images.dtype)
+        mixed = _blend(images, partner, on_device[0]) if weights[0].any() else images.clone()
+        targets = _blend(targets, partner, on_device[1]) if weights[1].any() else targets.clone()
         for i, box in enumerate(boxes):
             if box:
                 _paste(mixed, images, partner, slice(i * per_draw, min((i + 1) * per_draw, batch)), box)
-        targets = _blend(targets, partner, lams)
         if self.mode == 'half':
             return mixed[::2], targets[::2]
         return mixed, targets
 
-    def _generators(self, rng: Generator, indices: Tensor) -> list[Generator]:
+    def _generators(self, rng: Generator, indices: np.ndarray) -> list[Generator]:
         """Return a generator for each draw: the step's own, or those of the first samples of each draw."""
         per_draw = IMAGES_PER_DRAW[self.mode]
         if per_draw is None:
             return [rng]
         key = rng.integers(2 ** 63)
-        return [np.random.default_rng([key, int(index)]) for index in np.asarray(indices)[::per_draw]]
+        return [np.random.default_rng([key, int(index)]) for index in indices[::per_draw]]
 
     def draw(self, rng: Generator, height: int, width: int) -> tuple[float, Box | None]:
         """Draw lambda, the weight of an image itself, and for cutmix the box of its partner, else None.
@@ -151,33 +157,34 @@ class Mix:
         return outside, box
 
 
-def _partners(batch: int) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _partners(batch: int, device: str) -> Tensor:
+    """Return the index of each image's partner, (B,); it is copied to the device once."""
     # Neighbours are mixed, i with i ^ 1. Usual is the i-th image with the i-th from the end, but
     # neighbours stay together when a batch is split over processes and accumulated passes of even size.
     # So the result is the same.
     partner = np.arange(batch) ^ 1
-    return np.where(partner < batch, partner, batch - 1)      # the last of an odd batch is its own partner
+    partner = np.where(partner < batch, partner, batch - 1)   # the last of an odd batch is its own partner
+    return paddle.to_tensor(partner)
 
 
-def _blend(x: Tensor, partner: np.ndarray, lams: np.ndarray) -> Tensor:
-    """Return lams * x + (1 - lams) * partners, with x (B, ...), partner (B,), lams (B,)."""
-    if (lams == 1).all():
-        return x.clone()
-    weight = paddle.to_tensor(1 - lams, x.dtype).reshape([-1] + [1] * (x.ndim - 1))  # (B, 1, ...)
-    difference = x.gather(paddle.to_tensor(partner)) - x
-    return difference.multiply_(weight).add_(x)     # in place: four times as fast on a CPU
+def _blend(x: Tensor, partner: Tensor, weights: Tensor) -> Tensor:
+    """Return (1 - weights) * x + weights * partners, with x (B, ...), partner (B,), weights (B,)."""
+    weights = weights.astype(x.dtype).reshape([-1] + [1] * (x.ndim - 1))    # (B, 1, ...)
+    difference = x.gather(partner) - x
+    return difference.multiply_(weights).add_(x)    # in place: four times as fast on a CPU
 
 
-def _paste(mixed: Tensor, images: Tensor, partner: np.ndarray, rows: slice, box: Box) -> None:
+def _paste(mixed: Tensor, images: Tensor, partner: Tensor, rows: slice, box: Box) -> None:
     """Copy the box of the partners into these rows of `mixed`."""
     top, bottom, left, right = box
     if top >= bottom or left >= right:
         return
-    partner = partner[rows]
-    first, last = int(partner.min()), int(partner.max())
-    shape = [last - first + 1, images.shape[1], bottom - top, right - left]
+    first = rows.start // 2 * 2                     # partners are neighbours
+    last = min((rows.stop + 1) // 2 * 2, len(images))
+    shape = [last - first, images.shape[1], bottom - top, right - left]
     others = paddle.crop(images, shape, [first, 0, top, left])               # four times as fast as a slice
-    mixed[rows, :, top:bottom, left:right] = others.gather(paddle.to_tensor(partner - first))
+    mixed[rows, :, top:bottom, left:right] = others.gather(partner[rows] - first)
 
 
 def cut_box(rng: Generator, height: int, width: int, lam: float) -> tuple[Box, float]:

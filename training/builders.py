@@ -12,6 +12,7 @@ from system.stopping import Stop
 import utils
 from utils import log
 
+import numpy as np
 import paddle
 from paddle import nn
 from yacs.config import CfgNode
@@ -229,11 +230,11 @@ def build_mix(config: CfgNode) -> Callable:
         train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.MIXUP_PROB, train.MIXUP_SWITCH_PROB, train.MIXUP_MODE)
 
 
-def build_input(config: CfgNode) -> Callable[[paddle.Tensor, paddle.Tensor, int], paddle.Tensor]:
+def build_input(config: CfgNode) -> Callable[[paddle.Tensor, np.ndarray, int], paddle.Tensor]:
     """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, 3, S, S)."""
     data, train, seed = config.DATA, config.TRAIN, config.SEED
 
-    def to_input(images: paddle.Tensor, indices: paddle.Tensor, epoch: int) -> paddle.Tensor:
+    def to_input(images: paddle.Tensor, indices: np.ndarray, epoch: int) -> paddle.Tensor:
         images = datasets.normalise(images, data.MEAN, data.STD)
         return mixing.erase_batch(images, indices, epoch, seed=seed, probability=train.RANDOM_ERASE_PROB,
                                   mode=train.RANDOM_ERASE_MODE)

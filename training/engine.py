@@ -183,7 +183,7 @@ def train_one_epoch(training: Training, progress: Progress, saver: Saver, metric
         training.clip(training.model)
         training.scaler.step(training.optimizer)
         training.scaler.update()
-        training.optimizer.clear_grad()
+        training.optimizer.clear_grad(set_to_zero=False)             # zeros would be written, then added to
         training.ema.update(training.model, progress.step)
         progress.step += 1
         progress.steps_of_epoch += 1

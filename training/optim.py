@@ -268,9 +268,10 @@ class Ema:
     @paddle.no_grad()
     def update(self, model: nn.Layer, step: int) -> None:
         """Set average = decay * average + (1 - decay) * weights, after optimizer step `step` (from 0)."""
-        decay = self.decay_at(step)
+        dtype = next(iter(self.average.values())).dtype
+        weight = paddle.full([1], 1 - self.decay_at(step), dtype)    # lerp_ would copy a number for each
         for name, value in trainable(model).items():
-            self.average[name].lerp_(value.detach(), 1 - decay)
+            self.average[name].lerp_(value.detach(), weight)
 
     def decay_at(self, step: int) -> float:
         """Return the decay of an optimizer step, counted from 0."""

@@ -133,7 +133,7 @@ class EventFile:
 class NoPredictions:
     """Stands for Predictions in the evaluations before the last one: keeps nothing."""
 
-    def add(self, indices: paddle.Tensor, labels: paddle.Tensor, logits: paddle.Tensor) -> None:
+    def add(self, indices: np.ndarray, labels: paddle.Tensor, logits: paddle.Tensor) -> None:
         pass
 
     def save(self, split: str) -> None:
@@ -149,22 +149,27 @@ class Predictions:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.rows: list[paddle.Tensor] = []
+        self.indices: list[np.ndarray] = []
+        self.rows: list[paddle.Tensor] = []          # of the same images, on the device
 
     @paddle.no_grad()
-    def add(self, indices: paddle.Tensor, labels: paddle.Tensor, logits: paddle.Tensor) -> None:
+    def add(self, indices: np.ndarray, labels: paddle.Tensor, logits: paddle.Tensor) -> None:
         """Keep a batch: indices (B,), labels (B,), logits (B, K)."""
         probabilities = F.softmax(logits.astype('float32'), axis=1)          # (B, K)
         top, top1 = probabilities.topk(1, axis=1)
         own = probabilities.take_along_axis(labels.unsqueeze(1), axis=1)
-        columns = [indices, labels, top1.squeeze(1), top.squeeze(1), own.squeeze(1)]
-        rows = paddle.stack([column.astype('float64') for column in columns], axis=1)    # (B, 5)
+        columns = [labels, top1.squeeze(1), top.squeeze(1), own.squeeze(1)]
+        rows = paddle.stack([column.astype('float64') for column in columns], axis=1)    # (B, 4)
+        self.indices.append(indices)
         self.rows.append(rows)
 
     def save(self, split: str) -> None:
         """Gather the rows of all processes, write them on rank 0, and forget them."""
-        rows = np.concatenate([np.zeros((0, 5)), *(row.numpy() for row in self.rows)])
-        self.rows, parts = [], [rows]
+        parts = [np.zeros((0, 5))]
+        for indices, rows in zip(self.indices, self.rows):
+            parts.append(np.column_stack([indices, rows.numpy()]))
+        rows = np.concatenate(parts)
+        self.indices, self.rows, parts = [], [], [rows]
         if utils.world_size() > 1:
             parts = []
             dist.all_gather_object(parts, rows)

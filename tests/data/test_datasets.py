@@ -148,7 +148,7 @@ def config(data, *opts):
 
 
 def arrays(batches):
-    return [[tensor.numpy() for tensor in batch] for batch in batches]
+    return [[np.asarray(values) for values in batch] for batch in batches]
 
 
 def equal(ours, theirs):
