@@ -80,8 +80,9 @@ OPTIONS = (
                                              length=3, ge=0, le=1, hint=OF_PIXELS),
     Option('DATA.STD',             [0.229, 0.224, 0.225], 'of RGB in [0, 1]',
                                              length=3, gt=0, le=1, hint=OF_PIXELS),
-    Option('DATA.NUM_WORKERS',     2,        'data processes per training process; 0: none, it loads itself',
-                                             ge=0, le=1024, flag=True, on_resume='free'),
+    Option('DATA.NUM_WORKERS',     -1,       'data processes per training process; 0: none, it loads itself; '
+                                             '-1: 2 on a CPU, by cores and GPUs on a GPU',
+                                             ge=-1, le=1024, flag=True, on_resume='free'),
     Option('DATA.BACKEND',         'pillow', 'for training: pillow, or cv2 (OpenCV): faster, not equal; '
                                              'see docs/performance.md', choices=('pillow', 'cv2')),
     Option('DATA.ON_ERROR',        'raise',  'unreadable image: raise (stop and name it), skip (count it)',

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, Callable, Union
 
-from system import lifeline, paddle_internals, stopping
+from system import cpu, lifeline, paddle_internals, stopping
 import utils
 
 import numpy as np
@@ -34,6 +34,7 @@ Policy = Union[augment.RandAugment, augment.AutoAugment]
 Transform = Callable[[Any, Generator], np.ndarray]   # image, generator -> uint8 (S, S, 3)
 LISTS = ('train_list.txt', 'val_list.txt')
 ANY_LABEL = 10 ** 9                                 # more than the classes of any list
+READ_AHEAD = 2                                      # batches that a data process makes ahead: Paddle's own
 WORKER_PATIENCE = 10                                # seconds that data processes get to finish
 
 
@@ -341,5 +342,38 @@ def _dataset(config: Any, list_name: str, transform: Transform, read: Callable[.
 
 
 def _loader(config: Any, dataset: ListDataset, sampler: TrainSampler | EvalSampler) -> Loader:
-    return Loader(dataset, sampler, num_workers=config.DATA.NUM_WORKERS, on_error=config.DATA.ON_ERROR,
+    num_workers = count_workers(config.DATA.NUM_WORKERS)
+    return Loader(dataset, sampler, num_workers=num_workers, on_error=config.DATA.ON_ERROR,
                   timeout=config.DATA.TIMEOUT)
+
+
+def count_workers(num_workers: int) -> int:
+    """Return DATA.NUM_WORKERS, or for -1 as many data processes as a training process should have.
+
+    That is 2 on a CPU, which also computes. On a GPU it is its share of the cores but one, 2 to 16.
+    """
+    if num_workers >= 0:
+        return num_workers
+    if paddle.get_device() == 'cpu':
+        return 2
+    processes = max(utils.gpu_count(), utils.local_processes())
+    return min(max(cpu.cores() // processes - 1, 2), 16)
+
+
+def shared_memory_needed(loader: Loader, batch_size: int, image_size: int) -> int:
+    """Return the bytes of /dev/shm that batches of one process may take: each worker makes two ahead."""
+    return loader.num_workers * READ_AHEAD * batch_size * 3 * image_size ** 2
+
+
+def warn_of_small_shared_memory(needed: int, processes: int, folder: str = '/dev/shm') -> None:
+    """Log a line if `processes` data loaders, which need so many bytes each, may not fit into `folder`."""
+    try:
+        facts = os.statvfs(folder)
+    except OSError:                                 # not on this system
+        return
+    free = facts.f_bavail * facts.f_frsize
+    if needed * processes > free:
+        utils.log.warning(
+            '%s has %d MB free, and the data processes may need %d MB: a container gets more by '
+            '--shm-size or --ipc=host; or lower DATA.NUM_WORKERS', folder, free >> 20,
+            needed * processes >> 20)

@@ -58,6 +58,8 @@ def start(device: str) -> str:
             log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, '
                         'they notice after %d min', missing, host, PATIENCE // 60)
         lifeline.watch(_leave)
+    if device == 'gpu':
+        tune_gpu()
     tune_cpu(processes)
     return device
 
@@ -83,6 +85,19 @@ def tune_cpu(processes: int = 1) -> None:
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
 
 
+def tune_gpu() -> None:
+    """Set Paddle's flags for fast convolutions and norms on a GPU. Those in the environment are kept.
+
+    cuDNN tries its algorithms for each new shape and takes the fastest one. FLAGS_cudnn_deterministic keeps
+    to one whose gradients have the same bits in every run.
+    """
+    flags: dict[str, Any] = {'FLAGS_cudnn_batchnorm_spatial_persistent': True,
+                             'FLAGS_conv_workspace_size_limit': 4096}        # MB, for faster algorithms
+    if os.environ.get('FLAGS_cudnn_deterministic', '0').lower() in ('0', 'false', ''):
+        flags['FLAGS_cudnn_exhaustive_search'] = True
+    paddle.set_flags({name: value for name, value in flags.items() if name not in os.environ})
+
+
 # ---- ranks and reductions
 
 def rank() -> int:
@@ -93,6 +108,11 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes of this run."""
     return dist.get_world_size()
+
+
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get('PADDLE_LOCAL_SIZE', world_size()))            # the launcher sets it
 
 
 def all_reduce(tensor: paddle.Tensor, op: Any = dist.ReduceOp.SUM) -> paddle.Tensor:

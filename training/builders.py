@@ -172,6 +172,9 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
     world = utils.world_size()
     loader = datasets.build_train(config, utils.rank(), world)
     log.info('%s: %d images to train on', config.DATA.DATA_PATH, len(loader.dataset))
+    if utils.rank() == 0:
+        needed = datasets.shared_memory_needed(loader, config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE)
+        datasets.warn_of_small_shared_memory(needed, utils.local_processes())
     steps_per_epoch = steps_of(len(loader), train.ACCUM_ITER)
     lr_at = build_lr(config, len(loader), world)
     if train.SYNC_BN and device == 'cpu':
@@ -192,7 +195,7 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
         loss=optim.build_loss(config),
         autocast=mixed_precision.make_autocast(precision),
         monitor=Monitor(
-            epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=config.DATA.NUM_WORKERS),
+            epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=loader.num_workers),
         lr_at=lr_at,
         seed=config.SEED,
         epochs=train.NUM_EPOCHS,

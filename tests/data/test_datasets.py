@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from system import stopping
+import utils
 
 import numpy as np
 import paddle
@@ -391,3 +392,34 @@ def test_missing_lists_and_wrong_options_are_refused(data, tmp_path):
         datasets.build_eval(config(data, 'MODEL.NUM_CLASSES', 5))
     with pytest.raises(ValueError, match='AUTO_AUGMENT'):
         datasets.build_train(config(data, 'TRAIN.AUTO_AUGMENT', 'augmix'))
+
+
+# ---- how many data processes, and their shared memory
+
+@pytest.mark.parametrize('asked, device, gpus, cores, count', [
+    (5, 'cpu', 0, 2, 5), (0, 'gpu:0', 1, 8, 0), (-1, 'cpu', 0, 64, 2), (-1, 'gpu:0', 1, 8, 7),
+    (-1, 'gpu:0', 8, 96, 11), (-1, 'gpu:0', 1, 64, 16), (-1, 'gpu:0', 4, 4, 2)])
+def test_data_processes_are_chosen_by_cores_and_gpus(monkeypatch, asked, device, gpus, cores, count):
+    monkeypatch.setattr(paddle, 'get_device', lambda: device)
+    monkeypatch.setattr(utils, 'gpu_count', lambda: gpus)
+    monkeypatch.setattr(datasets.cpu, 'cores', lambda: cores)
+    assert datasets.count_workers(asked) == count
+
+
+def test_launched_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr(paddle, 'get_device', lambda: 'gpu:0')
+    monkeypatch.setattr(utils, 'gpu_count', lambda: 1)        # each sees its own
+    monkeypatch.setattr(datasets.cpu, 'cores', lambda: 32)
+    monkeypatch.setenv('PADDLE_LOCAL_SIZE', '4')
+    assert datasets.count_workers(-1) == 7
+
+
+def test_small_shared_memory_is_named(data, tmp_path, caplog):
+    loader = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 3))
+    needed = datasets.shared_memory_needed(loader, 4, 16)
+    assert needed == 3 * 2 * 4 * 3 * 16 * 16
+    datasets.warn_of_small_shared_memory(needed, 2, str(tmp_path))
+    datasets.warn_of_small_shared_memory(1 << 60, 2, str(tmp_path / 'not there'))
+    assert caplog.text == ''
+    datasets.warn_of_small_shared_memory(1 << 60, 2, str(tmp_path))
+    assert f'the data processes may need {2 << 40} MB: a container gets more by --shm-size' in caplog.text

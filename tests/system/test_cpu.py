@@ -1,6 +1,8 @@
 """system/cpu.py, and which threads are used after Paddle's import."""
 from system import cpu
+import utils
 
+import paddle
 import pytest
 from runs import program
 
@@ -66,3 +68,17 @@ def test_threads_of_the_user_survive_the_import_of_paddle(monkeypatch, imports, 
             'print(cpu.user_threads(), os.environ.get("OMP_NUM_THREADS"))')
     done = program('-c', code, **({'OMP_NUM_THREADS': given} if given else {}))
     assert done.stdout.split() == [str(found), str(found)]
+
+
+@pytest.mark.parametrize('environment, exhaustive', [
+    ({}, True), ({'FLAGS_cudnn_deterministic': '1'}, None), ({'FLAGS_cudnn_deterministic': 'False'}, True),
+    ({'FLAGS_cudnn_exhaustive_search': '0'}, None)])
+def test_flags_of_a_gpu(monkeypatch, environment, exhaustive):
+    """Those of the user stay, and the search for the fastest algorithm ends where the bits shall repeat."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    flags = {}
+    monkeypatch.setattr(paddle, 'set_flags', flags.update)
+    utils.tune_gpu()
+    assert flags.get('FLAGS_cudnn_exhaustive_search') is exhaustive
+    assert flags['FLAGS_cudnn_batchnorm_spatial_persistent'] is True
