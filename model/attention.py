@@ -18,7 +18,7 @@ from paddle import Tensor, nn
 from paddle.nn.initializer import Normal, Uniform
 
 import ops
-from model.layers import compiled, conv2d, convolve, norm_act
+from model.layers import choice, compiled, conv2d, convolve, norm_act
 
 HIDDEN = -2000.0        # hides a key as -inf does: exp(HIDDEN) is 0. Unlike -inf, products with it are finite
 
@@ -228,7 +228,7 @@ class RelativePosition(nn.Layer):
 
 def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor], *, num_heads: int,
            block_size: int, halo_size: int, stride: int = 1) -> Tensor:
-    """Compute `halo_attention` by the operators that `owner` has chosen.
+    """Compute `halo_attention` by the operators that the layer `owner` uses.
 
     The compiled one is used only if it gives the same.
 
@@ -245,7 +245,7 @@ def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor]
         raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; '
                          f'these have {q.shape[1]}')
     operator = halo_attention
-    if owner.operators == 'sdpa':
+    if choice(owner) == 'sdpa':
         operator = sdpa_halo_attention
     elif has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu')):
         operator = ops.halo_attention

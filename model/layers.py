@@ -25,27 +25,34 @@ FLOATS = paddle.float32, paddle.float64              # the types that the compil
 FORWARD = {kind: kind.forward for kind in (nn.Conv2D, nn.BatchNorm2D, nn.MaxPool2D, *COMPILED_ACTIVATIONS)}
 
 
+def choice(owner: nn.Layer) -> str:
+    """Return the operators that a layer uses, by its attribute `operators`: fused, composed or sdpa."""
+    return auto_choice(owner) if owner.operators == 'auto' else owner.operators
+
+
+def auto_choice(owner: nn.Layer) -> str:
+    """Return what auto stands for: fused on a CPU with the compiled operators, composed elsewhere.
+
+    A static program for inference is traced with Paddle's, because it may run where ours do not exist.
+    """
+    for_inference = not (owner.training or paddle.in_dynamic_mode())
+    if paddle.get_device() != 'cpu' or for_inference or 'cpu' not in ops.load():
+        return 'composed'
+    return 'fused'
+
+
 def compiled(owner: nn.Layer, devices: Iterable[str] = ('cpu',)) -> bool:
     """True if the compiled operators that exist for `devices` are to be used in the layer `owner`.
 
-    Its attribute `operators` decides: fused (compiled), composed or sdpa (Paddle's), or auto (compiled on a
-    CPU).
-    A static program for inference is traced with Paddle's operators, because it may run where ours do not
-    exist.
-
-    Raises ValueError if `operators` is fused and they cannot be compiled.
+    Raises ValueError if its attribute `operators` is fused and they cannot be compiled.
     """
-    kind, device = owner.operators, paddle.get_device().split(':')[0]
-    if kind in ('composed', 'sdpa') or device == 'gpu' and 'gpu' not in devices:
+    device = paddle.get_device().split(':')[0]
+    if choice(owner) != 'fused' or device == 'gpu' and 'gpu' not in devices:
         return False
-    if kind == 'auto' and not (device == 'cpu' and (owner.training or paddle.in_dynamic_mode())):
-        return False
-    if device in ops.load():
-        return True
-    if kind == 'fused':
+    if device not in ops.load():
         raise ValueError('MODEL.ATTENTION is fused, which needs a C++ compiler, on a GPU nvcc as well '
                          '(the log says what is amiss); auto, composed and sdpa need neither')
-    return False
+    return True
 
 
 def use_operators(network: nn.Layer, kind: str) -> nn.Layer:
@@ -54,6 +61,11 @@ def use_operators(network: nn.Layer, kind: str) -> nn.Layer:
         if hasattr(layer, 'operators'):
             layer.operators = kind
     return network
+
+
+def operators_of(network: nn.Layer) -> str:
+    """Return the `choice` of a network, whose layers have all been given the same."""
+    return next(choice(layer) for layer in network.sublayers() if hasattr(layer, 'operators'))
 
 
 # ---- when one compiled operator gives the same result as the layers

@@ -18,10 +18,11 @@ from paddle import nn
 from yacs.config import CfgNode
 
 import datasets
+import ops
 from config import dump_run, flatten
 from data import mixing
 from halonet import build_halonet, count_parameters
-from model.layers import Traced, synchronise_norms
+from model.layers import Traced, synchronise_norms, use_operators
 from training import checkpoint, mixed_precision, optim, records
 from training.checkpoint import Progress
 from training.mixed_precision import Autocast, LossScaler
@@ -113,10 +114,31 @@ def steps_of(batches: int, accum: int) -> int:
     return -(-batches // accum)
 
 
-def build_model(config: CfgNode) -> nn.Layer:
-    """Return the network with fresh weights, which the seed decides."""
+def build_attention(config: CfgNode, device: str) -> str:
+    """Return how to compute attention, a value of MODEL.ATTENTION.
+
+    For auto a resumed run goes on with what it had, on a device of the same kind. Rank 0 decides for all.
+    """
+    kind = config.MODEL.ATTENTION
+    if not config.MODEL.RESUME:
+        return kind
+    machine = read_machine(config.MODEL.RESUME, config.OUTPUT)
+    before = machine.get('attention')               # earlier versions have not recorded it
+    recorded = before in ('composed', 'sdpa', 'fused')
+    if recorded and kind == 'auto' and str(machine.get('device')).startswith(device):
+        kind = before
+        if kind == 'fused' and device not in ops.load():
+            kind = 'composed'
+            log.warning('attention was fused, which cannot be compiled any more: going on with composed')
+    elif recorded and kind not in ('auto', before):
+        log.warning('attention was %s, and is %s now, as MODEL.ATTENTION says', before, kind)
+    return utils.broadcast(kind)
+
+
+def build_model(config: CfgNode, attention: str) -> nn.Layer:
+    """Return the network with fresh weights, which the seed decides. attention: a MODEL.ATTENTION."""
     paddle.seed(config.SEED)
-    model = build_halonet(config)
+    model = use_operators(build_halonet(config), attention)
     log.info('%s: %.2f M parameters', config.MODEL.NAME, count_parameters(model) / 1e6)
     return model
 

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from config import changed
 from data import generators
-from model.layers import running_statistics
+from model.layers import operators_of, running_statistics
 from training import builders, checkpoint, records, results
 from training.builders import Evaluation, Saver, Start, Training
 from training.checkpoint import Progress
@@ -59,7 +59,7 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
             metrics = Metrics(path)
             start = builders.build_start(config)
             evaluation = builders.build_evaluation(config, precision, path, stop)
-            model = builders.build_model(config)
+            model = builders.build_model(config, builders.build_attention(config, device))
             if config.EVAL:
                 table = config.RESULTS or os.path.join(path, 'results.csv')
                 columns = builders.build_columns(config, device, precision)
@@ -104,7 +104,7 @@ def run_evaluation(model: nn.Layer, evaluation: Evaluation, start: Start, folder
     builders.check_labels(folder.num_classes, folder.data_path, evaluation.loader)
     results.check_table(table)                      # before the evaluation, not after it
     weights = load_for_evaluation(model, start, folder.path)
-    folder.record_evaluation(weights)
+    folder.record_evaluation(weights, attention=operators_of(model))
     result = evaluate(model, evaluation)
     evaluation.predictions.save('eval')
     records.write_page(folder.path)
@@ -118,7 +118,7 @@ def prepare_training(training: Training, evaluation: Evaluation, saver: Saver, s
     """Restore the training and return its Progress. Record the start last, when no input can be wrong."""
     builders.check_labels(folder.num_classes, folder.data_path, training.loader, evaluation.loader)
     progress = restore(training, saver, start, metrics)
-    folder.record_training(resumed=progress.step > 0)
+    folder.record_training(resumed=progress.step > 0, attention=operators_of(training.model))
     return progress
 
 

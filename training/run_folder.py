@@ -22,20 +22,21 @@ class RunFolder:
     data_path: str
     num_classes: int
 
-    def record_training(self, resumed: bool) -> None:
-        """Write config.yaml, machine.json and class_names.txt, on rank 0."""
+    def record_training(self, *, resumed: bool, attention: str) -> None:
+        """Write config.yaml, machine.json and class_names.txt, on rank 0. attention: what the model uses."""
         self._write_config('config.yaml')
-        self._write_machine('machine.json')
+        self._write_machine('machine.json', attention)
         keep_class_names(self.path, self.data_path, self.num_classes, resumed)
 
-    def record_evaluation(self, weights: str) -> None:
+    def record_evaluation(self, weights: str, *, attention: str) -> None:
         """Write config_eval.yaml, machine_eval.json and class_names.txt for the file `weights`, on rank 0."""
         self._write_config('config_eval.yaml')
-        self._write_machine('machine_eval.json')
+        self._write_machine('machine_eval.json', attention)
         keep_names_of_weights(self.path, weights, self.data_path, self.num_classes)
 
-    def _write_machine(self, name: str) -> None:
-        write_machine(os.path.join(self.path, name), self.device, precision=self.precision)
+    def _write_machine(self, name: str, attention: str) -> None:
+        path = os.path.join(self.path, name)
+        write_machine(path, self.device, precision=self.precision, attention=attention)
 
     def _write_config(self, name: str) -> None:
         path, content = os.path.join(self.path, name), self.config.encode()

@@ -1,14 +1,17 @@
 """Resuming with a changed list or changed options: refused if the results depend on them, in one line."""
 import hashlib
+import json
 import os
 import shutil
 
 import pytest
+from operators import COMPILED
 from runs import TINY
 
 from config import get_config
 from data import list_file
-from training import checkpoint, engine
+from model import layers
+from training import builders, checkpoint, engine
 
 
 def run(images, output, *opts):
@@ -95,3 +98,50 @@ def test_other_number_of_epochs_is_explained(images, whole, tmp_path):
         text = str(error.value)
         assert f'TRAIN.NUM_EPOCHS was 2, is {epochs}.' in text and '\n' not in text
         assert f'-pretrained {whole}/final.pdparams' in text and 'MODEL.RESUME_FORCE True' in text
+
+
+# ---- how attention is computed
+
+def attention_of(folder):
+    return json.loads((folder / 'machine.json').read_text())['attention']
+
+
+@COMPILED
+def test_resumed_run_keeps_its_attention_when_auto_takes_another(images, whole, tmp_path, monkeypatch):
+    """The rule of auto changes within a run, which ends as if it had not."""
+    assert attention_of(whole) == 'fused'
+    shutil.copytree(whole, tmp_path / 'run')
+    os.remove(checkpoint.steps(tmp_path / 'run')[0])
+    monkeypatch.setattr(layers, 'auto_choice', lambda layer: 'sdpa')
+    run(images, tmp_path / 'run', 'MODEL.RESUME', 'auto')
+    assert attention_of(tmp_path / 'run') == 'fused'
+    assert (tmp_path / 'run/final.pdparams').read_bytes() == (whole / 'final.pdparams').read_bytes()
+    run(images, tmp_path / 'new')
+    assert attention_of(tmp_path / 'new') == 'sdpa'
+
+
+def kind_of(folder, resume='auto', *opts):
+    opts = [*TINY, 'OUTPUT', str(folder), 'MODEL.RESUME', resume, *opts]
+    return builders.build_attention(get_config(None, opts), 'cpu')
+
+
+@pytest.mark.parametrize('machine, expected', [
+    ({'device': 'cpu x 2', 'attention': 'sdpa'}, 'sdpa'),
+    ({'device': 'gpu x 1', 'attention': 'sdpa'}, 'auto'),             # another kind of device
+    ({'device': 'cpu x 2'}, 'auto'),                                  # of an earlier version
+    ({'device': 'cpu x 2', 'attention': 'rm -r'}, 'auto')])
+def test_attention_of_a_resumed_run(tmp_path, caplog, machine, expected):
+    (tmp_path / 'machine.json').write_text(json.dumps(machine))
+    assert kind_of(tmp_path) == expected
+    assert kind_of('elsewhere', str(tmp_path / checkpoint.FOLDER / 'step_00000001.pdckpt')) == expected
+    assert kind_of(tmp_path, '') == 'auto' and not caplog.text
+    assert kind_of(tmp_path, 'auto', 'MODEL.ATTENTION', 'composed') == 'composed'
+    said = 'attention was sdpa' in caplog.text and 'composed now, as MODEL.ATTENTION says' in caplog.text
+    assert said == (machine.get('attention') == 'sdpa')
+
+
+def test_attention_that_cannot_be_compiled_any_more_is_composed(tmp_path, caplog, monkeypatch):
+    (tmp_path / 'machine.json').write_text('{"device": "cpu x 1", "attention": "fused"}')
+    monkeypatch.setattr(builders.ops, 'load', lambda: ())
+    assert kind_of(tmp_path) == 'composed'
+    assert 'attention was fused, which cannot be compiled any more' in caplog.text
