@@ -249,6 +249,21 @@ def synchronise_norms(network: nn.Layer) -> None:
             paddle_internals.synchronise(norm)
 
 
+def check_synchronised(norm: nn.Layer, rank: int, processes: int) -> None:
+    """Normalise ones on rank 0 and zeros elsewhere by a new `norm` of one channel. It must see all of them.
+
+    Raises ValueError where it sees its own process alone: Paddle's may do so without a word.
+    """
+    norm.train()
+    norm(paddle.full([1, 1, 1, 2], float(rank == 0)))
+    kept = paddle_internals.norm_settings(norm).momentum
+    mean = norm.state_dict()['_mean'].item() / (1 - kept)
+    if abs(mean - 1 / processes) > 1e-3 / processes:
+        raise ValueError(f'TRAIN.SYNC_BN: the mean over {processes} processes should be {1 / processes:.4f} '
+                         f'and is {mean:.4f}: Paddle does not synchronise batch norms here; set '
+                         'TRAIN.SYNC_BN False')
+
+
 class Traced(nn.Layer):
     """A network that runs as a static program, which paddle.jit.to_static traces for each new input shape.
 

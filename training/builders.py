@@ -22,7 +22,7 @@ import ops
 from config import dump_run, flatten
 from data import mixing
 from halonet import build_halonet, count_parameters
-from model.layers import Traced, synchronise_norms, use_operators
+from model.layers import Traced, check_synchronised, synchronise_norms, use_operators
 from training import checkpoint, mixed_precision, optim, records
 from training.checkpoint import Progress
 from training.mixed_precision import Autocast, LossScaler
@@ -203,6 +203,8 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
         log.warning('TRAIN.SYNC_BN needs GPUs: each process keeps the statistics of its own images')
     elif train.SYNC_BN:
         synchronise_norms(model)
+        if world > 1:
+            check_synchronised(nn.SyncBatchNorm(1), utils.rank(), world)
     utils.meet()                                    # some processes may take long to read the list
     return Training(
         model=model,

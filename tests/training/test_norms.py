@@ -3,6 +3,7 @@ import utils
 
 import numpy as np
 import paddle
+import pytest
 from exact_runs import run
 from runs import TINY, make_images
 
@@ -60,3 +61,19 @@ def test_synchronised_norms_need_a_gpu(tmp_path, capsys):
     opts = ['TRAIN.SYNC_BN', True, 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0]
     run(make_images(tmp_path / 'data'), tmp_path / 'run', *opts)
     assert 'TRAIN.SYNC_BN needs GPUs' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('rank', [0, 1, 2])
+def test_local_norm_is_refused_as_synchronised_one(rank):
+    with pytest.raises(ValueError, match='the mean over 3 processes should be 0.3333 and is'):
+        layers.check_synchronised(paddle.nn.BatchNorm2D(1), rank, 3)
+
+
+@pytest.mark.parametrize('rank', [0, 1, 2])
+def test_global_norm_is_accepted(rank):
+    class Global(paddle.nn.BatchNorm2D):
+        """Sees the images of three processes."""
+        def forward(self, x):
+            assert (x == (rank == 0)).all()
+            return super().forward(paddle.concat([paddle.full_like(x, value) for value in (1, 0, 0)]))
+    layers.check_synchronised(Global(1), rank, 3)
