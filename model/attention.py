@@ -359,6 +359,11 @@ class PositionLambdas(nn.Conv3D):
         return out.reshape([-1, width, out.shape[1], H, W])
 
 
+def in_32_bits(x: Tensor) -> Tensor:
+    """Return `x` in float32 if it has 16 bits."""
+    return x.astype('float32') if x.dtype in (paddle.float16, paddle.bfloat16) else x
+
+
 class LambdaLayer(nn.Layer):
     """Lambda layer: applies a linear function per pixel to its query. (B, C, H, W) -> (B, width, H', W').
 
@@ -390,8 +395,10 @@ class LambdaLayer(nn.Layer):
         q = q.reshape([-1, self.num_heads, self.d, H * W])                  # (B, N, d, H*W)
         k = F.softmax(k.reshape([-1, self.d, H * W]), axis=-1)              # (B, d, H*W)
         v = norm_act(self, self.norm_v, self.no_act, v)                     # (B, v, H, W)
-        content = v.reshape([-1, self.v, H * W]).matmul(k, transpose_y=True)     # (B, v, d)
-        position = self.conv_lambda(v).reshape([-1, self.v, self.d, H * W])      # (B, v, d, H*W)
-        lambdas = position + content.unsqueeze(-1)                               # (B, v, d, H*W)
-        out = paddle.einsum('bndm,bvdm->bnvm', q, lambdas)                       # (B, N, v, H*W)
+        with paddle.amp.auto_cast(enable=False):    # rounded to 16 bits, these products lose the gradients
+            q, k, v = in_32_bits(q), in_32_bits(k), in_32_bits(v)
+            content = v.reshape([-1, self.v, H * W]).matmul(k, transpose_y=True)     # (B, v, d)
+            position = self.conv_lambda(v).reshape([-1, self.v, self.d, H * W])      # (B, v, d, H*W)
+            lambdas = position + content.unsqueeze(-1)                               # (B, v, d, H*W)
+            out = paddle.einsum('bndm,bvdm->bnvm', q, lambdas)                       # (B, N, v, H*W)
         return self.pool(out.reshape([-1, self.out_width, H, W]))

@@ -1,4 +1,5 @@
 """The model in training against timm's figures, against a plain attention, and in the ways it is used."""
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import reference as ref
 
 from config import get_config
 from halonet import build_halonet, parse_stage
+from model import attention
 from model.attention import HaloAttention, halo_attention, sdpa_halo_attention
 from model.blocks import Bottleneck, DropPath
 
@@ -348,3 +350,34 @@ def test_exported_model_takes_any_batch(tmp_path):
     loaded = paddle.jit.load(str(tmp_path / 'net'))
     for n, images in batches.items():
         np.testing.assert_allclose(ref.run(loaded, images), eager[n], rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_lambda_layers_stay_in_float32_under_autocast(monkeypatch):
+    """bfloat16 would leave their gradients few right digits. It is recorded whether autocast is on."""
+    on, products = [], []
+
+    @contextmanager
+    def auto_cast(enable=True, **_):
+        on.append(enable)
+        yield
+        on.pop()
+
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            products.append((name, on[-1], {x.dtype for x in args if isinstance(x, paddle.Tensor)}))
+            return function(*args, **kwargs)
+        return call
+
+    layer = attention.LambdaLayer(8, 16, 2, 3)
+    norm_act = attention.norm_act
+    monkeypatch.setattr(attention, 'norm_act', lambda *args: norm_act(*args).astype('bfloat16'))
+    monkeypatch.setattr(paddle.amp, 'auto_cast', auto_cast)
+    monkeypatch.setattr(paddle, 'einsum', recorded('einsum', paddle.einsum))
+    monkeypatch.setattr(paddle.Tensor, 'matmul', recorded('matmul', paddle.Tensor.matmul))
+    monkeypatch.setattr(attention.F, 'conv2d', recorded('conv2d', attention.F.conv2d))
+    with paddle.amp.auto_cast(True):
+        out = layer(paddle.randn([2, 8, 4, 4]))
+    assert out.dtype == paddle.float32
+    inside = [(enabled, kinds) for name, enabled, kinds in products]
+    assert {name for name, enabled, _ in products if not enabled} == {'einsum', 'matmul', 'conv2d'}
+    assert all(kinds == {paddle.float32} for enabled, kinds in inside if not enabled)
