@@ -55,23 +55,34 @@ def sdpa_halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Te
     The logits of positions are products as well. A query gets 2w more channels: its logits of the w rows
     and of the w columns. A key gets ones in the channels of its own row and column, and zeros in the others.
 
-    FlashAttention takes heads of one width, a multiple of 8: zeros fill queries, keys and values up to it.
-    Paddle 3.3.1 takes it without the argument `scale` only, so its width ** -0.5 is cancelled here.
+    FlashAttention takes heads of one width D, a multiple of 8: zeros fill queries, keys and values up to it.
+    Paddle 3.3.1 takes it without the argument `scale` only, so its scale D ** -0.5 is cancelled here.
     """
     height, width = q.shape[2], q.shape[3]
     q, k, value, rows, columns = split_into_blocks(
         q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
         stride=stride, hidden=HIDDEN)
     d, v, w = q.shape[-1], value.shape[-1], rows.shape[-2]
-    rows, columns = rows.squeeze(-1).flatten(2, 3), columns.squeeze(-2).flatten(2, 3)  # (B*N, Y*X, b*b, w)
-    q = paddle.concat([q * d ** -0.5, rows, columns], axis=-1)              # (B*N, Y*X, b*b, d+2w)
-    places = key_places(w).astype(k.dtype) + paddle.zeros_like(k[..., :1])  # (B*N, Y*X, w*w, 2w)
-    k = paddle.concat([k, places], axis=-1)                                 # (B*N, Y*X, w*w, d+2w)
     D = -(-max(d + 2 * w, v) // 8) * 8
-    q, k, value = [F.pad(x, [0, 0, 0, 0, 0, 0, 0, D - x.shape[-1]]).transpose([0, 2, 1, 3])
-                   for x in (q * D ** 0.5, k, value)]                       # (B*N, b*b or w*w, Y*X, D)
+    rows, columns = rows.squeeze(-1).flatten(2, 3), columns.squeeze(-2).flatten(2, 3)  # (B*N, Y*X, b*b, w)
+    q = widen(paddle.concat([q * d ** -0.5, rows, columns], axis=-1) * D ** 0.5, D)     # (B*N, Y*X, b*b, D)
+    places = key_places(w, D - d).astype(k.dtype) + paddle.zeros_like(k[..., :1])   # (B*N, Y*X, w*w, D-d)
+    k = paddle.concat([k, places], axis=-1)                                 # (B*N, Y*X, w*w, D)
+    q, k, value = [x.transpose([0, 2, 1, 3]) for x in (q, k, widen(value, D))]
     out = F.scaled_dot_product_attention(q, k, value)                       # (B*N, b*b, Y*X, D)
     return join_blocks(out.transpose([0, 2, 1, 3])[..., :v], num_heads, block_size // stride, height, width)
+
+
+def widen(x: Tensor, channels: int) -> Tensor:
+    """Return x (., ., ., C) with zeros up to so many channels."""
+    missing = channels - x.shape[-1]
+    return F.pad(x, [0, 0, 0, 0, 0, 0, 0, missing]) if missing else x
+
+
+def key_places(w: int, channels: int) -> Tensor:
+    """Return a one in channels y and w + x of the key in row y and column x, else 0: (w*w, channels)."""
+    one = paddle.eye(2 * w, channels)
+    return one[:w].repeat_interleave(w, axis=0) + one[w:].tile([w, 1])
 
 
 def split_into_blocks(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
@@ -142,13 +153,6 @@ def outside_mask(blocks: Any, size: Any, block_size: int, halo_size: int, hidden
     """
     seen = window_index(blocks, block_size, halo_size) < size + 2 * halo_size
     return paddle.where(seen, 0.0, hidden)
-
-
-def key_places(w: int) -> Tensor:
-    """Return a one in the channel of each key's row and one in that of its column, else 0: (w*w, 2w)."""
-    one = paddle.eye(w)
-    rows, columns = one.repeat_interleave(w, axis=0), one.tile([w, 1])
-    return paddle.concat([rows, columns], axis=-1)
 
 
 def position_logits(q: Tensor, height_rel: Tensor, width_rel: Tensor, b: int, w: int
