@@ -1,14 +1,11 @@
 """Set-up of the tests: Paddle quick and on the CPU, the same random numbers for each test."""
-import os
-
-os.environ['CUDA_VISIBLE_DEVICES'] = ''             # a GPU computes float32 in TF32, beyond the tests' limits
-
-import utils  # noqa: E402
+import utils
 
 import paddle
 import pytest
 from runs import make_images
 
+paddle.set_device('cpu')                            # a GPU computes float32 in TF32, beyond the tests' limits
 utils.tune_cpu()
 
 
