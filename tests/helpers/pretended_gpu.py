@@ -14,9 +14,10 @@ class Tracer:
 
 
 @contextmanager
-def float32_autocast(level='O1', dtype='float16'):
+def float32_autocast(enable=True, level='O1', dtype='float16'):
     """Stand for paddle.amp.auto_cast: name the dtype, as the scaler asks for it, and compute in float32."""
-    grad_scaler.amp_global_state().amp_dtype = dtype
+    before = grad_scaler.amp_global_state().amp_dtype
+    grad_scaler.amp_global_state().amp_dtype = dtype if enable else before
     yield
 
 

@@ -12,7 +12,8 @@ from config import get_config
 from training import builders, checkpoint
 from training.mixed_precision import LossScaler, choose_dtype
 
-AMP = [*CHANCE, 'AMP', True, 'AMP_DTYPE', 'float16', 'REPORT_FREQ', 1, 'SAVE_STEPS', 1]
+AMP = [*CHANCE, 'AMP', True, 'AMP_DTYPE', 'float16', 'REPORT_FREQ', 1, 'SAVE_STEPS', 1,
+       'MODEL.ATTENTION', 'composed']             # the rule of auto would look at the true device
 FIRST_SCALE = 2.0 ** 22                             # so high that the gradients of the first steps overflow
 FLOAT16_MAX = 65504
 
