@@ -13,7 +13,12 @@ not compare.
 `eval` measures the fused and the composed eager model, the files of tools/export.py in DIR, and with -also
 the ONNX files of others. A runtime that is not installed is left out. Logits that differ by more than 1e-4
 from those of the first engine are reported. OpenVINO computes in float32. `MiB` is the growth of the
-process's peak of resident memory.
+process's peak of resident memory, with -device gpu the peak of memory that Paddle allocates on the GPU.
+
+  python dev/benchmark.py train -cfg configs/halonet_26t_256.yaml -device gpu -batch 64 256 \
+      -attention composed sdpa fused -precision float32 tf32 float16 bfloat16 -profile
+
+-profile counts the kernels that a run launches and how often it waits for the device, by Paddle's profiler.
 Exit status: 0, or 2 for a mistake in the command.
 """
 import argparse
@@ -27,18 +32,19 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from system import cpu
 from tools import cli
 
-from dev.benchmark_cases import WHAT, Case
+from dev.benchmark_cases import PRECISIONS, WHAT, Case
 
 WIDE_INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile')
 LIMIT = 1e-4                                        # of the largest result, for a difference between engines
 PERCENTILES = (50, 90, 99)
+COUNTS = ('launches', 'waits')                      # of a run, with -profile
 
 
 def parser() -> cli.Parser:
@@ -51,6 +57,10 @@ def parser() -> cli.Parser:
                 default=[], metavar='NAME=FILE')
     options.add('attention', 'the attention operators to measure', nargs='+',
                 choices=('fused', 'composed', 'sdpa'), default=['fused', 'composed'])
+    options.add('device', 'cpu or gpu', choices=('cpu', 'gpu'), default='cpu')
+    options.add('precision', 'eval and train on a GPU: float32 without TF32, or others', nargs='+',
+                choices=PRECISIONS, default=['float32'])
+    options.add('profile', 'count launches and waits of a run, too', action='store_true')
     options.add('batch', 'batch sizes', nargs='+', type=int, default=[1, 16])
     options.add('threads', 'numbers of threads (default: one per core)', nargs='+', type=int)
     options.add('rounds', 'times that each is measured', type=int, default=5)
@@ -155,11 +165,33 @@ def measure(case: Case, args: argparse.Namespace) -> int:
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    mib = resident_mib() - before
+    mib = gpu_mib() if args.device == 'gpu' else resident_mib() - before
     flat = None if result is None else result.flatten().tolist()
+    counts = profile(run) if args.profile else {}
     with open(args.answer, 'w', encoding='utf-8') as file:
-        json.dump({'seconds': seconds, 'mib': mib, 'result': flat}, file)
+        json.dump({'seconds': seconds, 'mib': mib, 'result': flat, 'counts': counts}, file)
     return 0
+
+
+def gpu_mib() -> float:
+    """Return the most memory that Paddle has allocated on the GPU."""
+    import paddle
+    return paddle.device.cuda.max_memory_allocated() / 2 ** 20
+
+
+def profile(run: Callable) -> dict[str, int]:
+    """Count, in one run, the kernels that Paddle launches and the calls of CUDA that wait for the device."""
+    from paddle import profiler
+    with tempfile.TemporaryDirectory() as folder:
+        with profiler.Profiler() as recorder:
+            run()
+        path = os.path.join(folder, 'trace.json')
+        recorder.export(path, format='json')
+        with open(path, encoding='utf-8') as file:
+            events = json.load(file)['traceEvents']
+    launches = sum(event.get('cat') == 'DygraphKernelLaunch' for event in events)
+    waits = sum('Synchronize' in event.get('name', '') for event in events)
+    return {'launches': launches, 'waits': waits}
 
 
 def resident_mib(reset: bool = False) -> float:
@@ -196,6 +228,7 @@ def summary(case: Case, answers: list[dict]) -> dict:
     row['best_images_per_s'] = case.images / min(seconds)
     row['ratio'] = 1.0                              # of the first engine's latency to this one's
     row['mib'] = statistics.median(answer['mib'] for answer in answers)
+    row.update(answers[0].get('counts', {}))
     return row
 
 
@@ -204,7 +237,7 @@ def as_line(case: Case, row: dict) -> str:
     task = ' '.join(f'{key} {value}' for key, value in case.facts.items())
     return (f'{task}  {case.name:18} p50 {row["p50_ms"]:8.1f} ms  p90 {row["p90_ms"]:8.1f}  '
             f'p99 {row["p99_ms"]:8.1f}  {row["images_per_s"]:7.2f} images/s  x{row["ratio"]:.2f}  '
-            f'{row["mib"]:6.0f} MiB')
+            f'{row["mib"]:6.0f} MiB' + ''.join(f'  {row[key]} {key}' for key in COUNTS if key in row))
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ Each is made in the process that measures it, so Paddle is imported there.
 """
 import argparse
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -11,6 +12,8 @@ from typing import Any, Callable
 
 from system import paddle_internals
 from tools import runtimes
+
+PRECISIONS = ('float32', 'tf32', 'float16', 'bfloat16')
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def eval_cases(args: argparse.Namespace, threads: int) -> list[Case]:
     cases = []
     for batch in args.batch:
         makers: dict[str, Callable] = {}
-        for kind in args.attention:
-            makers[f'eager {kind}'] = partial(eager, args, kind, threads)
+        for kind, precision in engines(args):
+            makers[f'eager {kind}{suffix(precision)}'] = partial(eager, args, kind, precision, threads)
         if 'model.json' in exported:
             makers['Paddle Inference'] = partial(runtimes.paddle_inference, args.exported, threads)
         for name, path in onnx_files(args, exported, batch).items():
@@ -93,14 +96,27 @@ def on_images(make: Callable, shape: tuple) -> Callable:
     return lambda: engine(images)
 
 
-def eager(args: argparse.Namespace, kind: str, threads: int) -> runtimes.Runtime:
+def engines(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return each pair of an attention and a precision to measure. Raises ValueError if it needs a GPU."""
+    if args.device == 'cpu' and set(args.precision) - {'float32'}:
+        raise ValueError('-precision: a CPU computes in float32 only; give -device gpu')
+    return [(kind, precision) for kind in args.attention for precision in args.precision]
+
+
+def suffix(precision: str) -> str:
+    """Return what the name of an engine has for a precision other than float32."""
+    return '' if precision == 'float32' else f' {precision}'
+
+
+def eager(args: argparse.Namespace, kind: str, precision: str, threads: int) -> runtimes.Runtime:
     """Return the eager model as a function from images to logits."""
-    model = model_of(args, kind, threads).eval()
+    model = model_of(args, kind, threads, precision).eval()
     import paddle
 
     def run(images: Any) -> Any:
-        with paddle.no_grad():
-            return model(paddle.to_tensor(images)).numpy()
+        with paddle.no_grad(), autocast(precision):
+            logits = model(paddle.to_tensor(images))
+        return logits.astype('float32').numpy()
 
     return run
 
@@ -112,13 +128,14 @@ def layer_cases(args: argparse.Namespace, threads: int) -> list[Case]:
         for what in ('forward', 'forward+backward'):
             for kind in args.attention:
                 facts = {'layer': str(shape), 'what': what, 'threads': threads}
-                cases.append(Case(kind, shape.batch, facts, partial(layer, shape, kind, what, threads)))
+                make = partial(layer, args.device, shape, kind, what, threads)
+                cases.append(Case(kind, shape.batch, facts, make))
     return cases
 
 
-def layer(shape: LayerShape, kind: str, what: str, threads: int) -> Callable:
+def layer(device: str, shape: LayerShape, kind: str, what: str, threads: int) -> Callable:
     """Make a halo attention layer, and return its run on fixed random input."""
-    paddle = start_paddle(threads)
+    paddle = start_paddle(device, threads)
     from model.attention import HaloAttention
     from model.layers import use_operators
     paddle.seed(0)
@@ -134,6 +151,8 @@ def layer(shape: LayerShape, kind: str, what: str, threads: int) -> Callable:
     def forward_and_backward() -> None:
         attention(x).sum().backward()
         x.clear_gradient()
+        if device == 'gpu':
+            paddle.device.synchronize()
 
     if what == 'forward':
         return forward
@@ -146,16 +165,20 @@ def train_cases(args: argparse.Namespace, threads: int) -> list[Case]:
     config_of(args)                                 # raises for a mistake
     cases = []
     for batch in args.batch:
-        for kind in args.attention:
-            step = partial(training_step, args, kind, batch, threads)
-            cases.append(Case(kind, batch, {'batch': batch, 'threads': threads}, step))
+        for kind, precision in engines(args):
+            step = partial(training_step, args, kind, precision, batch, threads)
+            facts = {'batch': batch, 'threads': threads}
+            cases.append(Case(f'{kind}{suffix(precision)}', batch, facts, step))
     return cases
 
 
-def training_step(args: argparse.Namespace, kind: str, batch: int, threads: int) -> Callable:
+def training_step(args: argparse.Namespace, kind: str, precision: str, batch: int, threads: int) -> Callable:
     """Make a model and its optimizer, and return a step on fixed random images."""
-    model, config = model_of(args, kind, threads), config_of(args)
+    model, config = model_of(args, kind, threads, precision), config_of(args)
     import paddle
+
+    from training.mixed_precision import LossScaler
+    scaler = LossScaler(enable=precision == 'float16')
     model.train()
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters(), weight_decay=0.05)
     if config.TRAIN.TO_STATIC:
@@ -165,21 +188,32 @@ def training_step(args: argparse.Namespace, kind: str, batch: int, threads: int)
     labels = paddle.randint(0, config.MODEL.NUM_CLASSES, [batch])
 
     def step() -> None:
-        loss = paddle.nn.functional.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        loss.item()
+        with autocast(precision):
+            logits = model(x)
+        loss = paddle.nn.functional.cross_entropy(logits.astype('float32'), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.clear_grad(set_to_zero=False)
+        loss.item()                                 # waits for the device
 
     return step
 
 
-def start_paddle(threads: int) -> ModuleType:
-    """Import Paddle and let it compute with so many threads of the CPU."""
+def autocast(precision: str) -> AbstractContextManager:
+    """Return the context of a forward pass in a precision of PRECISIONS."""
+    from training.mixed_precision import make_autocast
+    return make_autocast(precision if precision in ('float16', 'bfloat16') else '')()
+
+
+def start_paddle(device: str, threads: int, precision: str = 'float32') -> ModuleType:
+    """Import Paddle for a device, and let it compute with so many threads of the CPU."""
+    # cuBLAS and cuDNN read it once: from compute capability 8.0 on they take TF32 where nothing forbids it
+    os.environ['NVIDIA_TF32_OVERRIDE'] = '0' if precision == 'float32' else '1'
     import utils
 
     import paddle
-    utils.start('cpu')
+    utils.start(device)
     paddle_internals.set_num_threads(threads)
     return paddle
 
@@ -192,9 +226,9 @@ def config_of(args: argparse.Namespace, *opts: Any) -> Any:
     return get_config(args.cfg, [*args.opts, *opts])
 
 
-def model_of(args: argparse.Namespace, attention: str, threads: int) -> Any:
+def model_of(args: argparse.Namespace, attention: str, threads: int, precision: str) -> Any:
     """Build the model of the config with this attention operator."""
-    paddle = start_paddle(threads)
+    paddle = start_paddle(args.device, threads, precision)
     from halonet import build_halonet
     from model import weights
     paddle.seed(0)                                  # the same fresh weights for every engine

@@ -30,6 +30,12 @@ def test_training_step_is_measured(monkeypatch, tmp_path):
     assert all(float(row['images_per_s']) > 0 for row in rows) and rows[0]['ratio'] == '1.0'
 
 
+def test_launches_and_waits_of_a_step_are_counted(monkeypatch, tmp_path):
+    composed, fused = run(monkeypatch, tmp_path, 'train', '-profile', '-attention', 'composed', 'fused')
+    assert 100 < int(composed['launches']) < 1000 and composed['launches'] != fused['launches']
+    assert composed['waits'] == fused['waits'] == '0'                        # there is no device to wait for
+
+
 def test_evaluation_is_measured_and_broken_files_are_left_out(monkeypatch, tmp_path, capsys):
     (tmp_path / 'model.onnx').write_text('no model')
     rows = run(monkeypatch, tmp_path, 'eval', '-exported', str(tmp_path))
@@ -57,6 +63,7 @@ def test_nan_is_a_difference(result):
 @pytest.mark.parametrize('words, message', [
     (['-pretrained', 'nowhere'], 'nowhere: no such file'), (['-csv', 'nowhere/t.csv'], 'cannot be written'),
     (['-also', 'name'], '-also name: expected NAME=FILE'),
+    (['-precision', 'float16'], '-precision: a CPU computes in float32 only'),
     (['-exported', '.'], 'neither model.json nor model.onnx')])
 def test_mistakes_are_reported_before_the_measurements(monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
