@@ -15,8 +15,7 @@ the ONNX files of others. A runtime that is not installed is left out. Logits th
 from those of the first engine are reported. OpenVINO computes in float32. `MiB` is the growth of the
 process's peak of resident memory, with -device gpu the peak of memory that Paddle allocates on the GPU.
 
-  python dev/benchmark.py train -cfg configs/halonet_26t_256.yaml -device gpu -batch 64 256 \
-      -attention composed sdpa fused -precision float32 tf32 float16 bfloat16 -profile
+  python dev/benchmark.py train -cfg FILE -device gpu -batch 64 256 -precision float32 bfloat16 -profile
 
 -profile counts the kernels that a run launches and how often it waits for the device, by Paddle's profiler.
 Exit status: 0, or 2 for a mistake in the command.
@@ -58,8 +57,8 @@ def parser() -> cli.Parser:
     options.add('attention', 'the attention operators to measure', nargs='+',
                 choices=('fused', 'composed', 'sdpa'), default=['fused', 'composed'])
     options.add('device', 'cpu or gpu', choices=('cpu', 'gpu'), default='cpu')
-    options.add('precision', 'eval and train on a GPU: float32 without TF32, or others', nargs='+',
-                choices=PRECISIONS, default=['float32'])
+    options.add('precision', f'eval and train on a GPU: {", ".join(PRECISIONS)}; float32 is without TF32',
+                nargs='+', choices=PRECISIONS, default=['float32'], metavar='NAME')
     options.add('profile', 'count launches and waits of a run, too', action='store_true')
     options.add('batch', 'batch sizes', nargs='+', type=int, default=[1, 16])
     options.add('threads', 'numbers of threads (default: one per core)', nargs='+', type=int)
@@ -183,10 +182,9 @@ def profile(run: Callable) -> dict[str, int]:
     """Count, in one run, the kernels that Paddle launches and the calls of CUDA that wait for the device."""
     from paddle import profiler
     with tempfile.TemporaryDirectory() as folder:
-        with profiler.Profiler() as recorder:
-            run()
         path = os.path.join(folder, 'trace.json')
-        recorder.export(path, format='json')
+        with profiler.Profiler(on_trace_ready=lambda recorder: recorder.export(path, 'json')):
+            run()
         with open(path, encoding='utf-8') as file:
             events = json.load(file)['traceEvents']
     launches = sum(event.get('cat') == 'DygraphKernelLaunch' for event in events)

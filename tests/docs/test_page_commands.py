@@ -27,6 +27,7 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/performance.md': 'measurements of an hour',
     'docs/performance_history.md': 'measurements of an hour',
     'docs/deployment.md': 'tests/tools/test_export.py',
+    'docs/gpu.md': 'tests/tools/test_verify_gpu.py and tests/dev/test_benchmark.py',
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
     'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2,

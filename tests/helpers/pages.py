@@ -5,7 +5,17 @@ import os
 import re
 import shlex
 
-from tools import check_data, eval_all, export, make_lists, port_weights, predict, report, visualize
+from tools import (
+    check_data,
+    eval_all,
+    export,
+    make_lists,
+    port_weights,
+    predict,
+    report,
+    verify_gpu,
+    visualize,
+)
 
 from runs import ROOT
 
@@ -13,7 +23,8 @@ from dev import benchmark
 
 DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
-MODULES = (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, report, visualize)
+MODULES = (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, report, verify_gpu,
+           visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
 INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python\s(?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
 
