@@ -249,10 +249,16 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Layer, state: Mapping[s
 
 # ---- averaged weights
 
+def flattened(tensors: Iterable[paddle.Tensor]) -> paddle.Tensor:
+    """Return a copy of all tensors, without gradients, as one vector."""
+    return paddle.concat([tensor.detach().reshape([-1]) for tensor in tensors])
+
+
 class Ema:
     """Exponential moving average of the parameters, without batch-norm statistics: they are averages already.
 
-    With `warmup` > 0 the decay of step t (from 0) is at most 1 - (1 + t) ** -warmup.
+    With `warmup` > 0 the decay of step t (from 0) is at most 1 - (1 + t) ** -warmup. All parameters are
+    one flat tensor here, so that an update is two launches on a GPU and not one for each parameter.
     """
 
     splits = ('val', 'val_ema')
@@ -263,15 +269,21 @@ class Ema:
 
     def restart(self, model: nn.Layer) -> None:
         """Set the average to the model's parameters."""
-        self.average = {name: value.detach().clone() for name, value in trainable(model).items()}
+        parameters = trainable(model)
+        self.shapes = {name: value.shape for name, value in parameters.items()}
+        self.flat = flattened(parameters.values())
 
     @paddle.no_grad()
     def update(self, model: nn.Layer, step: int) -> None:
         """Set average = decay * average + (1 - decay) * weights, after optimizer step `step` (from 0)."""
-        dtype = next(iter(self.average.values())).dtype
-        weight = paddle.full([1], 1 - self.decay_at(step), dtype)    # lerp_ would copy a number for each
-        for name, value in trainable(model).items():
-            self.average[name].lerp_(value.detach(), weight)
+        weight = paddle.full([1], 1 - self.decay_at(step), self.flat.dtype)
+        self.flat.lerp_(flattened(trainable(model).values()), weight)
+
+    @property
+    def average(self) -> dict[str, paddle.Tensor]:
+        """Return a copy of the average, {name: value}."""
+        parts = self.flat.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
     def decay_at(self, step: int) -> float:
         """Return the decay of an optimizer step, counted from 0."""
@@ -296,7 +308,9 @@ class Ema:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Copy a saved average, {name: value}."""
-        set_values(self.average, state)
+        average = self.average
+        set_values(average, state)
+        self.flat = flattened(average.values())
 
 
 class NoEma:
