@@ -37,8 +37,9 @@ OPTIONS = (
     # ---- where and how to run, and what to write
     Option('BASE',          [],         'config files to start from, relative to this file',
                                         items=str, on_resume='free'),
-    Option('DEVICE',        'auto',     'auto (a GPU if there is one), gpu or cpu',
-                                        choices=('auto', 'gpu', 'cpu'), flag=True, on_resume='unsaved'),
+    Option('DEVICE',        'auto',     "auto (a GPU if there is one), cpu, gpu, gpu:1 (the second one), or "
+                                        "another device that Paddle was built for",
+                                        flag=True, on_resume='unsaved'),
     Option('NPROCS',        0,          'processes of main_multi_gpu.py; 0: one per visible GPU, one on CPU',
                                         ge=0, le=1024, flag=True, on_resume='unsaved'),
     Option('AMP',           False,      'mixed precision in training and evaluation (GPU only)', flag=True),

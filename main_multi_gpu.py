@@ -65,9 +65,12 @@ def start_processes(config: CfgNode, stop: Stop) -> None:
 def count_processes(nprocs: int, device: str) -> int:
     """Return how many processes to start: NPROCS, or for 0 one per visible GPU and one on a CPU.
 
-    Raises ValueError for more processes than GPUs.
+    Raises ValueError for more processes than GPUs, or several on another kind of device.
     """
     import utils
+    if device not in ('cpu', 'gpu') and nprocs > 1:
+        raise ValueError(f'-nprocs {nprocs}: this program starts one process on a device of kind {device}; '
+                         'several are started by python -m paddle.distributed.launch main_multi_gpu.py ...')
     if device != 'gpu':
         return nprocs or 1
     gpus = utils.gpu_count()

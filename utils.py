@@ -29,27 +29,44 @@ def gpu_count() -> int:
     return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
 
 
-def choose_device(device: str) -> str:
-    """Return the device, 'gpu' or 'cpu', that 'auto', 'gpu' or 'cpu' means here.
+def device_kinds() -> list[str]:
+    """Return the kinds of devices that this build of Paddle can use."""
+    kinds = ['cpu']
+    if paddle.device.is_compiled_with_cuda():
+        kinds.append('gpu')
+    if paddle.device.is_compiled_with_xpu():
+        kinds.append('xpu')
+    return [*kinds, *(paddle.device.get_all_custom_device_type() or [])]
 
-    Raises ValueError for a GPU that Paddle does not see.
+
+def choose_device(device: str) -> str:
+    """Return the kind of device, such as 'gpu' or 'cpu', that DEVICE means here; 'auto' is a GPU or the CPU.
+
+    Raises ValueError for a device that this build of Paddle cannot use, and for a GPU that it does not see.
     """
     gpus = gpu_count()
-    if device == 'gpu' and not gpus:
-        raise ValueError('-device gpu: Paddle sees no GPU here; use -device cpu, or install '
-                         'paddlepaddle-gpu (README) and look at nvidia-smi and CUDA_VISIBLE_DEVICES')
     if device == 'auto':
         return 'gpu' if gpus else 'cpu'
-    return device
+    kind = device.partition(':')[0]
+    if kind == 'gpu' and not gpus:
+        raise ValueError(f'-device {device}: Paddle sees no GPU here; use -device cpu, or install '
+                         'paddlepaddle-gpu (README) and look at nvidia-smi and CUDA_VISIBLE_DEVICES')
+    if kind not in device_kinds():
+        raise ValueError(f'-device {device}: this build of Paddle has {", ".join(device_kinds())}; choose '
+                         'one of these or auto, or install Paddle for that device')
+    return kind
 
 
 def start(device: str) -> str:
-    """Set the device and the threads, and connect the processes of this run. Returns 'gpu' or 'cpu'."""
-    device = choose_device(device)
-    paddle.set_device(device)
-    if device == 'cpu':
-        os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
+    """Set the device and the threads, and connect the processes of this run. Returns the kind of device."""
+    kind = choose_device(device)
     processes = int(os.environ.get('PADDLE_TRAINERS_NUM', 1))
+    if processes > 1 and ':' in device:
+        raise ValueError(f'-device {device}: each of {processes} processes has a device of its own; '
+                         f'use -device {kind}')
+    paddle.set_device(kind if device == 'auto' else device)
+    if kind == 'cpu':
+        os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
     if processes > 1:
         dist.init_parallel_env()
         host = lifeline.host(os.environ['PADDLE_TRAINER_ENDPOINTS'].split(','))
@@ -58,10 +75,10 @@ def start(device: str) -> str:
             log.warning('ranks %s cannot reach a port of %s: if one ends while the others wait for it, '
                         'they notice after %d min', missing, host, PATIENCE // 60)
         lifeline.watch(_leave)
-    if device == 'gpu':
+    if kind == 'gpu':
         tune_gpu()
     tune_cpu(processes)
-    return device
+    return kind
 
 
 def _leave(ended: int) -> None:

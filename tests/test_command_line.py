@@ -108,7 +108,7 @@ def test_tilde_in_the_path_of_the_config_file(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize('argv, message', [
     (['-batch_size', 'many'], "DATA.BATCH_SIZE must be a whole number, got 'many'"),
     (['-batch_size=0'], 'DATA.BATCH_SIZE is 0; it must be at least 1'),
-    (['-device', 'tpu'], "DEVICE is 'tpu'; it can be auto or gpu or cpu"),
+    (['-opts', 'DATA.BACKEND', 'gd'], "DATA.BACKEND is 'gd'; it can be pillow or cv2"),
     (['-cfg', 'none.yaml'], 'none.yaml: no such config file'),
     (['-opts', 'SED', '1'], 'unknown option SED; did you mean SEED?'),
     (['-opts', 'SEED'], "'SEED' has no value"),

@@ -50,7 +50,7 @@ class Parser(command_line.Parser):
         self.add('image_size', 'side of the square input, pixels (default: of the config)', metavar='N')
         self.add('crop_pct', 'side of the centre crop over the resized shorter side '
                  '(default: of the config)', metavar='X')
-        self.add('device', 'auto, gpu or cpu')
+        self.add('device', 'auto, cpu, gpu, gpu:1, or another device of Paddle')
         self.add('classes', "class names, one per line in the labels' order (default: the class_names.txt "
                  "beside the weights, else the names of DATA.DATA_PATH, else ImageNet's for 1000 classes)",
                  metavar='FILE')

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli, gpu_checks
-from tools.gpu_runs import FAILED, OPEN, PASSED, Check, Machine
+from tools.gpu_runs import FAILED, NOTED, OPEN, PASSED, Check, Machine
 
 HEAD = 'check', 'expected', 'measured', 'state'
 
@@ -37,9 +37,9 @@ class Row:
 
     @property
     def state(self) -> str:
-        """FAILED if a check has failed, else PASSED if one has passed, else OPEN."""
+        """FAILED if a check has failed, else PASSED or NOTED if one has, else OPEN."""
         states = {check.state for check in self.checks}
-        for state in (FAILED, PASSED):
+        for state in (FAILED, PASSED, NOTED):
             if state in states:
                 return state
         return OPEN
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             rows.append(run_row(name, Machine(device, gpus, folder)))
             show(rows[-1])
             write(args.output, rows, device, gpus)
-    counts = [f'{sum(row.state == state for row in rows)} {state}' for state in (PASSED, FAILED, OPEN)]
+    counts = [f'{sum(row.state == state for row in rows)} {state}' for state in (PASSED, FAILED, NOTED, OPEN)]
     print(f'rows: {", ".join(counts)}; {os.path.join(args.output, "verify_gpu.html")}')
     return int(any(row.state == FAILED for row in rows))
 

@@ -198,8 +198,8 @@ def advice(num_workers: int, processes: int, cores: int) -> str:
 
 
 def memory() -> str:
-    """Return as text the most memory allocated on a GPU, or what this process holds now on a CPU."""
-    if paddle.get_device() != 'cpu':
+    """Return as text the most memory allocated on a GPU, or what this process holds now."""
+    if paddle.get_device().startswith('gpu'):
         used = paddle.device.cuda.max_memory_allocated()
     else:
         with open('/proc/self/statm', encoding='ascii') as file:

@@ -97,6 +97,12 @@ def test_one_process_for_each_gpu(monkeypatch, nprocs, device, gpus, count):
     assert main_multi_gpu.count_processes(nprocs, device) == count
 
 
+def test_several_processes_on_another_device_are_left_to_the_launcher():
+    assert main_multi_gpu.count_processes(0, 'npu') == main_multi_gpu.count_processes(1, 'npu') == 1
+    with pytest.raises(ValueError, match='-nprocs 2: this program starts one process on a device of k'):
+        main_multi_gpu.count_processes(2, 'npu')
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(utils, 'gpu_count', lambda: 2)
     monkeypatch.setattr(utils, 'choose_device', lambda device: 'gpu')
