@@ -175,7 +175,7 @@ def build_precision(config: CfgNode, device: str) -> str:
     dtype = config.AMP_DTYPE
     if dtype == 'auto' and config.MODEL.RESUME:
         before = read_machine(config.MODEL.RESUME, config.OUTPUT).get('precision')
-        dtype = before if before in mixed_precision.CAPABILITY else dtype
+        dtype = before if before in ('float16', 'bfloat16') else dtype
     return utils.broadcast(mixed_precision.choose_dtype(dtype, device))
 
 

@@ -20,7 +20,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.nn import functional as F
 
-SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait')      # keys of a record that are curves
+SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait', 'loss_scale')   # keys that are curves
 
 
 # ---- metrics

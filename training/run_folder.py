@@ -52,7 +52,7 @@ def read_machine(resume: str, output: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, 'machine.json'), encoding='utf-8') as file:
             facts = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -11,6 +11,7 @@ from runs import TINY, records
 from config import get_config
 from training import builders, checkpoint
 from training.mixed_precision import LossScaler, choose_dtype
+from training.records import SCALARS
 
 AMP = [*CHANCE, 'AMP', True, 'AMP_DTYPE', 'float16', 'REPORT_FREQ', 1, 'SAVE_STEPS', 1,
        'MODEL.ATTENTION', 'composed']             # the rule of auto would look at the true device
@@ -68,6 +69,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(overflowing_run):
     rows = records(overflowing_run, 'train')
     assert [row['skipped_steps'] for row in rows[:2]] == [1, 2] and rows[-1]['skipped_steps'] < STEPS
     assert all(row['loss_scale'] == FIRST_SCALE / 2 ** row['skipped_steps'] for row in rows)
+    assert 'loss_scale' in SCALARS                  # it is drawn by TensorBoard
     log = (overflowing_run / 'log.txt').read_text()
     assert log.count('gradients of a step overflowed') == rows[-1]['skipped_steps']
     first, second, last = (checkpoint.load(checkpoint_of(overflowing_run, step)) for step in (1, 2, STEPS))
@@ -152,3 +154,13 @@ def test_resumed_run_keeps_its_dtype_on_another_gpu(images, tmp_path, monkeypatc
     with pytest.raises(ValueError, match='AMP_DTYPE was float16, is bfloat16'):
         run(images, tmp_path / 'more', *mixed, 'AMP_DTYPE', 'bfloat16', 'MODEL.RESUME', path)
     assert builders.build_precision(get_config(None, [*TINY, *mixed]), 'gpu') == 'bfloat16'
+
+
+@pytest.mark.parametrize('content', [
+    '{"precision": ["float16"]}', '[]', '{', '[' * 100_000, '{"precision": 1}'])
+def test_strange_machine_json_is_as_none(tmp_path, monkeypatch, content):
+    pretend_gpu(monkeypatch, (9, 0))
+    (tmp_path / 'machine.json').write_text(content)
+    config = get_config(None, [*TINY, 'AMP', True, 'MODEL.RESUME', 'auto', 'OUTPUT', str(tmp_path)])
+    assert builders.build_precision(config, 'gpu') == 'bfloat16'
+    assert builders.build_attention(config, 'gpu') == 'auto'

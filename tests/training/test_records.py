@@ -84,7 +84,8 @@ def same_as_the_records(folder):
 
 def test_tensorboard_gets_the_records(full_run):
     same_as_the_records(full_run)
-    assert {tag for _, tag in read_events(full_run / 'tensorboard' / 'train')} == {*run_records.SCALARS}
+    drawn = {tag for _, tag in read_events(full_run / 'tensorboard' / 'train')}
+    assert drawn == {*run_records.SCALARS} - {'loss_scale'}          # of float16 alone
 
 
 def test_resumed_run_replaces_later_curves(images, full_run, tmp_path):
