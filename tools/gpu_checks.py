@@ -168,7 +168,7 @@ def overflow(machine: Machine) -> Iterator[Check]:
     original: Callable = LossScaler.__init__
 
     def start_high(scaler: Any, enable: bool) -> None:
-        original(scaler, enable, init_loss_scaling=2.0 ** 30)
+        original(scaler, enable, init_loss_scaling=2.0 ** 24)
 
     LossScaler.__init__ = start_high                # type: ignore
     folder = os.path.join(machine.folder, 'overflow')
