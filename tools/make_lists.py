@@ -15,6 +15,14 @@ counted: files of other kinds, hidden ones, thumbnails, links to what is listed 
   python tools/make_lists.py imagenet -val_labels LOC_val_solution.csv
   python tools/make_lists.py imagenet -val_labels ILSVRC2012_validation_ground_truth.txt -synsets meta.mat
 
+  python tools/make_lists.py birds -table birds.csv   # files and labels in CSV, TSV, JSON or JSON lines
+  python tools/make_lists.py birds -table birds.csv -columns image_id species split
+
+-table FILE has a row per image. Its columns of files, labels and splits are guessed by usual names, and the
+tool says which it took; -columns names them. A file is named by its path in FOLDER, or by its name, with or
+without ending, if that is the only one. Whole numbers as labels keep their order, other labels are sorted. A
+split (train, val or test) is kept, and test images go to test_list.txt. Without one it is drawn by class.
+
 -val_labels FILE gives the classes of the images in a flat val/, by lines of one of these kinds:
   NAME CLASS     the class folder's name: ILSVRC2012_val_00000001.JPEG n01751748,
                  or Kaggle's LOC_val_solution.csv
@@ -32,7 +40,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -41,6 +49,7 @@ from system.console import visible
 from tools import (
     cli,
     finding,
+    tables,
     val_labels,
 )
 
@@ -54,7 +63,8 @@ VALIDATION = ('val', 'valid', 'validation')
 TEST = ('test', 'testing')                          # for validation, if there is no folder of VALIDATION
 VAL_FRACTION = 0.2
 SHOWN = 20                                          # folders or classes named in a remark
-WRITTEN = ('train_list.txt', 'val_list.txt', FILE)
+TEST_LIST = 'test_list.txt'
+WRITTEN = ('train_list.txt', 'val_list.txt', TEST_LIST, FILE)
 FORBIDDEN = re.compile('[\0-\x1f\x7f-\x9f\u2028\u2029]')             # control characters, line separators
 
 Sample = tuple[str, int]                            # path, label
@@ -138,14 +148,20 @@ def split_lists(images: list[str], fraction: float,
                 seed: int) -> tuple[list[str], list[Sample], list[Sample]]:
     """Split images of one folder per class; returns class names, training list and validation list."""
     content = by_class(images)
+    train, val = draw_split(list(content.values()), fraction, seed)
+    return list(content), train, val
+
+
+def draw_split(classes: list[list[str]], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Split the images of each class by chance; returns training list and validation list."""
     train: list[Sample] = []
     val: list[Sample] = []
-    for label, paths in enumerate(content.values()):
+    for label, paths in enumerate(classes):
         held_out = split(len(paths), fraction, np.random.default_rng([seed, label]))
         for i, path in enumerate(paths):
             samples = val if i in held_out else train
             samples.append((path, label))
-    return list(content), train, val
+    return train, val
 
 
 def part_list(part: str, images: list[str], names: list[str]) -> list[Sample]:
@@ -166,11 +182,12 @@ def part_list(part: str, images: list[str], names: list[str]) -> list[Sample]:
 
 
 class Lists(NamedTuple):
-    """Class names in the order of their labels, the two lists, and what was found and left out."""
+    """Class names in the order of their labels, the lists, and what was found and left out."""
     names: list[str]
     train: list[Sample]
     val: list[Sample]
     found: finding.Found
+    test: Sequence[Sample] = ()                     # of a table
 
 
 def split_folder(folder: str, fraction: float, seed: int) -> Lists:
@@ -198,6 +215,34 @@ def keep_split(folder: str, train_part: str, val_part: str, labels_file: str | N
     return Lists(names, train, val, count_loose(images, found))
 
 
+def follow_table(folder: str, path: str, columns: list[str] | None, fraction: float | None,
+                 seed: int) -> tuple[Lists, list[str]]:
+    """Make the lists of a folder by a table, and remarks. Raises as tables.read_table."""
+    images, found = search(folder)
+    table = tables.read_table(path, images[''], columns)
+    parts = table.parts
+    lines = [f'columns of {path}: {table.columns}']
+    listed = sum(map(len, parts.values()))
+    if listed < len(images['']):
+        found.left_out['images that the table does not name'] += len(images['']) - listed
+    if '' not in parts:
+        if fraction is not None:
+            raise ValueError(f'{path} says which images are for validation: leave -val_share out')
+        val = parts.pop('val', None) or parts.pop('test', [])
+        lists = Lists(table.names, parts.get('train', []), val, found, parts.get('test', ()))
+        if not lists.train:
+            raise ValueError(f'{path} has no row for training')
+    elif len(parts) > 1:
+        raise ValueError(f'{path}: some rows have a split and others have none')
+    else:
+        classes: list[list[str]] = [[] for _ in table.names]
+        for image, label in sorted(parts['']):
+            classes[label].append(image)
+        train, val = draw_split(classes, VAL_FRACTION if fraction is None else fraction, seed)
+        lists = Lists(table.names, train, val, found)
+    return lists, [*lines, *line_of_left_out(lists), *line_of_classes(lists)]
+
+
 def count_loose(images: list[str], found: finding.Found) -> finding.Found:
     """Add the images in no class folder to those left out."""
     loose = sum('/' not in path for path in images)
@@ -207,8 +252,17 @@ def count_loose(images: list[str], found: finding.Found) -> finding.Found:
 
 
 def make_lists(folder: str, fraction: float | None = None, seed: int = 0, labels_file: str | None = None,
-               synsets: str | None = None) -> tuple[Lists, list[str]]:
+               synsets: str | None = None, table: str | None = None,
+               columns: list[str] | None = None) -> tuple[Lists, list[str]]:
     """Make the lists of a folder, and remarks on what they do not have. Raises ValueError and OSError."""
+    if table:
+        if labels_file or synsets:
+            raise ValueError('-table says the class of every image: leave -val_labels and -synsets out')
+        lists, lines = follow_table(folder, table, columns, fraction, seed)
+        check_lists(folder, lists)
+        return lists, lines
+    if columns:
+        raise ValueError('-columns names those of a -table; give it')
     train_part, val_part = find_layout(folder)
     if synsets and not labels_file:
         is_misused = True
@@ -227,30 +281,47 @@ def make_lists(folder: str, fraction: float | None = None, seed: int = 0, labels
     if len(lists.names) < 2:
         raise ValueError(f'{folder}: expected a subfolder with pictures per class, found {len(lists.names)}'
                          f'{lists.found.explain("; left out: ")}')
+    check_lists(folder, lists)
+    return lists, remarks(folder, lists, train_part, val_part)
+
+
+def check_lists(folder: str, lists: Lists) -> None:
+    """Raise ValueError for lists with one class or without a validation image."""
+    if len(lists.names) < 2:
+        raise ValueError(f'{folder}: expected two classes or more, found {len(lists.names)}')
     if not lists.val:
         raise ValueError(f'{folder}: no class has two images, so none can be held out for validation')
-    return lists, remarks(folder, lists, train_part, val_part)
 
 
 def remarks(folder: str, lists: Lists, train_part: str, val_part: str) -> list[str]:
     """Return lines about what is not in the lists, and about classes without images."""
     class_folders = map(name_of_file, subfolders(os.path.join(folder, train_part)))
-    labels = {label for _, label in lists.val}
     others = {*subfolders(folder)} - {train_part, val_part} if train_part else set()
-    remarked = {
-        'folders without images, which are no classes': sorted({*class_folders} - {*lists.names}),
-        'classes without a validation image':
-            [name for label, name in enumerate(lists.names) if label not in labels],
-        'folders that are not listed': sorted(others),
-    }
-    lines = []
-    if lists.found.left_out:
-        lines.append(lists.found.explain('left out: '))
-    for title, items in remarked.items():
-        if items:
-            more = f' and {len(items) - SHOWN} more' if len(items) > SHOWN else ''
-            lines.append(f'{title}: {", ".join(items[:SHOWN])}{more}')
-    return lines
+    return [
+        *line_of_left_out(lists),
+        *shortened('folders without images, which are no classes', sorted({*class_folders} - {*lists.names})),
+        *line_of_classes(lists),
+        *shortened('folders that are not listed', sorted(others))]
+
+
+def line_of_left_out(lists: Lists) -> list[str]:
+    """Return a line about what was left out, no line if that is nothing."""
+    return [lists.found.explain('left out: ')] if lists.found.left_out else []
+
+
+def line_of_classes(lists: Lists) -> list[str]:
+    """Return a line about classes without a validation image, no line if there are none."""
+    labels = {label for _, label in lists.val}
+    missing = [name for label, name in enumerate(lists.names) if label not in labels]
+    return shortened('classes without a validation image', missing)
+
+
+def shortened(title: str, items: list[str]) -> list[str]:
+    """Return a line with the first SHOWN of the items, no line without any."""
+    if not items:
+        return []
+    more = f' and {len(items) - SHOWN} more' if len(items) > SHOWN else ''
+    return [f'{title}: {", ".join(items[:SHOWN])}{more}']
 
 
 # ---- files
@@ -293,6 +364,9 @@ def parser() -> cli.Parser:
     parser.add('seed', 'decides which images are held out', type=int, default=0, metavar='N')
     parser.add('val_labels', 'the classes of the images in a flat val/', metavar='FILE')
     parser.add('synsets', 'the classes that the ids in that file mean', metavar='FILE')
+    parser.add('table', 'the files and their labels, in CSV, TSV or JSON', metavar='FILE')
+    parser.add('columns', 'of the table, those with the files, the labels and perhaps the splits',
+               nargs='+', metavar='NAME')
     parser.add('force', 'replace lists that are there and differ', action='store_true')
     return parser
 
@@ -305,19 +379,23 @@ def main(args: argparse.Namespace) -> int:
     if not is_fraction or args.seed < 0:
         raise ValueError(f'-val_share {args.val_share} -seed {args.seed}: the share must lie between 0 and '
                          '1, and the seed cannot be negative')
-    lists, lines = make_lists(args.folder, args.val_share, args.seed, args.val_labels, args.synsets)
+    lists, lines = make_lists(args.folder, args.val_share, args.seed, args.val_labels, args.synsets,
+                              args.table, args.columns)
     names = readable(lists.names)
     check_names(names)
     texts = {'train_list.txt': as_list(lists.train), 'val_list.txt': as_list(lists.val),
              FILE: ''.join(f'{name}\n' for name in names)}
+    if lists.test:
+        texts[TEST_LIST] = as_list(list(lists.test))
     texts = {os.path.join(args.folder, name): text for name, text in texts.items()}
     if not args.force:
         for path, text in texts.items():
             refuse_to_replace(path, text)
     for path, text in texts.items():
         cli.write_text(path, text)
+    tested = f', {len(lists.test)} test images in {TEST_LIST}' if lists.test else ''
     print(f'{args.folder}: {len(names)} classes, {len(lists.train)} training and '
-          f'{len(lists.val)} validation images')
+          f'{len(lists.val)} validation images{tested}')
     print(visible('\n'.join(lines)), end='\n' if lines else '')
     print(f'train with -data_path {args.folder} -opts MODEL.NUM_CLASSES {len(names)}')
     return 0

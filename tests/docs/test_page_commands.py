@@ -24,6 +24,7 @@ from halonet import build_halonet
 
 pytestmark = pytest.mark.slow
 ELSEWHERE = {                               # pages whose commands other tests run
+    'docs/attention.md': 'a measurement of minutes',
     'docs/performance.md': 'measurements of an hour',
     'docs/performance_history.md': 'measurements of an hour',
     'docs/deployment.md': 'tests/tools/test_export.py',
