@@ -86,6 +86,8 @@ OPTIONS = (
                                              ge=-1, le=1024, flag=True, on_resume='free'),
     Option('DATA.BACKEND',         'pillow', 'for training: pillow, or cv2 (OpenCV): faster, not equal; '
                                              'see docs/performance.md', choices=('pillow', 'cv2')),
+    Option('DATA.BALANCE',         0.0,      '0: each image once an epoch; 1: each class as often',
+                                             ge=0, le=1),
     Option('DATA.ON_ERROR',        'raise',  'unreadable image: raise (stop and name it), skip (count it)',
                                              choices=('raise', 'skip'), on_resume='free'),
     Option('DATA.BACKGROUND',      'white',  "colour behind transparent pixels: a name or '#rrggbb'; "
@@ -205,6 +207,8 @@ OPTIONS = (
                                                 choices=('ce', 'bce')),
     Option('TRAIN.BCE_THRESHOLD',     -1.0,     'bce: targets above it are 1, others 0; below 0: stay soft',
                                                 ge=-1, lt=1),
+    Option('TRAIN.CLASS_WEIGHTS',     0.0,      'of the loss, images of the class ** -CLASS_WEIGHTS; 0: all '
+                                                'alike, 1: the inverse', ge=0, le=1),
     Option('TRAIN.SMOOTHING',         0.1,      'label smoothing', ge=0, lt=1),
     Option('TRAIN.EMA_DECAY',         0.0,      'moving average of the weights: decay per step; 0: off',
                                                 ge=0, lt=1),
@@ -271,6 +275,8 @@ RELATIONS = (
              'TRAIN.RECOMPUTE can be at most the number of stages'),
     Relation('TRAIN.RECOMPUTE TRAIN.TO_STATIC', lambda recomputed, static: not (recomputed and static),
              'recomputing works in eager mode only; leave it 0, or TRAIN.TO_STATIC False'),
+    Relation('DATA.BALANCE TRAIN.AUG_REPEATS', lambda balance, repeats: not balance or repeats == 1,
+             'a balanced order has copies of its own; leave DATA.BALANCE 0, or TRAIN.AUG_REPEATS 1'),
     Relation('TRAIN.WARMUP_EPOCHS TRAIN.COOLDOWN_EPOCHS TRAIN.NUM_EPOCHS',
              lambda warmup, cooldown, epochs: warmup + cooldown < epochs,
              'no epoch is left between warm-up and cool-down; shorten them or raise TRAIN.NUM_EPOCHS'),

@@ -318,7 +318,8 @@ def build_train(config: Any, rank: int = 0, world: int = 1) -> Loader:
         ratio=train.CROP_RATIO, flip=train.HFLIP, policy=policy, jitter=train.COLOR_JITTER, fill=fill)
     dataset = _dataset(config, 'train_list.txt', transform, backend.read)
     sampler = TrainSampler(len(dataset), data.BATCH_SIZE, config.SEED, rank, world,
-                           repeats=train.AUG_REPEATS, accum=train.ACCUM_ITER)
+                           repeats=train.AUG_REPEATS, accum=train.ACCUM_ITER,
+                           balance=data.BALANCE, labels=dataset.samples.labels)
     return _loader(config, dataset, sampler)
 
 

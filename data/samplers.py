@@ -1,6 +1,6 @@
 """The order of samples, as micro-batches of names (epoch, index) for one rank.
 
-With repeated augmentation, copy c of image i has the index i + c * (number of images).
+Where an image occurs more than once in an epoch, copy c of image i has the index i + c * (number of images).
 """
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ def repeated_order(num_samples: int, repeats: int, step_size: int, rng: Generato
     return (image + copy * num_samples)[order]
 
 
+def balanced_order(labels: np.ndarray, balance: float, rng: Generator) -> np.ndarray:
+    """Return (n,) indices in random order, where a class of m of the n images occurs as m ** (1 - balance).
+
+    balance 1: every class as often; 0: every image once. An image of a class has its next copy when all
+    others of the class have had theirs.
+    """
+    counts = np.bincount(labels)
+    present: np.ndarray = counts > 0
+    shares = np.where(present, np.maximum(counts, 1) ** (1.0 - balance), 0.0)
+    edges = np.rint(len(labels) * np.cumsum(shares) / shares.sum()).astype(int)
+    drawn = np.diff(edges, prepend=0)               # images of each class; their sum is n
+    parts = []
+    for label in np.flatnonzero(present):
+        images = np.flatnonzero(labels == label)
+        rounds = -(-drawn[label] // len(images))
+        copies = [rng.permutation(images) + copy * len(labels) for copy in range(rounds)]
+        parts += [np.concatenate(copies)[:drawn[label]]] if copies else []
+    return rng.permutation(np.concatenate(parts))
+
+
 class TrainSampler:
     """The training order of one rank: a function of seed and epoch.
 
@@ -39,12 +59,14 @@ class TrainSampler:
     the number of processes; with `repeats` it depends on the images per optimizer step, those of `accum`
     micro-batches. The last images, too few for a micro-batch of every rank, are left out. Raises
     ValueError if there are too few images for one.
+
+    With `balance` above 0 the `labels` (num_samples,) decide how often an image occurs: balanced_order.
     """
 
     even = True                                     # every rank draws the same number of batches
 
     def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, *,
-                 repeats: int = 1, accum: int = 1):
+                 repeats: int = 1, accum: int = 1, balance: float = 0.0, labels: np.ndarray | None = None):
         if num_samples < batch_size * world:
             most = num_samples // world
             smaller = f'lower DATA.BATCH_SIZE to {most} or less, or ' if most else ''
@@ -53,6 +75,7 @@ class TrainSampler:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world = rank, world
         self.repeats, self.step_size = repeats, batch_size * world * accum
+        self.balance, self.labels = balance, labels
 
     def __len__(self) -> int:
         return self.num_samples // (self.batch_size * self.world)
@@ -60,7 +83,9 @@ class TrainSampler:
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[Name]]:
         """Yield the micro-batches of an epoch from number `start` on."""
         rng = rng_for(self.seed, ORDER, epoch)
-        if self.repeats == 1:
+        if self.balance and self.labels is not None:
+            order = balanced_order(self.labels, self.balance, rng)
+        elif self.repeats == 1:
             order = rng.permutation(self.num_samples)
         else:
             order = repeated_order(self.num_samples, self.repeats, self.step_size, rng)

@@ -216,7 +216,7 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
         to_input=build_input(config),
         to_targets=partial(mixing.one_hot, num_classes=config.MODEL.NUM_CLASSES, smoothing=train.SMOOTHING),
         mix=build_mix(config),
-        loss=optim.build_loss(config),
+        loss=optim.build_loss(config, loader.dataset.samples.labels),
         autocast=mixed_precision.make_autocast(precision),
         monitor=Monitor(
             epochs=train.NUM_EPOCHS, steps_per_epoch=steps_per_epoch, num_workers=loader.num_workers),

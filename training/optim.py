@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 from system import paddle_internals
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -18,31 +19,57 @@ Loss = Callable[[paddle.Tensor, paddle.Tensor], paddle.Tensor]       # logits, t
 # ---- losses
 
 
-def cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:
-    """Compute each sample's soft-target cross-entropy: logits, targets (B, K) -> losses (B,), float32."""
+def cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor,
+                  weights: Optional[paddle.Tensor] = None) -> paddle.Tensor:
+    """Compute each sample's soft-target cross-entropy: logits, targets (B, K) -> losses (B,), float32.
+
+    weights (K,) multiply the terms of the classes, as in PyTorch.
+    """
+    if weights is not None:
+        targets = targets * weights
     return -(targets * F.log_softmax(logits.astype('float32'), axis=-1)).sum(-1)
 
 
-def binary_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor,
-                         threshold: float = -1.0) -> paddle.Tensor:
+def binary_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor, threshold: float = -1.0,
+                         weights: Optional[paddle.Tensor] = None) -> paddle.Tensor:
     """Compute each sample's binary cross-entropy: logits, targets (B, K) -> losses (B,), float32.
 
     A loss is the mean over classes. Targets above `threshold` count as 1 and others as 0. A negative
-    threshold leaves them soft. As in timm.
+    threshold leaves them soft. As in timm. weights (K,) multiply the terms of the classes.
     """
     if threshold >= 0:
         targets = (targets > threshold).astype('float32')
     logits = logits.astype('float32')
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')   # (B, K)
+    if weights is not None:
+        losses = losses * weights
     return losses.mean(-1)
 
 
-def build_loss(config: CfgNode) -> Loss:
-    """Return the loss that TRAIN.LOSS names: logits (B, K), targets (B, K) -> (B,)."""
+def class_weights(labels: np.ndarray, num_classes: int, power: float) -> np.ndarray:
+    """Return float32 weights (num_classes,) in proportion to (images of the class) ** -power.
+
+    Their mean over the images is 1. A class without an image has the weight 1.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = np.maximum(counts, 1) ** -float(power)
+    weights *= counts.sum() / (weights * counts).sum()
+    return np.where(counts > 0, weights, 1.0).astype('float32')
+
+
+def build_loss(config: CfgNode, labels: np.ndarray) -> Loss:
+    """Return the loss that TRAIN.LOSS names: logits (B, K), targets (B, K) -> (B,).
+
+    labels: those of all training images, for TRAIN.CLASS_WEIGHTS.
+    """
+    weights = None
+    if config.TRAIN.CLASS_WEIGHTS:
+        weights = paddle.to_tensor(
+            class_weights(labels, config.MODEL.NUM_CLASSES, config.TRAIN.CLASS_WEIGHTS))
     if config.TRAIN.LOSS == 'bce':
-        return partial(binary_cross_entropy, threshold=config.TRAIN.BCE_THRESHOLD)
+        return partial(binary_cross_entropy, weights=weights, threshold=config.TRAIN.BCE_THRESHOLD)
     assert config.TRAIN.LOSS == 'ce', config.TRAIN.LOSS
-    return cross_entropy
+    return partial(cross_entropy, weights=weights)
 
 
 # ---- learning rate

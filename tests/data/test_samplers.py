@@ -4,7 +4,7 @@ import collections
 import numpy as np
 import pytest
 
-from data.samplers import EvalSampler, TrainSampler, repeated_order
+from data.samplers import EvalSampler, TrainSampler, balanced_order, repeated_order
 
 
 def train_batches(num_samples, batch_size, world, epoch=0, seed=0, start=0):
@@ -82,3 +82,44 @@ def test_evaluation_takes_each_sample_once(num_samples, world):
         assert len(sampler) == len(own) and all(len(batch) == 4 for batch in own[:-1])
         assert sum(own, []) == list(range(rank, num_samples, world))
         assert [[index for _, index in batch] for batch in sampler.batches(0, start=1)] == own[1:]
+
+
+# ---- balanced classes
+
+LABELS = np.repeat([0, 1, 3], [80, 15, 5])          # class 2 has no image
+ROOT = 80 ** 0.5 + 15 ** 0.5 + 5 ** 0.5
+
+
+@pytest.mark.parametrize('balance, expected', [
+    (1.0, [100 / 3, 100 / 3, 0, 100 / 3]), (0.0, [80, 15, 0, 5]),
+    (0.5, [100 * 80 ** 0.5 / ROOT, 100 * 15 ** 0.5 / ROOT, 0, 100 * 5 ** 0.5 / ROOT])])
+def test_balanced_order_has_the_shares_of_the_classes(balance, expected):
+    order = balanced_order(LABELS, balance, np.random.default_rng(0))
+    assert len(order) == len(set(order.tolist())) == 100
+    assert np.abs(np.bincount(LABELS[order % 100], minlength=4) - expected).max() <= 1
+    assert order.tolist() != sorted(order.tolist())
+    for label in (0, 1, 3):                         # no image has two copies more than another
+        times = collections.Counter((order % 100)[LABELS[order % 100] == label].tolist())
+        images = np.flatnonzero(LABELS == label).tolist()
+        counts = [times[image] for image in images]
+        assert max(counts) - min(counts) <= 1
+        copies = collections.defaultdict(list)
+        for index in order.tolist():
+            copies[index % 100].append(index // 100)
+        assert all(sorted(copies[image]) == list(range(times[image])) for image in images)
+
+
+def test_all_images_of_a_large_class_occur_over_the_epochs():
+    sampler = TrainSampler(100, 10, 0, balance=1.0, labels=LABELS)
+    seen = {index % 100 for epoch in range(12) for batch in sampler.batches(epoch) for _, index in batch}
+    assert seen == set(range(100))
+
+
+@pytest.mark.parametrize('world, accum', [(1, 2), (2, 1), (4, 3)])
+def test_balanced_order_does_not_depend_on_how_a_step_is_split(world, accum):
+    def order(world, accum, start=0):
+        samplers = [TrainSampler(100, 8 // world, 0, rank, world, accum=accum, balance=0.7, labels=LABELS)
+                    for rank in range(world)]
+        ranks = [list(sampler.batches(3, start)) for sampler in samplers]
+        return [name for step in zip(*ranks) for batch in step for name in batch]
+    assert order(world, accum) == order(1, 1) and order(world, accum, 5) == order(1, 1)[5 * 8:]

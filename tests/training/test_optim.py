@@ -54,7 +54,7 @@ def test_losses_equal_timm_s():
     smooth = paddle.to_tensor(0.8 * np.eye(7, dtype='float32')[given['labels']] + 0.2 / 7)
 
     def loss(targets, *opts):
-        losses = optim.build_loss(get_config(None, opts))(logits, targets)
+        losses = optim.build_loss(get_config(None, opts), np.zeros(0, int))(logits, targets)
         assert losses.shape == [6] and losses.dtype == paddle.float32
         return losses.mean().item()
     assert loss(soft) == pytest.approx(given['soft'], rel=1e-5)
@@ -64,6 +64,35 @@ def test_losses_equal_timm_s():
     threshold = ['TRAIN.LOSS', 'bce', 'TRAIN.BCE_THRESHOLD', 0.2]
     assert loss(soft, *threshold) == pytest.approx(given['bce_threshold'], rel=1e-5)
     assert loss(soft.astype('float16'), *threshold) == pytest.approx(given['bce_threshold'])
+
+
+def test_class_weights_are_powers_of_the_images_with_mean_1():
+    labels = np.repeat([0, 1, 3], [80, 15, 5])
+    for power in (0.0, 0.5, 1.0):
+        weights = optim.class_weights(labels, 4, power)
+        assert weights[labels].mean() == pytest.approx(1) and weights[2] == 1
+        assert weights[3] / weights[0] == pytest.approx((80 / 5) ** power)
+    assert optim.class_weights(labels, 4, 1.0)[[0, 1, 3]] * [80, 15, 5] == pytest.approx([100 / 3] * 3)
+
+
+@pytest.mark.parametrize('loss', ['ce', 'bce'])
+def test_weighted_losses_equal_the_formula(loss):
+    """Hard targets: the loss of a sample times the weight of its class. Soft ones: term by term."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [6, 3, 1])
+    logits, soft = rng.normal(size=(10, 3)), rng.dirichlet(np.ones(3), 10)
+    weights = (1 / np.array([6, 3, 1])) * 10 / 3
+    build = optim.build_loss(get_config(None, [
+        'TRAIN.LOSS', loss, 'TRAIN.CLASS_WEIGHTS', 1.0, 'MODEL.NUM_CLASSES', 3]), labels)
+    for targets in (np.eye(3)[labels], soft):
+        if loss == 'ce':
+            terms = targets * (np.log(np.exp(logits).sum(-1, keepdims=True)) - logits)
+            expected = (weights * terms).sum(-1)
+        else:
+            terms = np.log1p(np.exp(logits)) - targets * logits
+            expected = (weights * terms).mean(-1)
+        losses = build(paddle.to_tensor(logits, 'float32'), paddle.to_tensor(targets, 'float32'))
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_learning_rate_is_linear_then_cosine():
