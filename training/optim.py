@@ -127,6 +127,11 @@ def set_values(tensors: Mapping[str, paddle.Tensor], values: Mapping[str, Any]) 
         tensors[name].set_value(value)
 
 
+def flattened(tensors: Iterable[paddle.Tensor]) -> paddle.Tensor:
+    """Return a copy of all tensors, without gradients, as one vector."""
+    return paddle.concat([tensor.detach().reshape([-1]) for tensor in tensors])
+
+
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Return {parameter name: factor of its learning rate}, as in timm.
 
@@ -202,12 +207,18 @@ def build_optimizer(config: CfgNode, model: nn.Layer) -> Optimizer:
 
 # ---- gradients
 
+@paddle.no_grad()
 def clip_norm(parameters: dict[str, paddle.Tensor], limit: float) -> None:
-    """Scale all gradients together so that their joint norm is at most `limit`.
+    """Scale all gradients together so that their joint norm is at most `limit`, as PyTorch's clip_grad_norm_.
 
-    Paddle's own ClipGradByGlobalNorm would take a separate norm for each parameter group.
+    Paddle 3.3.1 has two functions for that. ClipGradByGlobalNorm takes a norm for each parameter group.
+    clip_grad_norm_ adds squares one after another on a CPU: with 2 million weights 0.1 % are lost.
     """
-    nn.utils.clip_grad_norm_(parameters.values(), limit)
+    gradients = [parameter.grad for parameter in parameters.values()]
+    norm = flattened(gradients).square().sum().sqrt()
+    factor = (limit / (norm + 1e-6)).clip(max=1.0)
+    for gradient in gradients:
+        gradient.multiply_(factor)
 
 
 def clip_value(parameters: dict[str, paddle.Tensor], limit: float) -> None:
@@ -275,11 +286,6 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Layer, state: Mapping[s
 
 
 # ---- averaged weights
-
-def flattened(tensors: Iterable[paddle.Tensor]) -> paddle.Tensor:
-    """Return a copy of all tensors, without gradients, as one vector."""
-    return paddle.concat([tensor.detach().reshape([-1]) for tensor in tensors])
-
 
 class Ema:
     """Exponential moving average of the parameters, without batch-norm statistics: they are averages already.
