@@ -2,13 +2,13 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system import lifeline
 from tools import cli
 
 PASSED, FAILED, OPEN, NOTED = 'passed', 'failed', 'open', 'noted'
@@ -99,20 +99,25 @@ def pairs(opts: Any) -> dict:
 
 
 def start(program: str, *words: str) -> subprocess.Popen:
-    """Start a program of this repository in a session of its own; its output is read by `finish`."""
-    command = [sys.executable, os.path.join(cli.ROOT, program), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            cwd=cli.ROOT, start_new_session=True)
+    """Start a program of this repository; `finish` reads its output."""
+    return start_python(os.path.join(cli.ROOT, program), *words)
+
+
+def start_python(*words: str) -> subprocess.Popen:
+    """Start Python with these words. It ends when this process ends, and so do those that it starts."""
+    return subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cli.ROOT,
+        errors='replace', preexec_fn=lifeline.die_with_parent)
 
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
-    """Return the exit code and the output of a program; kill it and its children after `seconds`."""
+    """Return the exit code and the output of a program; it is killed after `seconds`."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         output, _ = process.communicate()
-        output += f'\nkilled after {seconds} s'
+        output += f'\nended by the time limit of {seconds} s'
     return process.returncode, output
 
 

@@ -11,8 +11,6 @@ Exit status: 0, 1 if a check fails, or 2 for a mistake in the command.
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tools import cli, gpu_checks
-from tools.gpu_runs import FAILED, NOTED, OPEN, PASSED, Check, Machine
+from tools.gpu_runs import FAILED, NOTED, OPEN, PASSED, Check, Machine, finish, start_python
 
 HEAD = 'check', 'expected', 'measured', 'state'
 
@@ -98,42 +96,22 @@ def check(args: argparse.Namespace) -> int:
 
 
 def run_row(name: str, machine: Machine) -> Row:
-    """Run a row in a process of its own, and return its checks. One that fails or hangs is a failed check."""
+    """Run a row in a process of its own, and return its checks. An error or a hang is a failed check."""
     function, limit = gpu_checks.ROWS[name]
     row = Row(name, (function.__doc__ or '').splitlines()[0])
     answer = Path(machine.folder, f'{name}.jsonl')
     words = ['-output', machine.folder, '-rows', name, '-device', machine.device, '-gpus', str(machine.gpus),
              '-answer', str(answer)]
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, os.path.abspath(__file__), *words], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        end_session(process.pid)
-        output, _ = process.communicate()
-        row.checks.append(Check('time', f'at most {limit} s', 'ended by the time limit', FAILED))
-    else:
-        if process.returncode:
-            lines = output.strip().splitlines() or ['no output']
-            measured = f'exit code {process.returncode}: {lines[-1]}'
-            row.checks.append(Check('end', 'exit code 0', measured, FAILED))
+    code, output = finish(start_python(os.path.abspath(__file__), *words), limit)
+    if code:
+        lines = output.strip().splitlines() or ['no output']
+        row.checks.append(Check('end', 'exit code 0', f'exit code {code}: {lines[-1]}', FAILED))
     row.seconds = time.monotonic() - began
     if answer.exists():
         lines = answer.read_text(encoding='utf-8').splitlines()
         row.checks[:0] = [Check(**json.loads(line)) for line in lines]
     return row
-
-
-def end_session(pid: int) -> None:
-    """Kill a process, its group, and the programs in groups of their own that it has started."""
-    children = Path(f'/proc/{pid}/task/{pid}/children')
-    started = children.read_text(encoding='ascii').split() if children.exists() else []
-    for group in (pid, *map(int, started)):
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            continue                                # it leads no group, or has ended
 
 
 # ---- results

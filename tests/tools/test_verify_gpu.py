@@ -40,7 +40,7 @@ def test_row_that_hangs_is_ended_and_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_checks.ROWS, 'memory', (function, 0.3))
     code, rows = verify(tmp_path, '-rows', 'memory', 'sentences')
     assert code == 1 and [row['state'] for row in rows.values()] == ['failed', 'open']
-    assert rows['memory']['checks'][-1]['measured'] == 'ended by the time limit'
+    assert rows['memory']['checks'][-1]['measured'].endswith('ended by the time limit of 0.3 s')
 
 
 def test_row_that_ends_with_an_error_fails(tmp_path):
