@@ -31,7 +31,7 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/gpu.md': 'tests/tools/test_verify_gpu.py and tests/dev/test_benchmark.py',
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
-    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 5, 'docs/evaluation.md': 2,
+    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 7, 'docs/evaluation.md': 2,
     'docs/finetune.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1, 'docs/predict.md': 4,
     'docs/report.md': 3,
     'docs/training.md': 1, 'docs/weights.md': 2}
@@ -59,6 +59,15 @@ def flowers(folder):
     for i, name in enumerate(('daisy', 'dandelion', 'rose', 'sunflower', 'tulip')):
         for j in range(9):
             picture(folder / name / f'{j}.jpg', 9 * i + j)
+
+
+def birds(folder):
+    """Write birds/ with ten pictures, and a table of their species and splits."""
+    rows = ['image_id,species,split']
+    for i in range(10):
+        picture(folder / 'birds' / f'{i}.jpg', 200 + i)
+        rows.append(f'{i},{("wren", "owl")[i % 2]},{"val" if i > 7 else "train"}')
+    (folder / 'birds.csv').write_text('\n'.join(rows))
 
 
 def imagenet(folder):
@@ -105,6 +114,7 @@ def clone(tmp_path_factory):
         (folder / name).write_text(f'#!/bin/sh\n{text}\n')
         (folder / name).chmod(0o755)
     flowers(folder / 'flowers')
+    birds(folder)
     imagenet(folder)
     fresh_weights(folder)
     picture(folder / 'dog.jpg', 1)
