@@ -67,8 +67,8 @@ OPTIONS = (
     Option('DATA.DATASET',         'imagenet2012', "has no effect; for the predecessor's commands",
                                              choices=('imagenet2012',), flag=True),
     Option('DATA.DATA_PATH',       './Light_ILSVRC2012',
-                                             "folder with train_list.txt and val_list.txt, "
-                                             "whose lines are 'relative/path label'",
+                                             "folder or archive with train_list.txt and "
+                                             "val_list.txt, whose lines are 'relative/path label'",
                                              path='DIR', flag=True, on_resume='free'),
     Option('DATA.BATCH_SIZE',      256,      'training images per process and forward pass',
                                              ge=1, flag=True, on_resume='product'),

@@ -24,7 +24,7 @@ from numpy.random import Generator
 from paddle import Tensor
 from PIL import Image
 
-from data import augment, class_names, generators, image_files
+from data import archives, augment, class_names, generators, image_files
 from data.list_file import ImageList, read_list
 from data.operations import PILLOW, Backend
 from data.samplers import EvalSampler, Name, TrainSampler
@@ -288,12 +288,12 @@ def count_classes(data_path: str, read_lists: bool = False) -> tuple[int, str]:
     neither is used. Raises as read_list, and ValueError for labels that cannot count the classes from 0.
     """
     path = os.path.join(data_path, class_names.FILE)
-    if os.path.isfile(path):
+    if archives.is_file(path):
         return len(class_names.read_names(path)), path
     if not read_lists:
         return 0, ''
     paths = [os.path.join(data_path, name) for name in LISTS]
-    present = [path for path in paths if os.path.isfile(path)]
+    present = [path for path in paths if archives.is_file(path)]
     present = present or paths[:1]                  # reading it raises the error for a missing list
     lists = [read_list(path, data_path, ANY_LABEL) for path in present]
     largest = max(lists, key=ImageList.count_classes)
@@ -338,6 +338,7 @@ def build_eval(config: Any, rank: int = 0, world: int = 1) -> Loader:
 def _dataset(config: Any, list_name: str, transform: Transform, read: Callable[..., Any]) -> ListDataset:
     data = config.DATA
     samples = read_list(os.path.join(data.DATA_PATH, list_name), data.DATA_PATH, config.MODEL.NUM_CLASSES)
+    archives.prepare(data.DATA_PATH, samples.text)
     return ListDataset(samples, transform, data.IMAGE_SIZE, config.SEED, read, background=data.BACKGROUND,
                        max_pixels=data.MAX_PIXELS)
 

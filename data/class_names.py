@@ -2,6 +2,7 @@
 import os
 from typing import Callable, Optional
 
+from data import archives
 from data.list_file import read_lines, read_list
 
 FILE = 'class_names.txt'                            # one name per line, in the order of the labels
@@ -50,7 +51,7 @@ def find(count: int, *, file: Optional[str] = None, run_folder: str = '', data_p
         return names
     for folder in (run_folder, data_path):
         path = os.path.join(folder, FILE)
-        if not os.path.isfile(path):
+        if not archives.is_file(path):
             continue
         names, problem = _try_read(path, count)
         if not problem:
@@ -118,7 +119,7 @@ def for_a_run(data_path: str, count: int) -> Optional[list[str]]:
     Raises ValueError if it has more than `count` names.
     """
     path = os.path.join(data_path, FILE)
-    if not os.path.isfile(path):
+    if not archives.is_file(path):
         return None
     names = read_names(path)
     if len(names) > count:

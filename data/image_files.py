@@ -23,6 +23,8 @@ from PIL import (
     features,
 )
 
+from data import archives
+
 Image.preinit()                                     # registers JPEG, PNG, GIF, BMP and PPM
 for _plugin in ('WebPImagePlugin', 'AvifImagePlugin'):
     with suppress(ImportError):                     # AVIF came with Pillow 11.3
@@ -84,11 +86,14 @@ class ImageError(ValueError):
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a regular file for reading, as binary.
+    """Open a regular file, or a member of an archive, for reading, as binary.
 
     Raises OSError, and ImageError for a FIFO or a device, which would block.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except NotADirectoryError:
+        return archives.open_member(path)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(mode):

@@ -6,6 +6,7 @@ one by one they would take half a minute.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from data import archives
 
 LIST_FORMAT = "lines of 'relative/path label'"
 OPTIONAL_LABELS = "lines of 'relative/path' or 'relative/path label'"
@@ -122,7 +125,7 @@ def read_lines(path: str, expected: str) -> list[str]:
 
     Raises OSError, and ValueError with what was `expected` for a file that is not UTF-8 text.
     """
-    with open(path, encoding='utf-8-sig') as file:
+    with io.TextIOWrapper(archives.open_file(path), encoding='utf-8-sig') as file:
         try:
             lines = [line.strip() for line in file]
         except UnicodeDecodeError:
@@ -186,13 +189,13 @@ def read_optional_labels(list_file: str) -> list[tuple[str, int | None]]:
 def _read_bytes(list_file: str) -> bytes:
     """Read a list file whole. Raises FileNotFoundError with the command that makes it."""
     folder = os.path.dirname(list_file) or '.'
-    if not os.path.isdir(folder):
+    if not os.path.exists(folder):
         raise FileNotFoundError(f'{list_file}: no such list file, for there is no folder {folder}; '
-                                '-data_path names the folder with the images')
-    if not os.path.isfile(list_file):
+                                '-data_path names the folder or archive with the images')
+    if not archives.is_file(list_file):
         raise FileNotFoundError(f'{list_file}: no such list file; it has {LIST_FORMAT}. If each class has '
                                 f'a folder, python tools/make_lists.py {shlex.quote(folder)} makes it')
-    with open(list_file, 'rb') as file:
+    with archives.open_file(list_file) as file:
         return file.read()
 
 

@@ -32,7 +32,7 @@ from tools import cli
 
 import numpy as np
 
-from data import class_names, image_files
+from data import archives, class_names, image_files
 from data.list_file import ImageList, read_list
 
 PARTS = {'train': 'training', 'val': 'validation'}
@@ -141,7 +141,7 @@ def check(folder: str, classes: int, workers: int, max_pixels: int) -> dict[str,
     lists = {}
     for part in PARTS:
         path = os.path.join(folder, f'{part}_list.txt')
-        if os.path.isfile(path):
+        if archives.is_file(path):
             lists[part] = read_list(path, folder, classes or MOST_CLASSES)
     if not lists:
         raise ValueError(f'{folder} has neither train_list.txt nor val_list.txt; '
@@ -218,7 +218,7 @@ def parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument('folder', metavar='FOLDER',
-                        help='the folder of the lists, as -data_path of the training')
+                        help='the folder or archive of the lists, as -data_path of the training')
     parser.add('workers', 'processes that read; 0: this one alone (default: one per processor)', type=int,
                default=cpu.cores(), metavar='N')
     parser.add('classes',
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> int:
                          'none can be negative')
     cli.check_outputs(args.json)
     path = os.path.join(args.folder, class_names.FILE)
-    names = class_names.read_names(path) if os.path.isfile(path) else []
+    names = class_names.read_names(path) if archives.is_file(path) else []
 
     def name_of(label: str) -> str:
         return names[int(label)] if int(label) < len(names) else label
