@@ -1,7 +1,8 @@
 """Read files within tar and zip archives in place: a path such as flowers.zip/daisy/1.jpg names a member.
 
-A tar may lie in a tar, as in ImageNet's ILSVRC2012_img_train.tar/n01440764.tar/n01440764_18.JPEG.
-The first use of an archive writes an index: a file with 32 bytes for each member, sorted, which all
+A tar may lie in a tar, as in ImageNet's ILSVRC2012_img_train.tar/n01440764.tar/n01440764_18.JPEG. Of a
+parquet file, as hubs distribute images, FILE.parquet/17 is the image of row 17, counted from 0.
+The first use of a tar or zip writes an index: a file with 32 bytes for each member, sorted, which all
 processes map into their memory. It is beside the archive, or in the cache if that folder is read-only. An
 archive of another size or time gets a new one.
 """
@@ -21,7 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from system import files
 
@@ -29,11 +30,13 @@ import numpy as np
 
 log = logging.getLogger('halonet')
 
+PARQUET = '.parquet'
+IMAGE_COLUMN = 'image'                              # of a hub's parquet: the bytes, or a struct with `bytes`
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 HAS_CHECKSUM = 1 << 40                              # in Member.packing, beside method << 32 and the CRC-32
 LOCAL_HEADER = 30                                   # bytes of a zip's header before the name of a member
 NAMES_AT = 26                                       # in it: the lengths of the name and of an extra field
-NESTED = re.compile(rb'^(.*?\.(?:tar|zip))/', re.MULTILINE | re.IGNORECASE)
+NESTED = re.compile(rb'^(.*?\.(?:tar|zip|parquet))/', re.MULTILINE | re.IGNORECASE)
 Stamp = tuple[int, int]                             # bytes and time of change of an archive
 
 
@@ -58,6 +61,8 @@ def open_member(path: str) -> BinaryIO:
     if not archive:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     stamp = _stamp(archive)
+    if archive.endswith(PARQUET):
+        return io.BytesIO(_read_row(archive, stamp, name, path))
     index = _index(archive, stamp)
     found = int(np.searchsorted(index[0], _hash(name)))
     if found == index.shape[1] or index[0, found] != _hash(name):
@@ -129,6 +134,55 @@ def _read_packed(file: BinaryIO, path: str, offset: int, size: int, packing: int
     return data
 
 
+# ---- rows of a parquet file
+
+@lru_cache(maxsize=256)
+def _parquet(archive: str, stamp: Stamp, process: int) -> tuple[Any, np.ndarray]:
+    """Open a parquet file for one process; returns it and the first row of each row group, and the end.
+
+    Raises OSError, also without pyarrow.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise OSError(errno.ENOTSUP, 'reading it needs pyarrow: python -m pip install pyarrow',
+                      archive) from None
+    try:
+        file = parquet.ParquetFile(archive, memory_map=True)
+    except Exception as error:                      # pyarrow has errors of its own
+        raise OSError(errno.EIO, f'no parquet file, or a damaged one ({error}); fetch it again',
+                      archive) from None
+    names = file.schema_arrow.names
+    if IMAGE_COLUMN not in names:
+        raise OSError(errno.EINVAL, f'the images must be in a column {IMAGE_COLUMN}; it has '
+                      f'{", ".join(names)}', archive)
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return file, np.cumsum([0, *counts])
+
+
+def _read_row(archive: str, stamp: Stamp, name: str, path: str) -> bytes:
+    file, starts = _parquet(archive, stamp, os.getpid())
+    if not name.isdecimal() or int(name) >= starts[-1]:
+        raise FileNotFoundError(errno.ENOENT, f'no such row; {archive} has rows 0 to {starts[-1] - 1}', path)
+    row = int(name)
+    group = int(np.searchsorted(starts, row, 'right')) - 1
+    try:
+        column = file.read_row_group(group, columns=[IMAGE_COLUMN], use_threads=False)[IMAGE_COLUMN]
+        value = column[row - int(starts[group])].as_py()
+    except Exception as error:                      # pyarrow has errors of its own
+        raise OSError(errno.EIO, f'row group {group} of the parquet file is damaged: {error}', path) from None
+    data = value['bytes'] if isinstance(value, dict) else value
+    return data or b''
+
+
+def read_labels(archive: str) -> np.ndarray:
+    """Return the column `label` of a parquet file, (rows,) int64. Raises OSError."""
+    file, _ = _parquet(archive, _stamp(archive), os.getpid())
+    if 'label' not in file.schema_arrow.names:
+        raise OSError(errno.EINVAL, 'it has no column label', archive)
+    return file.read(columns=['label'], use_threads=False)['label'].to_numpy()
+
+
 # ---- the index
 
 def prepare(data_path: str, names: bytes) -> None:
@@ -140,7 +194,9 @@ def prepare(data_path: str, names: bytes) -> None:
     for name in set(NESTED.findall(names)):
         found.add(os.path.join(data_path, os.fsdecode(name)))
     for path in sorted(found):
-        if os.path.isfile(path):
+        if os.path.isfile(path) and path.endswith(PARQUET):
+            _parquet(path, _stamp(path), os.getpid())
+        elif os.path.isfile(path):
             _index(path, _stamp(path))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archived import FORMS, as_shards, as_tar, as_zip, pack_tar, pack_zip
+from archived import FORMS, as_parquet, as_shards, as_tar, as_zip, pack_tar, pack_zip
 from runs import ROOT, TINY, options, program
 
 import config
@@ -91,6 +91,37 @@ def test_tools_read_members(images, tmp_path):
     assert done.returncode == 0 and 'train: 20 images in 4 classes; 20 PNG' in done.stdout, done.stderr
     image = image_files.read(f'{data}/train/3.png')
     assert np.array_equal(image, image_files.read(f'{images}/train/3.png'))
+
+
+def test_rows_of_a_parquet_file(images, tmp_path):
+    path = as_parquet(images, tmp_path) / 'val-00000-of-00001.parquet'
+    for row in range(11):
+        data = archives.open_member(f'{path}/{row}').read()
+        assert data == Path(images, 'val', f'{row}.png').read_bytes()
+    assert archives.read_labels(str(path)).tolist() == [row % 4 for row in range(11)]
+    for name in ('11', '-1', 'a'):
+        with pytest.raises(FileNotFoundError, match='has rows 0 to 10'):
+            archives.open_member(f'{path}/{name}')
+    content = bytearray(path.read_bytes())
+    content[100:2000] = bytes(1900)
+    path.write_bytes(content)
+    with pytest.raises(OSError, match='row group 0 of the parquet file is damaged'):
+        archives.open_member(f'{path}/0')
+    path.write_bytes(content[:-100])
+    with pytest.raises(OSError, match='no parquet file, or a damaged one'):
+        archives.open_member(f'{path}/0')
+
+
+def test_parquet_without_pyarrow_or_images_is_explained(images, tmp_path, monkeypatch):
+    from pyarrow import Table, parquet
+    path = tmp_path / 'a.parquet'
+    parquet.write_table(Table.from_pydict({'picture': [b'a'], 'label': [0]}), path)
+    with pytest.raises(OSError, match='the images must be in a column image; it has picture, label'):
+        archives.open_member(f'{path}/0')
+    archives._parquet.cache_clear()
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    with pytest.raises(OSError, match='needs pyarrow'):
+        archives.open_member(f'{path}/0')
 
 
 # ---- what is damaged

@@ -18,7 +18,7 @@ import config
 from training import results
 
 OTHER = {                                           # programs of others, and those without arguments
-    'mkdir', 'cp', 'cd', 'git', 'python3', 'tools/make_digits.py', 'dev/bench_pipeline.py',
+    'mkdir', 'cp', 'cd', 'git', 'tar', 'python3', 'tools/make_digits.py', 'dev/bench_pipeline.py',
     'dev/cuda_kernels.py', 'dev/model_table.py', './run_demo.sh', './run_tests.sh', '.ci/run'}
 MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
 ROOMS = 'configs|data|dev|docs|model|ops|reporting|system|tests|tools|training'

@@ -60,4 +60,18 @@ def as_tar_of_tars(images, folder):
     return folder
 
 
-FORMS = {'tar': as_tar, 'zip': as_zip, 'shards': as_shards, 'tar of tars': as_tar_of_tars}
+def as_parquet(images, folder):
+    """A folder with the lists and a parquet file for each split, as a hub has them; 3 images a row group."""
+    from pyarrow import Table, parquet
+    for split, name in zip(('train', 'val'), LISTS):
+        rows = [line.split() for line in (Path(images) / name).read_text().splitlines()]
+        image = [{'bytes': (Path(images) / path).read_bytes(), 'path': path} for path, _ in rows]
+        table = Table.from_pydict({'image': image, 'label': [int(label) for _, label in rows]})
+        parquet.write_table(table, folder / f'{split}-00000-of-00001.parquet', row_group_size=3)
+        lines = [f'{split}-00000-of-00001.parquet/{i} {label}\n' for i, (_, label) in enumerate(rows)]
+        (folder / name).write_text(''.join(lines))
+    return folder
+
+
+FORMS = {'tar': as_tar, 'zip': as_zip, 'shards': as_shards, 'tar of tars': as_tar_of_tars,
+         'parquet': as_parquet}

@@ -16,8 +16,9 @@ def test_training_has_the_same_bytes_as_from_loose_files(images, full_run, tmp_p
     assert_same_run(tmp_path / 'run', full_run)
 
 
-def test_data_processes_read_members(images, full_run, tmp_path):
-    run(str(as_zip(images, tmp_path)), tmp_path / 'run', *EVERYTHING, 'DATA.NUM_WORKERS', 2)
+@pytest.mark.parametrize('form', ['zip', 'parquet'])
+def test_data_processes_read_members(images, full_run, tmp_path, form):
+    run(str(FORMS[form](images, tmp_path)), tmp_path / 'run', *EVERYTHING, 'DATA.NUM_WORKERS', 2)
     assert_same_run(tmp_path / 'run', full_run)
 
 
