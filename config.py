@@ -167,6 +167,9 @@ OPTIONS = (
                                                 ge=-1, flag=True, on_resume='unsaved'),
     Option('TRAIN.ACCUM_ITER',        1,        'forward passes per optimizer step',
                                                 ge=1, flag=True, on_resume='product'),
+    Option('TRAIN.GLOBAL_BATCH',      0,        'images per optimizer step; ACCUM_ITER follows '
+                                                'from it and the processes; 0: not stated',
+                                                ge=0, on_resume='product'),
     Option('TRAIN.RECOMPUTE',         0,        'first stages that compute activations twice to save memory',
                                                 ge=0, on_resume='free'),
     Option('TRAIN.TO_STATIC',         False,    'trace forward and backward passes by paddle.jit.to_static',
@@ -275,6 +278,8 @@ RELATIONS = (
              'TRAIN.RECOMPUTE can be at most the number of stages'),
     Relation('TRAIN.RECOMPUTE TRAIN.TO_STATIC', lambda recomputed, static: not (recomputed and static),
              'recomputing works in eager mode only; leave it 0, or TRAIN.TO_STATIC False'),
+    Relation('TRAIN.GLOBAL_BATCH TRAIN.ACCUM_ITER', lambda images, passes: not images or passes == 1,
+             'the passes follow from the images per step; leave TRAIN.GLOBAL_BATCH 0, or TRAIN.ACCUM_ITER 1'),
     Relation('DATA.BALANCE TRAIN.AUG_REPEATS', lambda balance, repeats: not balance or repeats == 1,
              'a balanced order has copies of its own; leave DATA.BALANCE 0, or TRAIN.AUG_REPEATS 1'),
     Relation('TRAIN.WARMUP_EPOCHS TRAIN.COOLDOWN_EPOCHS TRAIN.NUM_EPOCHS',

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 import datasets
 import ops
-from config import dump_run, flatten
+from config import changed, dump_run, flatten
 from data import mixing
 from halonet import build_halonet, count_parameters
 from model.layers import Traced, check_synchronised, synchronise_norms, use_operators
@@ -186,6 +186,22 @@ def build_evaluation(config: CfgNode, precision: str, folder: str, stop: Stop) -
         loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
         to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
         autocast=mixed_precision.make_autocast(precision), predictions=keep, stop=stop)
+
+
+def follow_global_batch(config: CfgNode) -> CfgNode:
+    """Return the config with the TRAIN.ACCUM_ITER that gives TRAIN.GLOBAL_BATCH images per step.
+
+    Raises ValueError if the images of one forward pass do not divide it.
+    """
+    images, world = config.TRAIN.GLOBAL_BATCH, utils.world_size()
+    if not images:
+        return config
+    in_a_pass = config.DATA.BATCH_SIZE * world
+    if images % in_a_pass:
+        raise ValueError(f'TRAIN.GLOBAL_BATCH {images} is no multiple of the {in_a_pass} images of a forward '
+                         f'pass, DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world} processes; '
+                         'choose another DATA.BATCH_SIZE')
+    return changed(config, 'TRAIN.ACCUM_ITER', images // in_a_pass)
 
 
 def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str) -> Training:

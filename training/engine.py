@@ -65,6 +65,7 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
                 columns = builders.build_columns(config, device, precision)
                 return run_evaluation(
                     model, evaluation, start, folder, metrics, table=table, columns=columns)
+            config = builders.follow_global_batch(config)
             training = builders.build_training(config, model, device, precision)
             saver = builders.build_saver(config, training, precision, path, stop)
             progress = prepare_training(training, evaluation, saver, start, folder, metrics)

@@ -9,8 +9,8 @@ from system import stopping
 
 import paddle
 import pytest
-from exact_runs import CHANCE, STEPS, assert_close_weights, assert_same_run, run
-from runs import make_images, records
+from exact_runs import CHANCE, STEPS, assert_close_weights, assert_same_run, run, words
+from runs import make_images, program, records
 
 from config import FREE_ON_RESUME, flatten, get_config
 from training import builders, checkpoint, engine, optim
@@ -96,6 +96,37 @@ def test_resume_with_another_accum_iter(tmp_path):
     run(images, tmp_path / 'two', *opts, 'DATA.BATCH_SIZE', 4, 'TRAIN.ACCUM_ITER', 2, 'MODEL.RESUME', step3)
     assert [record['step'] for record in records(tmp_path / 'two', 'train')] == [4, 5, 6]
     assert_close_weights(tmp_path / 'one', tmp_path / 'two')
+
+
+def test_global_batch_decides_the_passes(tmp_path):
+    """8 images a step of one pass, then stated for passes of 4; the run folder keeps what was stated."""
+    images = make_images(tmp_path / 'data', train=16)
+    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9,
+            'TRAIN.NUM_EPOCHS', 3, 'SAVE_STEPS', 1, 'SAVE_KEEP', 100]
+    run(images, tmp_path / 'one', *opts, 'DATA.BATCH_SIZE', 8)
+    step3 = checkpoint.steps(tmp_path / 'one')[3]
+    run(images, tmp_path / 'two', *opts, 'DATA.BATCH_SIZE', 4, 'TRAIN.GLOBAL_BATCH', 8, 'MODEL.RESUME', step3)
+    assert [record['step'] for record in records(tmp_path / 'two', 'train')] == [4, 5, 6]
+    assert_close_weights(tmp_path / 'one', tmp_path / 'two')
+    assert get_config(tmp_path / 'two' / 'config.yaml').TRAIN.GLOBAL_BATCH == 8
+    with pytest.raises(ValueError, match='GLOBAL_BATCH 8 is no multiple of the 3 images .* x 1 processes'):
+        run(images, tmp_path / 'three', 'DATA.BATCH_SIZE', 3, 'TRAIN.GLOBAL_BATCH', 8)
+    with pytest.raises(ValueError, match='leave TRAIN.GLOBAL_BATCH 0, or TRAIN.ACCUM_ITER 1'):
+        get_config(None, ['TRAIN.GLOBAL_BATCH', 8, 'TRAIN.ACCUM_ITER', 2])
+
+
+@pytest.mark.slow
+def test_global_batch_stays_on_another_number_of_processes(tmp_path):
+    """The same command on two processes, then on one: the steps of a run on one."""
+    images = make_images(tmp_path / 'data', train=16)
+    opts = ['MODEL.FREEZE_NORM', True, 'TRAIN.MIXUP_ALPHA', 0.8, 'TRAIN.EMA_DECAY', 0.9, 'SAVE_STEPS', 1,
+            'TRAIN.NUM_EPOCHS', 3, 'SAVE_KEEP', 100, 'DATA.BATCH_SIZE', 2, 'TRAIN.GLOBAL_BATCH', 8]
+    run(images, tmp_path / 'one', *opts)
+    program('main_multi_gpu.py', '-nprocs', 2, *words(images, tmp_path / 'two', *opts))
+    assert_close_weights(tmp_path / 'one', tmp_path / 'two')
+    step3 = checkpoint.steps(tmp_path / 'two')[3]
+    run(images, tmp_path / 'more', *opts, 'MODEL.RESUME', step3)
+    assert_close_weights(tmp_path / 'one', tmp_path / 'more')
 
 
 # ---- other settings
