@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 import datasets
 import ops
-from config import changed, dump_run, flatten
+from config import dump_run, flatten
 from data import mixing
 from halonet import build_halonet, count_parameters
 from model.layers import Traced, check_synchronised, synchronise_norms, use_operators
@@ -188,22 +188,6 @@ def build_evaluation(config: CfgNode, precision: str, folder: str, stop: Stop) -
         autocast=mixed_precision.make_autocast(precision), predictions=keep, stop=stop)
 
 
-def follow_global_batch(config: CfgNode) -> CfgNode:
-    """Return the config with the TRAIN.ACCUM_ITER that gives TRAIN.GLOBAL_BATCH images per step.
-
-    Raises ValueError if the images of one forward pass do not divide it.
-    """
-    images, world = config.TRAIN.GLOBAL_BATCH, utils.world_size()
-    if not images:
-        return config
-    in_a_pass = config.DATA.BATCH_SIZE * world
-    if images % in_a_pass:
-        raise ValueError(f'TRAIN.GLOBAL_BATCH {images} is no multiple of the {in_a_pass} images of a forward '
-                         f'pass, DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x {world} processes; '
-                         'choose another DATA.BATCH_SIZE')
-    return changed(config, 'TRAIN.ACCUM_ITER', images // in_a_pass)
-
-
 def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str) -> Training:
     """Return the training of `model` on train_list.txt. Raises as datasets.build_train."""
     train = config.TRAIN
@@ -299,7 +283,20 @@ def build_saver(config: CfgNode, training: Training, precision: str, folder: str
         written=time.monotonic())
 
 
-# ---- the number of classes
+# ---- numbers that the config leaves open
+
+def count_passes(global_batch: int, batch_size: int, world: int) -> int:
+    """Return the TRAIN.ACCUM_ITER that gives TRAIN.GLOBAL_BATCH images per step.
+
+    Raises ValueError if the images of one forward pass do not divide it.
+    """
+    in_a_pass = batch_size * world
+    if global_batch % in_a_pass:
+        raise ValueError(f'TRAIN.GLOBAL_BATCH {global_batch} is no multiple of the {in_a_pass} images of a '
+                         f'forward pass, DATA.BATCH_SIZE {batch_size} x {world} processes; '
+                         'choose another DATA.BATCH_SIZE')
+    return global_batch // in_a_pass
+
 
 def count_classes(num_classes: int, data_path: str) -> int:
     """Return MODEL.NUM_CLASSES, or the number of classes that the data have if it is -1.

@@ -65,7 +65,10 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
                 columns = builders.build_columns(config, device, precision)
                 return run_evaluation(
                     model, evaluation, start, folder, metrics, table=table, columns=columns)
-            config = builders.follow_global_batch(config)
+            if config.TRAIN.GLOBAL_BATCH:
+                passes = builders.count_passes(
+                    config.TRAIN.GLOBAL_BATCH, config.DATA.BATCH_SIZE, utils.world_size())
+                config = changed(config, 'TRAIN.ACCUM_ITER', passes)
             training = builders.build_training(config, model, device, precision)
             saver = builders.build_saver(config, training, precision, path, stop)
             progress = prepare_training(training, evaluation, saver, start, folder, metrics)
