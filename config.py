@@ -162,6 +162,8 @@ OPTIONS = (
 
     # ---- how long, and in what passes
     Option('TRAIN.NUM_EPOCHS',        300,      'passes over the training images', ge=1),
+    Option('TRAIN.PATIENCE',          0,        'end after so many epochs without a better accuracy; 0: no',
+                                                ge=0, on_resume='free'),
     Option('TRAIN.LAST_EPOCH',        -1,       'go on after this epoch (counted from 1), once in a run; '
                                                 '-1: where the checkpoint is',
                                                 ge=-1, flag=True, on_resume='unsaved'),

@@ -73,6 +73,7 @@ class Training:
     clip: Callable                                  # limits the gradients of a model
     report_freq: int
     validate_freq: int
+    patience: int                                   # epochs without a better accuracy; 0: no limit
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,6 +86,13 @@ class Training:
         It follows the epochs, however many steps those already done had.
         """
         return self.lr_at(progress.epoch * self.steps_per_epoch + progress.steps_of_epoch - back)
+
+
+    def has_ended(self, progress: Progress) -> bool:
+        """True after the last epoch, or after `patience` epochs in which no accuracy became better."""
+        best = [epoch for _, epoch in progress.best.values()]
+        stalled = self.patience and best and progress.epoch - max(best) >= self.patience
+        return bool(stalled) or progress.epoch >= self.epochs
 
 
 @dataclass
@@ -226,7 +234,8 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
         accum=train.ACCUM_ITER,
         clip=partial(optim.clip_gradients, limit=train.GRAD_CLIP, mode=train.CLIP_MODE),
         report_freq=config.REPORT_FREQ,
-        validate_freq=config.VALIDATE_FREQ)
+        validate_freq=config.VALIDATE_FREQ,
+        patience=train.PATIENCE)
 
 
 def build_lr(config: CfgNode, batches: int, world: int) -> Callable[[int], float]:

@@ -132,12 +132,12 @@ def train(training: Training, evaluation: Evaluation, progress: Progress, saver:
           metrics: Metrics) -> dict[str, dict]:
     """Run the epochs that are left, with evaluations and checkpoints. Returns the last evaluation."""
     found: dict[str, dict] = {}
-    while progress.epoch < training.epochs:
+    while not training.has_ended(progress):
         train_one_epoch(training, progress, saver, metrics)
         utils.average(running_statistics(training.model).values())   # every rank evaluates the same model
         epoch = progress.epoch + 1
         last = epoch == training.epochs
-        if last:
+        if last or training.patience:               # then any evaluation may be the last
             evaluation.predictions = records.Predictions(saver.folder)
         save_due = last or epoch % saver.freq == 0
         evaluation_due = last or epoch % training.validate_freq == 0
@@ -150,8 +150,10 @@ def train(training: Training, evaluation: Evaluation, progress: Progress, saver:
                 save_checkpoint(training, progress, saver)           # the epoch still lacks its evaluation
                 raise
         progress.epoch, progress.steps_of_epoch = epoch, 0
-        if save_due:
+        if save_due or training.has_ended(progress):
             save_checkpoint(training, progress, saver)
+    if progress.epoch < training.epochs:
+        log.info('no better accuracy in %d epochs: the training ends', training.patience)
     for split in training.ema.splits:
         with training.ema.applied(training.model, split):
             save_weights(training.model, saver.folder, 'final', split)

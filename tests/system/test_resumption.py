@@ -129,6 +129,32 @@ def test_global_batch_stays_on_another_number_of_processes(tmp_path):
     assert_close_weights(tmp_path / 'one', tmp_path / 'more')
 
 
+# ---- an early end
+
+CONSTANT = ['MODEL.FREEZE_NORM', True, 'TRAIN.BASE_LR', 0.0, 'TRAIN.WARMUP_LR', 0.0, 'TRAIN.END_LR', 0.0,
+            'TRAIN.NUM_EPOCHS', 9, 'SAVE_FREQ', 4]   # the accuracy stays that of the first epoch
+
+
+def test_training_ends_without_a_better_accuracy(images, tmp_path):
+    run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 2)
+    assert [record['epoch'] for record in records(tmp_path / 'run', 'val')] == [1, 2, 3]
+    assert 'no better accuracy in 2 epochs: the training ends' in (tmp_path / 'run' / 'log.txt').read_text()
+    final = (tmp_path / 'run' / 'final.pdparams').read_bytes()
+    assert (tmp_path / 'run' / 'predictions_val.npz').exists()
+    run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 2, 'MODEL.RESUME', 'auto')
+    assert len(records(tmp_path / 'run', 'val')) == 3            # it has ended
+    assert (tmp_path / 'run' / 'final.pdparams').read_bytes() == final
+    run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 4, 'MODEL.RESUME', 'auto')
+    assert [record['epoch'] for record in records(tmp_path / 'run', 'val')] == [1, 2, 3, 4, 5]
+
+
+def test_stopped_run_ends_as_early(images, tmp_path):
+    with pytest.raises(stopping.Stopped):
+        run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 3, stop=StopAfter(6))
+    run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 3, 'MODEL.RESUME', 'auto')
+    assert [record['epoch'] for record in records(tmp_path / 'run', 'val')] == [1, 2, 3, 4]
+
+
 # ---- other settings
 
 @pytest.mark.parametrize('key', flatten(get_config()))
