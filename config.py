@@ -70,6 +70,8 @@ OPTIONS = (
                                              "folder or archive with train_list.txt and "
                                              "val_list.txt, whose lines are 'relative/path label'",
                                              path='DIR', flag=True, on_resume='free'),
+    Option('DATA.EVAL_LIST',       'val_list.txt',
+                                             'list file in that folder that is evaluated'),
     Option('DATA.BATCH_SIZE',      256,      'training images per process and forward pass',
                                              ge=1, flag=True, on_resume='product'),
     Option('DATA.BATCH_SIZE_EVAL', 0,        'evaluation images per process and pass; 0: as BATCH_SIZE',

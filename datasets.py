@@ -324,13 +324,13 @@ def build_train(config: Any, rank: int = 0, world: int = 1) -> Loader:
 
 
 def build_eval(config: Any, rank: int = 0, world: int = 1) -> Loader:
-    """Build the Loader of val_list.txt for one rank. Raises as read_list."""
+    """Build the Loader of the list that is evaluated, for one rank. Raises as read_list."""
     data = config.DATA
 
     def transform(image: Image.Image, rng: Generator) -> np.ndarray:
         return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
 
-    dataset = _dataset(config, 'val_list.txt', transform, image_files.read)
+    dataset = _dataset(config, data.EVAL_LIST, transform, image_files.read)
     sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
     return _loader(config, dataset, sampler)
 

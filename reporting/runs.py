@@ -304,7 +304,7 @@ def _data_path(run: Run) -> str:
     """Return the data folder; relative to where the run was started, or to the repository."""
     path = str(run.config.get('DATA.DATA_PATH', ''))
     for start in (run.machine.get('folder', ''), '', ROOT):
-        if os.path.isdir(os.path.join(start, path)):
+        if os.path.exists(os.path.join(start, path)):
             return os.path.join(start, path)
     return path
 
@@ -312,9 +312,9 @@ def _data_path(run: Run) -> str:
 def _samples(run: Run, judged: Predictions) -> Optional[ImageList]:
     """Read the list file of the evaluation; None if it is missing or has changed."""
     folder = _data_path(run)
+    path = os.path.join(folder, str(run.config.get('DATA.EVAL_LIST', 'val_list.txt')))
     try:
-        samples = read_list(
-            os.path.join(folder, 'val_list.txt'), folder, run.config.get('MODEL.NUM_CLASSES', ANY_LABEL))
+        samples = read_list(path, folder, run.config.get('MODEL.NUM_CLASSES', ANY_LABEL))
     except (ValueError, OSError):
         return None
     index = judged['index']

@@ -187,7 +187,7 @@ class Lists(NamedTuple):
     train: list[Sample]
     val: list[Sample]
     found: finding.Found
-    test: Sequence[Sample] = ()                     # of a table
+    test: Sequence[Sample] = ()
 
 
 def split_folder(folder: str, fraction: float, seed: int) -> Lists:
@@ -198,8 +198,9 @@ def split_folder(folder: str, fraction: float, seed: int) -> Lists:
 
 def keep_split(folder: str, train_part: str, val_part: str, labels_file: str | None,
                synsets: str | None) -> Lists:
-    """Make the lists of a folder with a subfolder for training and one for validation."""
-    parts, found = search(folder, (train_part, val_part))
+    """Make the lists of a folder with subfolders for training and validation, and perhaps for tests."""
+    tests = test_folders(folder, val_part)
+    parts, found = search(folder, (train_part, val_part, *tests))
     images = parts[train_part]
     names = list(by_class(images))
     train = part_list(train_part, images, names)
@@ -212,7 +213,19 @@ def keep_split(folder: str, train_part: str, val_part: str, labels_file: str | N
             raise ValueError(f'{folder}/{val_part} has no class folders with pictures; where it is flat, '
                              '-val_labels FILE says what its images show (-h)'
                              f'{found.explain("; left out: ")}')
-    return Lists(names, train, val, count_loose(images, found))
+    test = []
+    for part in tests:
+        test += part_list(part, parts[part], names)
+    return Lists(names, train, val, count_loose(images, found), test)
+
+
+def test_folders(folder: str, val_part: str) -> list[str]:
+    """Return the folder with test images by class beside the one for validation, as a list; or none.
+
+    ImageNet's test/ is flat: its images have no labels.
+    """
+    names = [name for name in subfolders(folder) if name.lower() in TEST and name != val_part]
+    return [name for name in names if subfolders(os.path.join(folder, name))][:1]
 
 
 def follow_table(folder: str, path: str, columns: list[str] | None, fraction: float | None,
@@ -296,7 +309,8 @@ def check_lists(folder: str, lists: Lists) -> None:
 def remarks(folder: str, lists: Lists, train_part: str, val_part: str) -> list[str]:
     """Return lines about what is not in the lists, and about classes without images."""
     class_folders = map(name_of_file, subfolders(os.path.join(folder, train_part)))
-    others = {*subfolders(folder)} - {train_part, val_part} if train_part else set()
+    listed = {train_part, val_part, *(path.partition('/')[0] for path, _ in lists.test)}
+    others = {*subfolders(folder)} - listed if train_part else set()
     return [
         *line_of_left_out(lists),
         *shortened('folders without images, which are no classes', sorted({*class_folders} - {*lists.names})),

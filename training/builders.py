@@ -2,6 +2,7 @@
 
 Only these functions and engine.run read the config. All others get the values that they need.
 """
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,8 +169,11 @@ def build_run_folder(config: CfgNode, device: str, precision: str, path: str) ->
 
 def build_columns(config: CfgNode, device: str, precision: str) -> dict[str, Any]:
     """Return the columns of the table of results that are known before the evaluation, {name: value}."""
+    data = config.DATA.DATA_PATH
+    if config.DATA.EVAL_LIST != 'val_list.txt':
+        data = os.path.join(data, config.DATA.EVAL_LIST)
     return {
-        'model': config.MODEL.NAME, 'data': config.DATA.DATA_PATH, 'image_size': config.DATA.IMAGE_SIZE,
+        'model': config.MODEL.NAME, 'data': data, 'image_size': config.DATA.IMAGE_SIZE,
         'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': precision}
 
 
@@ -188,7 +192,7 @@ def build_precision(config: CfgNode, device: str) -> str:
 
 
 def build_evaluation(config: CfgNode, precision: str, folder: str, stop: Stop) -> Evaluation:
-    """Return the evaluation of val_list.txt. Raises as datasets.build_eval."""
+    """Return the evaluation of DATA.EVAL_LIST. Raises as datasets.build_eval."""
     keep = records.Predictions(folder) if config.EVAL else records.NoPredictions()
     return Evaluation(
         loader=datasets.build_eval(config, utils.rank(), utils.world_size()),

@@ -121,7 +121,19 @@ def test_val_is_taken_before_test(tmp_path, capsys):
         animals(tmp_path / part)
     assert call(make_lists, tmp_path) == 0
     assert {path.split('/')[0] for path, _ in entries(tmp_path, 'val')} == {'val'}
-    assert 'folders that are not listed: more, test' in capsys.readouterr().out
+    labels = {path.removeprefix('test/'): label for path, label in entries(tmp_path, 'test')}
+    assert labels == {path.removeprefix('val/'): label for path, label in entries(tmp_path, 'val')}
+    out = capsys.readouterr().out
+    assert 'folders that are not listed: more\n' in out and 'test images in test_list.txt' in out
+
+
+def test_flat_test_folder_has_no_list(tmp_path, capsys):
+    for part in ('train', 'val'):
+        animals(tmp_path / part)
+    save(tmp_path / 'test' / '1.png')
+    assert call(make_lists, tmp_path) == 0
+    assert not (tmp_path / 'test_list.txt').exists()
+    assert 'folders that are not listed: test' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('folders, message', [

@@ -120,6 +120,17 @@ def test_skipped_images_of_all_processes_are_logged(monkeypatch, caplog):
     assert '3 unreadable images were left out' in caplog.text
 
 
+def test_other_list_is_evaluated(images, full_run, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(images, data)
+    lines = (data / 'val_list.txt').read_text().splitlines(keepends=True)
+    (data / 'test_list.txt').write_text(''.join(lines[:5]))
+    found = run(str(data), tmp_path / 'run', 'EVAL', True, 'DATA.EVAL_LIST', 'test_list.txt',
+                'MODEL.PRETRAINED', str(full_run / 'final.pdparams'))
+    assert found['val']['images'] == 5
+    assert f'{data}/test_list.txt' in (tmp_path / 'run' / 'results.csv').read_text()
+
+
 def test_evaluation_equals_a_plain_loop(images, full_run, tmp_path):
     config = get_config(None, [*TINY, 'DATA.DATA_PATH', images])
     model = build_halonet(config)
