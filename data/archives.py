@@ -54,8 +54,8 @@ class Member(NamedTuple):
 def open_member(path: str) -> BinaryIO:
     """Open the member of an archive that `path` names, as binary.
 
-    Raises FileNotFoundError if no part of the path is an archive or if the archive has no such member.
-    Raises OSError with the reason for a damaged archive or member.
+    Raises FileNotFoundError if no part of the path is an archive or if the archive has no such member,
+    OSError for a damaged member, and ValueError for an archive that cannot be read.
     """
     archive, name = split(path)
     if not archive:
@@ -80,13 +80,13 @@ def is_file(path: str) -> bool:
         return os.path.isfile(path)
     try:
         open_member(path).close()
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a file or a member of an archive, as binary. Raises OSError."""
+    """Open a file or a member of an archive, as binary. Raises as open_member."""
     try:
         return open(path, 'rb')
     except NotADirectoryError:
@@ -136,26 +136,24 @@ def _read_packed(file: BinaryIO, path: str, offset: int, size: int, packing: int
 
 # ---- rows of a parquet file
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)                            # each is an open file
 def _parquet(archive: str, stamp: Stamp, process: int) -> tuple[Any, np.ndarray]:
     """Open a parquet file for one process; returns it and the first row of each row group, and the end.
 
-    Raises OSError, also without pyarrow.
+    Raises ValueError if it cannot be read, also without pyarrow.
     """
     try:
         from pyarrow import parquet
     except ImportError:
-        raise OSError(errno.ENOTSUP, 'reading it needs pyarrow: python -m pip install pyarrow',
-                      archive) from None
+        raise ValueError(f'{archive}: reading it needs pyarrow: python -m pip install pyarrow') from None
     try:
         file = parquet.ParquetFile(archive, memory_map=True)
     except Exception as error:                      # pyarrow has errors of its own
-        raise OSError(errno.EIO, f'no parquet file, or a damaged one ({error}); fetch it again',
-                      archive) from None
+        raise ValueError(f'{archive}: no parquet file, or a damaged one ({error}); fetch it again') from None
     names = file.schema_arrow.names
     if IMAGE_COLUMN not in names:
-        raise OSError(errno.EINVAL, f'the images must be in a column {IMAGE_COLUMN}; it has '
-                      f'{", ".join(names)}', archive)
+        raise ValueError(f'{archive}: the images must be in a column {IMAGE_COLUMN}; it has '
+                         f'{", ".join(names)}')
     counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts])
 
@@ -176,10 +174,10 @@ def _read_row(archive: str, stamp: Stamp, name: str, path: str) -> bytes:
 
 
 def read_labels(archive: str) -> np.ndarray:
-    """Return the column `label` of a parquet file, (rows,) int64. Raises OSError."""
+    """Return the column `label` of a parquet file, (rows,) int64. Raises ValueError."""
     file, _ = _parquet(archive, _stamp(archive), os.getpid())
     if 'label' not in file.schema_arrow.names:
-        raise OSError(errno.EINVAL, 'it has no column label', archive)
+        raise ValueError(f'{archive}: it has no column label')
     return file.read(columns=['label'], use_threads=False)['label'].to_numpy()
 
 
@@ -188,7 +186,7 @@ def read_labels(archive: str) -> np.ndarray:
 def prepare(data_path: str, names: bytes) -> None:
     """Make the indices of the archives that a list needs; `names` is its text.
 
-    A damaged or compressed archive is then found before a training. Raises OSError with the reason.
+    A damaged or compressed archive is then found before a training. Raises ValueError with the reason.
     """
     found = {data_path} if os.path.isfile(data_path) else set()
     for name in set(NESTED.findall(names)):
@@ -239,8 +237,9 @@ def _remove_old_index(path: str, archive: str) -> None:
     folder = os.path.dirname(path)
     old = re.compile(rf'\.{re.escape(os.path.basename(archive))}\.[0-9a-f]+-[0-9a-f]+\.index\.npy')
     for name in os.listdir(folder):
-        if old.fullmatch(name):
-            os.remove(os.path.join(folder, name))
+        if old.fullmatch(name) and name != os.path.basename(path):
+            with suppress(FileNotFoundError):       # another process has removed it
+                os.remove(os.path.join(folder, name))
 
 
 def _make_index(found: Iterable[Member]) -> np.ndarray:
@@ -264,7 +263,7 @@ def _hash(name: str) -> np.uint64:
 def members(archive: str) -> Iterator[Member]:
     """Yield the files in a tar, those of tars in it included, or in a zip.
 
-    Raises OSError for another file and for an archive that is compressed as a whole, cut or encrypted.
+    Raises ValueError for another file and for an archive that is compressed as a whole, cut or encrypted.
     """
     with open(archive, 'rb') as file:
         try:
@@ -273,8 +272,8 @@ def members(archive: str) -> Iterator[Member]:
             else:
                 file.seek(0)
                 yield from _members_of_tar(file, 0, os.fstat(file.fileno()).st_size)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError) as error:
-            raise OSError(errno.EIO, _describe(archive, error), archive) from None
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f'{archive}: {_describe(archive, error)}') from None
 
 
 def _describe(archive: str, error: Exception) -> str:
@@ -339,8 +338,8 @@ def _members_of_zip(file: BinaryIO) -> Iterator[Member]:
             if entry.is_dir():
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in (STORED, DEFLATED):
-                raise OSError(errno.ENOTSUP, f'{entry.filename} in it is encrypted, or compressed otherwise '
-                              'than by deflate; make the archive again', archive.filename)
+                raise ValueError(f'{archive.filename}: {entry.filename} in it is encrypted, or compressed '
+                                 'otherwise than by deflate; make the archive again')
             packing = HAS_CHECKSUM | entry.compress_type << 32 | entry.CRC
             name = posixpath.normpath(entry.filename)
             yield Member(name, entry.header_offset, entry.compress_size, packing)

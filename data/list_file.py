@@ -192,7 +192,7 @@ def _read_bytes(list_file: str) -> bytes:
     if not os.path.exists(folder):
         raise FileNotFoundError(f'{list_file}: no such list file, for there is no folder {folder}; '
                                 '-data_path names the folder or archive with the images')
-    if not archives.is_file(list_file):
+    if os.path.isdir(folder) and not os.path.isfile(list_file):
         raise FileNotFoundError(f'{list_file}: no such list file; it has {LIST_FORMAT}. If each class has '
                                 f'a folder, python tools/make_lists.py {shlex.quote(folder)} makes it')
     with archives.open_file(list_file) as file:
