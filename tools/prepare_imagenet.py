@@ -54,8 +54,16 @@ class Found:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Yield the relative paths of all files in a folder, and in its tar and zip archives, in order."""
-    for place, folders, names in os.walk(folder):
+    """Yield the relative paths of all files in a folder, and in its tar and zip archives, in order.
+
+    Links to folders are followed, to each once.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         for name in sorted(names):
             path = os.path.relpath(os.path.join(place, name), folder)

@@ -53,6 +53,13 @@ def class_folders(pictures, folder):
     write_tree(pictures, folder, flat_val=False)
 
 
+def links(pictures, folder):
+    write_tree(pictures, folder.parent / 'disk', flat_val=False)
+    for name in ('train', 'val'):
+        (folder / name).symlink_to(folder.parent / 'disk' / name)
+    (folder / 'again').symlink_to(folder)
+
+
 def flat_and_csv(pictures, folder):
     write_tree(pictures, folder, flat_val=True)
     write(folder / 'LOC_val_solution.csv', solution(pictures))
@@ -103,7 +110,7 @@ def hub(pictures, folder):
         parquet.write_table(table, folder / 'data' / f'{part}-00000-of-00001.parquet', row_group_size=2)
 
 
-FORMS = {form.__name__: form for form in (class_folders, flat_and_csv, kaggle, official, hub)}
+FORMS = {form.__name__: form for form in (class_folders, links, flat_and_csv, kaggle, official, hub)}
 
 
 def prepare(*words):
