@@ -180,14 +180,14 @@ def build_columns(config: CfgNode, device: str, precision: str) -> dict[str, Any
 def build_precision(config: CfgNode, device: str) -> str:
     """Return the dtype of mixed precision: float16, bfloat16, or '' for float32 alone.
 
-    For AMP_DTYPE auto a resumed run keeps the dtype that it had. Rank 0 decides for all.
+    For AMP_DTYPE auto a resumed run keeps the dtype that it had, also float32. Rank 0 decides for all.
     """
     if not config.AMP:
         return ''
     dtype = config.AMP_DTYPE
     if dtype == 'auto' and config.MODEL.RESUME:
         before = read_machine(config.MODEL.RESUME, config.OUTPUT).get('precision')
-        dtype = before if before in ('float16', 'bfloat16') else dtype
+        dtype = before if before in ('float16', 'bfloat16', 'float32') else dtype
     return utils.broadcast(mixed_precision.choose_dtype(dtype, device))
 
 

@@ -17,10 +17,13 @@ LEAST_SCALE = 2.0 ** -14                            # a loss scale below it says
 def choose_dtype(dtype: str, device: str) -> str:
     """Return the dtype that AMP_DTYPE means on this device: float16, bfloat16, or '' if it has none.
 
-    Paddle would go on in float32 with a mere warning. This logs why.
+    Paddle would go on in float32 with a mere warning. This logs why. float32 is that of a resumed run.
     """
     if device == 'cpu':
         log.info('-amp: mixed precision needs a GPU; going on in float32')
+        return ''
+    if dtype == 'float32':
+        log.info('-amp: the run began in float32 and goes on so; AMP_DTYPE float16 would change it')
         return ''
     if device != 'gpu':                             # Paddle's autocast knows what other devices can do
         return 'float16' if dtype == 'auto' else dtype

@@ -156,6 +156,17 @@ def test_resumed_run_keeps_its_dtype_on_another_gpu(images, tmp_path, monkeypatc
     assert builders.build_precision(get_config(None, [*TINY, *mixed]), 'gpu') == 'bfloat16'
 
 
+def test_run_that_began_on_a_cpu_goes_on_in_float32_on_a_gpu(images, tmp_path, monkeypatch):
+    run(images, tmp_path / 'run', *CHANCE, 'AMP', True)
+    path = checkpoint_of(tmp_path / 'run', 10)
+    pretend_gpu(monkeypatch, (9, 0))
+    run(images, tmp_path / 'more', *CHANCE, 'AMP', True, 'MODEL.RESUME', path)
+    log = (tmp_path / 'more' / 'log.txt').read_text()
+    assert 'the run began in float32 and goes on so' in log
+    whole, resumed = ((tmp_path / name / 'final.pdparams').read_bytes() for name in ('run', 'more'))
+    assert whole == resumed
+
+
 @pytest.mark.parametrize('content', [
     '{"precision": ["float16"]}', '[]', '{', '[' * 100_000, '{"precision": 1}'])
 def test_strange_machine_json_is_as_none(tmp_path, monkeypatch, content):
