@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from system.console import visible
-from tools import cli, val_labels
+from tools import cli, make_lists, val_labels
 
 from data import archives, class_names
 from data.class_names import readable
@@ -132,24 +132,37 @@ def label_flat(found: Found, names: list[str]) -> None:
 def make_list(values: dict, names: list[str]) -> list[tuple[str, int]]:
     """Return (path, label) of each image, sorted by class. Rows of parquet files have their labels.
 
-    Raises ValueError for a class without a training image.
+    Raises ValueError for a class that is none of `names`.
     """
     labels = {name: label for label, name in enumerate(names)}
+    samples = []
     for path, value in values.items():
-        if isinstance(value, str) and value not in labels:
-            raise ValueError(f'{path} shows {value}, of which there is no training image')
-    samples = [(path, value if isinstance(value, int) else labels[value]) for path, value in values.items()]
+        label = labels.get(value, -1) if isinstance(value, str) else value
+        if not 0 <= label < len(names):
+            raise ValueError(f'{path} shows {value}, which is none of the {len(names)} classes')
+        samples.append((path, label))
     return sorted(samples, key=lambda sample: sample[1])
+
+
+def classes_of(found: Found) -> list[str]:
+    """Return the class of each label: ImageNet's 1000, also where some are missing, as weights know them.
+
+    Of classes that are not ImageNet-1k's it is those of the training images, sorted.
+    """
+    present = {value for value in found.train.values() if isinstance(value, str)}
+    known = list(class_names.imagenet_classes())
+    return known if present <= {*known} else sorted(present)
 
 
 def missing(found: Found, names: list[str]) -> list[str]:
     """Return a line for each thing that ImageNet has and the folder has not."""
+    shown = {value if isinstance(value, str) else names[value] for value in found.train.values()}
     lines = []
     for part, values in (('training', found.train), ('validation', found.val)):
         expected = EXPECTED['train' if part == 'training' else 'val']
         if len(values) != expected:
             lines.append(f'{len(values)} of {expected} {part} images')
-    absent = sorted({*class_names.imagenet_classes()} - {*names})
+    absent = sorted({*names} - shown)
     if absent:
         more = ', ...' if len(absent) > SHOWN else ''
         lines.append(f'{len(absent)} classes without a training image: {", ".join(absent[:SHOWN])}{more}')
@@ -186,6 +199,7 @@ def parser() -> cli.Parser:
     parser.add_argument('folder', metavar='FOLDER',
                         help='what was downloaded; the lists are written here, and it becomes -data_path')
     parser.add('unpack', 'write the images to class folders in DIR, and the lists too', metavar='DIR')
+    parser.add('force', 'replace lists that are there and differ', action='store_true')
     return parser
 
 
@@ -198,23 +212,22 @@ def main(args: argparse.Namespace) -> int:
         part = 'training' if not found.train else 'validation'
         raise ValueError(f'{args.folder}: no {part} image of ImageNet is here{compressed_hint(found)}; '
                          '-h lists the forms that are known')
-    names = sorted({value for value in found.train.values() if isinstance(value, str)})
-    if any(isinstance(value, int) for value in found.train.values()):
-        names = list(class_names.imagenet_classes())
+    names = classes_of(found)
     with tempfile.TemporaryDirectory() as temporary:
         unpack_kit(args.folder, found, temporary)
         label_flat(found, names)
     lists = {'train': make_list(found.train, names), 'val': make_list(found.val, names)}
-    target = args.folder
+    target = args.unpack or args.folder
     if args.unpack:
-        target = args.unpack
         for part, samples in lists.items():
             lists[part] = unpack(args.folder, target, part, samples, names)
-    for part, samples in lists.items():
-        text = ''.join(f'{path} {label}\n' for path, label in samples)
-        cli.write_text(os.path.join(target, f'{part}_list.txt'), text)
-    text = ''.join(f'{name}\n' for name in readable(names))
-    cli.write_text(os.path.join(target, class_names.FILE), text)
+    texts = {f'{part}_list.txt': make_lists.as_list(samples) for part, samples in lists.items()}
+    texts[class_names.FILE] = ''.join(f'{name}\n' for name in readable(names))
+    if not args.force:
+        for name, text in texts.items():
+            make_lists.refuse_to_replace(os.path.join(target, name), text)
+    for name, text in texts.items():
+        cli.write_text(os.path.join(target, name), text)
     print(f'{target}: {len(names)} classes, {len(lists["train"])} training and {len(lists["val"])} '
           'validation images')
     lines = missing(found, names)

@@ -152,7 +152,25 @@ def test_missing_images_and_classes_are_named(pictures, tmp_path, capsys):
     assert 'missing: 5 of 50000 validation images' in out
     assert 'missing: 997 classes without a training image: n01491361, ' in out
     assert 'train_images_1.tar.gz; make plain tars by gunzip' in out
-    assert (tmp_path / 'class_names.txt').read_text() == 'tench\ngoldfish\ngreat white shark\n'
+    names = (tmp_path / 'class_names.txt').read_text().splitlines()
+    assert len(names) == 1000 and names[:3] == ['tench', 'goldfish', 'great white shark']
+    assert sorted(listed(tmp_path).values()) == sorted(label for _, label in pictures.values())
+
+
+def test_lists_that_differ_are_kept(pictures, tmp_path):
+    class_folders(pictures, tmp_path)
+    (tmp_path / 'val_list.txt').write_text('val/mine.JPEG 3\n')
+    with pytest.raises(ValueError, match='val_list.txt is there already, and differs; -force replaces it'):
+        prepare(tmp_path)
+    assert not (tmp_path / 'train_list.txt').exists()
+    assert prepare(tmp_path, '-force') == 1 and len(listed(tmp_path)) == 11
+
+
+def test_row_with_another_label_is_refused(pictures, tmp_path):
+    strange = {name: (content, label - 1) for name, (content, label) in pictures.items()}
+    hub(strange, tmp_path)
+    with pytest.raises(ValueError, match='parquet/0 shows -1, which is none of the 1000 classes'):
+        prepare(tmp_path)
 
 
 def test_mistakes_are_explained(pictures, tmp_path):
@@ -161,9 +179,7 @@ def test_mistakes_are_explained(pictures, tmp_path):
     write_tree(pictures, tmp_path, flat_val=True)
     with pytest.raises(ValueError, match='5 validation images lie in no class folder, and neither LOC_val'):
         prepare(tmp_path)
-    for path in (tmp_path / 'train' / CLASSES[0]).iterdir():
-        path.unlink()
-    write(tmp_path / 'val' / CLASSES[0] / 'ILSVRC2012_val_00000009.JPEG', b'')
+    write(tmp_path / 'val' / 'n00000009' / 'ILSVRC2012_val_00000009.JPEG', b'')
     write(tmp_path / 'LOC_val_solution.csv', solution(pictures))
-    with pytest.raises(ValueError, match='n01440764'):
+    with pytest.raises(ValueError, match='shows n00000009, which is none of the 1000 classes'):
         prepare(tmp_path)
