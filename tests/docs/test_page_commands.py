@@ -122,6 +122,7 @@ def clone(tmp_path_factory):
     picture(folder / 'holidays' / 'beach.jpg', 2)
     (folder / 'names.txt').write_text(''.join(f'digit {i}\n' for i in range(10)))
     (folder / 'models.yaml').write_text(yaml_of('docs/evaluation.md'))
+    (folder / 'flowers.yaml').write_text(yaml_of('docs/finetune.md'))
     (folder.parent / 'my_run.yaml').write_text(yaml_of('docs/training.md'))
     shell(folder, ['./run_demo.sh', *SHORTER])
     return folder

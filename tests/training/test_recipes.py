@@ -14,7 +14,8 @@ from halonet import build_halonet
 from training import builders, engine, optim
 
 CONFIGS = os.path.join(ROOT, 'configs')
-RECIPES = sorted(name for name in os.listdir(CONFIGS) if name.startswith('_') and name != '_halonet_h.yaml')
+OTHERS = ('_halonet_h.yaml', '_finetune.yaml')      # no recipes for ImageNet
+RECIPES = sorted(name for name in os.listdir(CONFIGS) if name.startswith('_') and name not in OTHERS)
 PUBLISHED = {                                # by arXiv 2110.00476 (A1), timm's docs, PaddleViT's configs
     '_a1h.yaml': {
         'OPTIMIZER': 'lamb', 'BASE_LR': 0.005, 'LR_BATCH': 2048, 'WEIGHT_DECAY': 0.01, 'NUM_EPOCHS': 600,
@@ -54,6 +55,12 @@ def test_recipe_has_the_published_options_and_overrides_another(recipe, tmp_path
     assert config.MODEL.NAME == 'halonet_50ts' and config.MODEL.HALO_SIZE == 3
     crop_pct = 0.95 if recipe == '_imagenet.yaml' else 0.94                  # the others leave the model's
     assert config.DATA.CROP_PCT == crop_pct
+
+
+def test_recipe_of_fine_tuning_overrides_that_of_a_model(tmp_path):
+    alone, config = get_config(f'{CONFIGS}/_finetune.yaml'), get_config(combined(tmp_path, '_finetune.yaml'))
+    assert config.TRAIN == alone.TRAIN and config.DATA.BATCH_SIZE == alone.DATA.BATCH_SIZE
+    assert config.MODEL.NUM_CLASSES == -1 and config.MODEL.NAME == 'halonet_50ts'
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
