@@ -88,12 +88,15 @@ class Training:
         """
         return self.lr_at(progress.epoch * self.steps_per_epoch + progress.steps_of_epoch - back)
 
-
     def has_ended(self, progress: Progress) -> bool:
-        """True after the last epoch, or after `patience` epochs in which no accuracy became better."""
-        best = [epoch for _, epoch in progress.best.values()]
-        stalled = self.patience and best and progress.epoch - max(best) >= self.patience
-        return bool(stalled) or progress.epoch >= self.epochs
+        """True after the last epoch, or if the last evaluation is `patience` epochs after the best one."""
+        if progress.epoch >= self.epochs:
+            return True
+        if not self.patience or not progress.best:
+            return False
+        evaluated = progress.epoch - progress.epoch % self.validate_freq
+        best = max(epoch for _, epoch in progress.best.values())
+        return evaluated - best >= self.patience
 
 
 @dataclass

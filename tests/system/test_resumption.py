@@ -148,6 +148,13 @@ def test_training_ends_without_a_better_accuracy(images, tmp_path):
     assert [record['epoch'] for record in records(tmp_path / 'run', 'val')] == [1, 2, 3, 4, 5]
 
 
+def test_training_ends_after_an_evaluation_only(images, tmp_path):
+    """Epochs that are not evaluated say nothing: 5 is not the end, although the best epoch is 3."""
+    run(images, tmp_path, *CONSTANT, 'TRAIN.PATIENCE', 2, 'VALIDATE_FREQ', 3)
+    assert [record['epoch'] for record in records(tmp_path, 'val')] == [3, 6]
+    assert records(tmp_path, 'train')[-1]['epoch'] == 6
+
+
 def test_stopped_run_ends_as_early(images, tmp_path):
     with pytest.raises(stopping.Stopped):
         run(images, tmp_path / 'run', *CONSTANT, 'TRAIN.PATIENCE', 3, stop=StopAfter(6))
