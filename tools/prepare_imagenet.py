@@ -32,7 +32,7 @@ from tools import cli, make_lists, val_labels
 from data import archives, class_names
 from data.class_names import readable
 
-EXPECTED = {'train': 1281167, 'val': 50000}
+EXPECTED = {'training': 1281167, 'validation': 50000}
 TRAIN_IMAGE = re.compile(r'(n\d{8})_\d+(?:_n\d{8})?\.jpe?g', re.IGNORECASE)
 VAL_IMAGE = re.compile(r'ILSVRC2012_val_(\d{8})(?:_(n\d{8}))?\.jpe?g', re.IGNORECASE)
 CLASS_FOLDER = re.compile(r'n\d{8}')
@@ -50,6 +50,7 @@ class Found:
     train: dict[str, str | int] = field(default_factory=dict)
     val: dict[str, str | int | None] = field(default_factory=dict)       # None: nothing says the class yet
     truths: dict[str, str] = field(default_factory=dict)                 # name of a file with labels -> path
+    kits: list[str] = field(default_factory=list)                        # development kits
     compressed: list[str] = field(default_factory=list)                  # cannot be read in place
 
 
@@ -91,6 +92,8 @@ def search(folder: str) -> Found:
                 part[f'{path}/{row}'] = label
         elif name in (SOLUTION, TRUTH, META):
             found.truths[name] = os.path.join(folder, path)
+        elif name.endswith(COMPRESSED) and 'devkit' in name:
+            found.kits.append(path)
         elif name.endswith(COMPRESSED):
             found.compressed.append(path)
     return found
@@ -98,9 +101,7 @@ def search(folder: str) -> Found:
 
 def unpack_kit(folder: str, found: Found, temporary: str) -> None:
     """Copy the two files with labels out of the development kit to a temporary folder."""
-    for path in found.compressed:
-        if 'devkit' not in os.path.basename(path):
-            continue
+    for path in found.kits:
         with tarfile.open(os.path.join(folder, path)) as kit:
             for entry in kit:
                 name = os.path.basename(entry.name)
@@ -159,30 +160,29 @@ def missing(found: Found, names: list[str]) -> list[str]:
     shown = {value if isinstance(value, str) else names[value] for value in found.train.values()}
     lines = []
     for part, values in (('training', found.train), ('validation', found.val)):
-        expected = EXPECTED['train' if part == 'training' else 'val']
-        if len(values) != expected:
-            lines.append(f'{len(values)} of {expected} {part} images')
+        if len(values) != EXPECTED[part]:
+            lines.append(f'{len(values)} of {EXPECTED[part]} {part} images')
     absent = sorted({*names} - shown)
     if absent:
         more = ', ...' if len(absent) > SHOWN else ''
         lines.append(f'{len(absent)} classes without a training image: {", ".join(absent[:SHOWN])}{more}')
-    archived = [path for path in found.compressed if 'devkit' not in path]
-    if archived:
-        lines.append('compressed, so that it is not read: ' + ', '.join(archived[:SHOWN])
-                     + '; make plain tars by gunzip')
+    if found.compressed:
+        paths = ', '.join(found.compressed[:SHOWN])
+        lines.append(f'compressed, so that it is not read: {paths}; make plain tars by gunzip')
     return lines
 
 
-def unpack(folder: str, target: str, part: str, samples: list[tuple[str, int]],
-           names: list[str]) -> list[tuple[str, int]]:
-    """Write the images of a part to TARGET/part/CLASS/; those that are there stay. Returns their list."""
-    unpacked = []
-    for path, label in cli.progress(samples, len(samples), f'unpacking {part}'):
-        name = os.path.basename(path)
-        if os.path.dirname(path).endswith('.parquet'):
-            name = f'{os.path.basename(os.path.dirname(path)).removesuffix(".parquet")}-{name}.JPEG'
-        below = f'{part}/{names[label]}/{name}'
-        unpacked.append((below, label))
+def unpacked_path(part: str, path: str, class_name: str) -> str:
+    """Return PART/CLASS/NAME of an image, the path that it is unpacked to."""
+    folder, name = os.path.split(path)
+    if folder.endswith(archives.PARQUET):
+        name = f'{os.path.basename(folder).removesuffix(archives.PARQUET)}-{name}.JPEG'
+    return f'{part}/{class_name}/{name}'
+
+
+def unpack(folder: str, target: str, part: str, paths: list[tuple[str, str]]) -> None:
+    """Copy images, (path in `folder`, path in `target`) of each; those that are there stay."""
+    for path, below in cli.progress(paths, len(paths), f'unpacking {part}'):
         written = os.path.join(target, below)
         if os.path.exists(written):                 # an earlier call has written it
             continue
@@ -190,7 +190,6 @@ def unpack(folder: str, target: str, part: str, samples: list[tuple[str, int]],
         with archives.open_file(os.path.join(folder, path)) as source, open(f'{written}.part', 'wb') as to:
             shutil.copyfileobj(source, to)
         os.replace(f'{written}.part', written)      # not flushed to the disk: a million times takes hours
-    return unpacked
 
 
 def parser() -> cli.Parser:
@@ -218,14 +217,18 @@ def main(args: argparse.Namespace) -> int:
         label_flat(found, names)
     lists = {'train': make_list(found.train, names), 'val': make_list(found.val, names)}
     target = args.unpack or args.folder
+    copies: dict[str, list[tuple[str, str]]] = {}
     if args.unpack:
         for part, samples in lists.items():
-            lists[part] = unpack(args.folder, target, part, samples, names)
+            copies[part] = [(path, unpacked_path(part, path, names[label])) for path, label in samples]
+            lists[part] = [(below, label) for (_, below), (_, label) in zip(copies[part], samples)]
     texts = {f'{part}_list.txt': make_lists.as_list(samples) for part, samples in lists.items()}
     texts[class_names.FILE] = ''.join(f'{name}\n' for name in readable(names))
     if not args.force:
         for name, text in texts.items():
             make_lists.refuse_to_replace(os.path.join(target, name), text)
+    for part, paths in copies.items():
+        unpack(args.folder, target, part, paths)
     for name, text in texts.items():
         cli.write_text(os.path.join(target, name), text)
     print(f'{target}: {len(names)} classes, {len(lists["train"])} training and {len(lists["val"])} '
@@ -239,8 +242,7 @@ def main(args: argparse.Namespace) -> int:
 
 def compressed_hint(found: Found) -> str:
     """Return the words about archives that must be plain, or ''."""
-    archived = [path for path in found.compressed if 'devkit' not in path]
-    return f'; {archived[0]} is compressed, make it plain by gunzip' if archived else ''
+    return f'; {found.compressed[0]} is compressed, make it plain by gunzip' if found.compressed else ''
 
 
 if __name__ == '__main__':

@@ -129,7 +129,7 @@ def listed(folder):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_lists_of_each_form(pictures, tmp_path, form, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_imagenet, 'EXPECTED', {'train': 6, 'val': 5})
+    monkeypatch.setattr(prepare_imagenet, 'EXPECTED', {'training': 6, 'validation': 5})
     monkeypatch.setattr(class_names, 'imagenet_classes', lambda: dict.fromkeys(CLASSES, 'a fish'))
     (tmp_path / 'data').mkdir()
     FORMS[form](pictures, tmp_path / 'data')
@@ -164,6 +164,14 @@ def test_lists_that_differ_are_kept(pictures, tmp_path):
         prepare(tmp_path)
     assert not (tmp_path / 'train_list.txt').exists()
     assert prepare(tmp_path, '-force') == 1 and len(listed(tmp_path)) == 11
+
+
+def test_lists_that_differ_are_found_before_unpacking(pictures, tmp_path):
+    class_folders(pictures, tmp_path / 'data')
+    write(tmp_path / 'out' / 'val_list.txt', b'val/mine.JPEG 3')
+    with pytest.raises(ValueError, match='val_list.txt is there already'):
+        prepare(tmp_path / 'data', '-unpack', tmp_path / 'out')
+    assert os.listdir(tmp_path / 'out') == ['val_list.txt']
 
 
 def test_row_with_another_label_is_refused(pictures, tmp_path):
