@@ -61,7 +61,7 @@ def open_member(path: str) -> BinaryIO:
     if not archive:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     stamp = _stamp(archive)
-    if archive.endswith(PARQUET):
+    if _is_parquet(archive):
         return io.BytesIO(_read_row(archive, stamp, name, path))
     index = _index(archive, stamp)
     found = int(np.searchsorted(index[0], _hash(name)))
@@ -136,6 +136,10 @@ def _read_packed(file: BinaryIO, path: str, offset: int, size: int, packing: int
 
 # ---- rows of a parquet file
 
+def _is_parquet(archive: str) -> bool:
+    return archive.lower().endswith(PARQUET)
+
+
 @lru_cache(maxsize=512)                            # each is an open file
 def _parquet(archive: str, stamp: Stamp, process: int) -> tuple[Any, np.ndarray]:
     """Open a parquet file for one process; returns it and the first row of each row group, and the end.
@@ -192,7 +196,7 @@ def prepare(data_path: str, names: bytes) -> None:
     for name in set(NESTED.findall(names)):
         found.add(os.path.join(data_path, os.fsdecode(name)))
     for path in sorted(found):
-        if os.path.isfile(path) and path.endswith(PARQUET):
+        if os.path.isfile(path) and _is_parquet(path):
             _parquet(path, _stamp(path), os.getpid())
         elif os.path.isfile(path):
             _index(path, _stamp(path))
@@ -227,9 +231,8 @@ def _index_files(archive: str, stamp: Stamp) -> list[str]:
     """Return the paths where the index can be: beside the archive, and in the cache."""
     name = f'.{os.path.basename(archive)}.{stamp[0]:x}-{stamp[1]:x}.index.npy'
     beside = os.path.dirname(os.path.abspath(archive))
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     folder = hashlib.sha256(os.fsencode(os.path.realpath(archive))).hexdigest()[:16]
-    return [os.path.join(beside, name), os.path.join(cache, 'halonet', 'archives', folder, name)]
+    return [os.path.join(beside, name), os.path.join(files.cache_folder('archives', folder), name)]
 
 
 def _remove_old_index(path: str, archive: str) -> None:

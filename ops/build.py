@@ -75,7 +75,7 @@ def cache_folder() -> Path:
     """Return the folder of the cache."""
     if os.environ.get('HALONET_OPS_CACHE'):
         return Path(os.environ['HALONET_OPS_CACHE'])
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'halonet' / 'ops'
+    return Path(files.cache_folder('ops'))
 
 
 def key(compiler: list[str], nvcc: Optional[Path], arch: str) -> str:

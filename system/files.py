@@ -48,6 +48,12 @@ def lock(file: BinaryIO, wait: bool = True) -> bool:
         return False
 
 
+def cache_folder(*names: str) -> str:
+    """Return the path of a folder of this project below $XDG_CACHE_HOME, or below ~/.cache."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(cache, 'halonet', *names)
+
+
 # ---- whole files
 
 def atomic_write(path: Union[str, os.PathLike], write: Callable[[BinaryIO], Any]) -> None:
