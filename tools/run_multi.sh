@@ -54,18 +54,20 @@ stop_child() {
 
 # wait_for_child: wait until the program ends, and set `code` to its exit code.
 wait_for_child() {
-    while :; do                                     # a trapped signal ends the waiting, not the program
+    local before
+    while :; do                                     # a trapped signal ends the waiting with a code of its own
+        before=$signals
         code=0
         wait "$child" || code=$?
-        if (( code <= 128 )) || ! kill -0 "$child" 2>/dev/null; then return; fi
+        if (( signals == before )); then return; fi
     done
 }
 
 # run_multi [ARGUMENT ...]: run the program, restart it after failures, and exit with its code.
 run_multi() {
-    local child='' code='' restarts=0 stopped='' resume=()
+    local child='' code='' restarts=0 signals=0 stopped='' resume=()
     guard
-    trap 'stopped=1; stop_child' TERM INT
+    trap 'stopped=1; signals=$((signals + 1)); stop_child' TERM INT
     while :; do
         "${guard[@]}" "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
         child=$!

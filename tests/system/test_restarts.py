@@ -82,6 +82,21 @@ def test_stopped_script_stops_the_program_and_does_not_restart(tmp_path, log, no
     assert leaves(process, log) == code and 'starting again' not in log.read_text()
 
 
+def test_script_gives_the_code_of_a_program_that_ends_while_the_signal_is_handled(tmp_path):
+    """Its waiting was ended by the signal, with a code that is not the program's."""
+    up = tmp_path / 'up'
+    program = f'trap "exit 3" TERM; touch {up}; while :; do read -t 0.1 <> <(:); done'
+    script = f"""
+        root={ROOT} options=() again=() start=(bash -c '{program}') NNODES=1 MAX_RESTARTS=0
+        source {ROOT}/tools/run_multi.sh
+        stop_child() {{ kill -TERM "$child"; sleep 1; }}
+        run_multi"""
+    with subprocess.Popen(['bash', '-c', script]) as process:
+        wait_until(up.exists, 20, 'the program is up')
+        process.terminate()
+        assert process.wait(20) == 3
+
+
 @contextmanager
 def machines():
     """Two machines, as joined network namespaces: [(address, network interface, prefix of commands)]."""
