@@ -64,27 +64,29 @@ wait_for_child() {
 }
 
 # run_multi [ARGUMENT ...]: run the program, restart it after failures, and exit with its code.
+# `signals` counts the requests to stop; after one, nothing is started again.
 run_multi() {
-    local child='' code='' restarts=0 signals=0 stopped='' resume=()
+    local child='' code='' restarts=0 signals=0 resume=()
     guard
-    trap 'stopped=1; signals=$((signals + 1)); stop_child' TERM INT
+    trap 'signals=$((signals + 1)); stop_child' TERM INT
     while :; do
         "${guard[@]}" "${start[@]}" "${options[@]}" "$@" "${resume[@]}" &
         child=$!
-        if [[ $stopped ]]; then stop_child; fi      # the signal came before there was a child
+        if (( signals )); then stop_child; fi       # the signal came before there was a child
         wait_for_child
+        child=''                                    # its number may be another program's by now
         # The launcher ends with the number of its signal, else with the code of the first process that failed
-        if (( NNODES > 1 )) && [[ $code == 15 || $code == 2 && $stopped ]]; then code=75; fi
+        if (( NNODES > 1 && (code == 15 || code == 2 && signals) )); then code=75; fi
         # Stopped before it could listen: there was nothing to save
-        if [[ $stopped && $code == 143 ]]; then code=75; fi
+        if (( signals && code == 143 )); then code=75; fi
         case $code in
         0 | 2 | 75) exit "$code" ;;                 # done, a mistake, stopped
         esac
-        if [[ $stopped ]] || (( restarts >= MAX_RESTARTS )); then exit "$code"; fi
+        if (( signals || restarts >= MAX_RESTARTS )); then exit "$code"; fi
         restarts=$((restarts + 1))
         echo "${0##*/}: ended with code $code; starting again ($restarts of $MAX_RESTARTS)" >&2
         sleep 2
-        if [[ $stopped ]]; then exit 75; fi
+        if (( signals )); then exit 75; fi
         resume=("${again[@]}")
     done
 }

@@ -83,7 +83,7 @@ def test_stopped_script_stops_the_program_and_does_not_restart(tmp_path, log, no
 
 
 def test_script_gives_the_code_of_a_program_that_ends_while_the_signal_is_handled(tmp_path):
-    """Its waiting was ended by the signal, with a code that is not the program's."""
+    """The signal ends the script's waiting with another code."""
     up = tmp_path / 'up'
     program = f'trap "exit 3" TERM; touch {up}; while :; do read -t 0.1 <> <(:); done'
     script = f"""
@@ -92,9 +92,12 @@ def test_script_gives_the_code_of_a_program_that_ends_while_the_signal_is_handle
         stop_child() {{ kill -TERM "$child"; sleep 1; }}
         run_multi"""
     with subprocess.Popen(['bash', '-c', script]) as process:
-        wait_until(up.exists, 20, 'the program is up')
-        process.terminate()
-        assert process.wait(20) == 3
+        try:
+            wait_until(up.exists, 20, 'the program is up')
+            process.terminate()
+            assert process.wait(20) == 3
+        finally:
+            process.kill()                          # leaving the block waits for it
 
 
 @contextmanager
