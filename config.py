@@ -10,6 +10,7 @@ Then, where needed:
 choices          the values that the option can have
 ge, gt, le, lt   limits: >=, >, <=, < (of each number of a list); length is that of a list
 items            type of the items of a list that is empty by default
+is_size          True: a size of images, one number or [height, width]
 path             FILE or DIR: the option is a path, and ~ at its start is the home folder
 flag             the command line has a flag, named by the last part of the key: -batch_size
 on_resume        may a resumed run change the option? fixed (the default): no, it decides the results;
@@ -76,7 +77,8 @@ OPTIONS = (
                                              ge=1, flag=True, on_resume='product'),
     Option('DATA.BATCH_SIZE_EVAL', 0,        'evaluation images per process and pass; 0: as BATCH_SIZE',
                                              ge=0, flag=True, on_resume='free'),
-    Option('DATA.IMAGE_SIZE',      256,      'side of the square input, pixels', ge=1, le=16384, flag=True),
+    Option('DATA.IMAGE_SIZE',      256,      'side of the square input, or [height, width], pixels',
+                                             is_size=True, ge=1, le=16384, flag=True),
     Option('DATA.CROP_PCT',        0.95,     'evaluation: side of centre crop over resized shorter side',
                                              gt=0, le=1),
     Option('DATA.MEAN',            [0.485, 0.456, 0.406], 'of RGB in [0, 1]',

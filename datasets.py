@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, Callable, Union
 
-from system import cpu, lifeline, paddle_internals, stopping
+from system import cpu, lifeline, paddle_internals, sizes, stopping
 import utils
 
 import numpy as np
@@ -31,7 +31,7 @@ from data.samplers import EvalSampler, Name, TrainSampler
 from data.watch import IDLE, Watch
 
 Policy = Union[augment.RandAugment, augment.AutoAugment]
-Transform = Callable[[Any, Generator], np.ndarray]   # image, generator -> uint8 (S, S, 3)
+Transform = Callable[[Any, Generator], np.ndarray]   # image, generator -> uint8 (H, W, 3)
 LISTS = ('train_list.txt', 'val_list.txt')
 ANY_LABEL = 10 ** 9                                 # more than the classes of any list
 READ_AHEAD = 2                                      # batches that a data process makes ahead: Paddle's own
@@ -57,24 +57,30 @@ def choose_backend(name: str) -> Backend:
     return opencv.OpenCVBackend()
 
 
-def eval_pixels(image: Image.Image, image_size: int, crop_pct: float,
+def eval_pixels(image: Image.Image, image_size: sizes.Size, crop_pct: float,
                 background: str = image_files.BACKGROUND) -> np.ndarray:
     """Resize a PIL image of any mode and crop its centre, for evaluation; returns uint8 (H, W, 3).
 
-    The shorter side becomes floor(image_size / crop_pct), bicubic. Every pixel equals that of
-    torchvision's Resize and CenterCrop as timm combines them. For other modes than RGB see
-    image_files.to_rgb.
+    The resized image just covers floor(image_size / crop_pct), bicubic. For a square every pixel equals
+    that of torchvision's Resize and CenterCrop as timm combines them. For other sizes the geometry is that
+    of timm's ResizeKeepRatio. For other modes than RGB see image_files.to_rgb.
     """
     image = image_files.to_rgb(image, background)
-    width, height = image.size
-    side = math.floor(image_size / crop_pct)
-    if width <= height:
-        size = side, int(side * height / width)
-    else:
-        size = int(side * width / height), side
-    left, top = _centre(size[0], image_size), _centre(size[1], image_size)
-    box = left, top, left + image_size, top + image_size
-    return np.asarray(image_files.resize_and_crop(image, size, box))
+    height, width = sizes.sides(image_size)
+    size = _covering(image.size, math.floor(height / crop_pct), math.floor(width / crop_pct))
+    left, top = _centre(size[0], width), _centre(size[1], height)
+    return np.asarray(image_files.resize_and_crop(image, size, (left, top, left + width, top + height)))
+
+
+def _covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Return the smallest (width, height) of an image of this (width, height) that covers height x width."""
+    image_width, image_height = size
+    if height != width:
+        ratio = min(image_height / height, image_width / width)
+        return round(image_width / ratio), round(image_height / ratio)
+    if image_width <= image_height:
+        return width, int(height * image_height / image_width)
+    return int(width * image_width / image_height), height
 
 
 def _centre(length: int, size: int) -> int:
@@ -84,14 +90,14 @@ def _centre(length: int, size: int) -> int:
     return -((size - length) // 2)
 
 
-def train_pixels(image: Any, rng: Generator, *, backend: Backend, image_size: int,
+def train_pixels(image: Any, rng: Generator, *, backend: Backend, image_size: sizes.Size,
                  scale: tuple[float, float], ratio: tuple[float, float], flip: float, policy: Policy | None,
                  jitter: float, fill: tuple[int, int, int]) -> np.ndarray:
     """Augment what `backend.read` returns: random crop, flip, then `policy`, or without one colour jitter.
 
     Returns uint8 (H, W, 3).
     """
-    image = augment.random_resized_crop(image, image_size, rng, scale, ratio, backend)
+    image = augment.random_resized_crop(image, sizes.sides(image_size), rng, scale, ratio, backend)
     image = augment.random_flip(image, rng, flip, backend)
     if policy:
         image = policy(image, rng, fill, backend)
@@ -116,14 +122,14 @@ def _per_channel(values: tuple[float, ...], device: str) -> Tensor:
 # ---- samples
 
 class ListDataset:
-    """The images of a list: dataset[epoch, index] -> uint8 pixels (3, S, S), label, index.
+    """The images of a list: dataset[epoch, index] -> uint8 pixels (3, H, W), label, index.
 
     For an image that cannot be read the result is a text with the reason. It goes to the consumer as
     data: an exception in a data process would arrive without its message. `read` makes an image of a
-    path and the options `reading`; `transform` makes uint8 (S, S, 3) of an image and a generator.
+    path and the options `reading`; `transform` makes uint8 (H, W, 3) of an image and a generator.
     """
 
-    def __init__(self, samples: ImageList, transform: Transform, image_size: int, seed: int,
+    def __init__(self, samples: ImageList, transform: Transform, image_size: sizes.Size, seed: int,
                  read: Callable[..., Any] = image_files.read, **reading: Any):
         self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
         self.read, self.reading = read, reading
@@ -150,11 +156,11 @@ class ListDataset:
         return f'{self.samples.where(index)} {path}: {image_files.reason(error)}'
 
     def batch(self, names: Sequence[Name], note: Callable[[int], None] = lambda index: None) -> list:
-        """Read a batch: images (B, 3, S, S), labels (B,), indices (B,), texts.
+        """Read a batch: images (B, 3, H, W), labels (B,), indices (B,), texts.
 
         A sample with a text has zeros elsewhere. `note` gets the index of each image before it is read.
         """
-        images: np.ndarray = np.zeros((len(names), 3, self.image_size, self.image_size), np.uint8)
+        images: np.ndarray = np.zeros((len(names), 3, *sizes.sides(self.image_size)), np.uint8)
         labels: np.ndarray = np.zeros(len(names), np.int64)
         indices: np.ndarray = np.zeros(len(names), np.int64)
         texts = [''] * len(names)
@@ -202,7 +208,7 @@ class Loader:
         return len(self.sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        """Yield images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
+        """Yield images (B, 3, H, W) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
         The indices are an array: the host draws random numbers by them, and would wait for a tensor.
         Raises DataError. Raises stopping.Failure if a data process dies, or reads one image for longer
@@ -362,9 +368,10 @@ def count_workers(num_workers: int) -> int:
     return min(max(cpu.cores() // processes - 1, 2), 16)
 
 
-def shared_memory_needed(loader: Loader, batch_size: int, image_size: int) -> int:
+def shared_memory_needed(loader: Loader, batch_size: int) -> int:
     """Return the bytes of /dev/shm that batches of one process may take: each worker makes two ahead."""
-    return loader.num_workers * READ_AHEAD * batch_size * 3 * image_size ** 2
+    image = 3 * math.prod(sizes.sides(loader.dataset.image_size))
+    return loader.num_workers * READ_AHEAD * batch_size * image
 
 
 def warn_of_small_shared_memory(needed: int, processes: int, folder: str = '/dev/shm') -> None:

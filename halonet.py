@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable
 
-from system import paddle_internals
+from system import paddle_internals, sizes
 
 import paddle
 from paddle import Tensor, nn
@@ -134,8 +134,8 @@ class HaloNet(nn.Layer):
     stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]. `widths`,
     `strides`, `num_heads` and `inner_widths` have one entry per stage. Without `inner_widths` the inner
     width of a block is `bottleneck_ratio` times its output width, or with `bottleneck_in` times its input
-    width. `image_size` is the side of the images, for blocks that depend on it. Everything else about a
-    block follows from its position.
+    width. `image_size` is the side of the images, or (height, width), for blocks that depend on it.
+    Everything else about a block follows from its position.
 
     feature_info: for each stage, {'stride': image pixels per pixel of its feature map, 'width': its
     channels}.
@@ -146,9 +146,10 @@ class HaloNet(nn.Layer):
                  bottleneck_ratio: float = 0.25, bottleneck_in: bool = False, projection: bool = True,
                  linear_out: bool = False, stem: str = 'tiered', stem_width: int = 64, stem_pool: bool = True,
                  head_width: int = 0, num_classes: int = 1000, dropout: float = 0.0, drop_path: float = 0.0,
-                 image_size: int = 256) -> None:
+                 image_size: sizes.Size = 256) -> None:
         super().__init__()
         act = ACTIVATIONS[operators.act]
+        image_height, image_width = sizes.sides(image_size)
         self.stem = Stem(stem, stem_width, stem_pool, act)
         self.stages = nn.LayerList()
         self.feature_info: list[dict[str, int]] = []
@@ -163,7 +164,7 @@ class HaloNet(nn.Layer):
                     inner_width = int(in_width * bottleneck_ratio)
                 else:
                     inner_width = int(width * bottleneck_ratio)
-                map_size = -(-image_size // total_stride)
+                map_size = -(-image_height // total_stride), -(-image_width // total_stride)
                 spatial, spatial_width = operators.build(kind, inner_width, heads, stride, map_size)
                 blocks.append(Bottleneck(
                     in_width, inner_width, width, spatial, spatial_width, stride=stride, act=act,

@@ -23,9 +23,10 @@ GREY = (128, 128, 128)
 
 # ---- crop, flip, colours
 
-def random_resized_crop(image: Any, size: int, rng: Generator, scale: tuple[float, float] = (0.08, 1.0),
-                        ratio: tuple[float, float] = (3 / 4, 4 / 3), backend: Backend = PILLOW) -> Any:
-    """Crop a random box and resize it to (size, size), bicubic.
+def random_resized_crop(image: Any, size: tuple[int, int], rng: Generator,
+                        scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
+                        backend: Backend = PILLOW) -> Any:
+    """Crop a random box and resize it to `size`, (height, width), bicubic.
 
     `scale` is the range of the box's fraction of the area, `ratio` that of its width/height.
     """

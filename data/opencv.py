@@ -112,10 +112,11 @@ class OpenCVBackend:
 
     read = staticmethod(read)
 
-    def resized_crop(self, image: Photo, box: Box, size: int) -> np.ndarray:
+    def resized_crop(self, image: Photo, box: Box, size: tuple[int, int]) -> np.ndarray:
         """Decode the JPEG at the largest reduction that leaves enough pixels for the crop."""
         _, _, width, height = box
-        enough = [reduction for reduction in image.reductions if reduction * size <= min(width, height)]
+        zoom = min(height / size[0], width / size[1])           # pixels of the photo for one of the crop
+        enough = [reduction for reduction in image.reductions if reduction <= zoom]
         return _resized_part(image, box, size, reduction=enough[0] if enough else 1)
 
     def mirror(self, image: np.ndarray) -> np.ndarray:
@@ -135,8 +136,8 @@ class OpenCVBackend:
         return _by_pillow(name, image, value, sampling)
 
 
-def _resized_part(photo: Photo, box: Box, size: int, reduction: int) -> np.ndarray:
-    """Decode a photo at a reduction, crop the box and resize it to (size, size), RGB.
+def _resized_part(photo: Photo, box: Box, size: tuple[int, int], reduction: int) -> np.ndarray:
+    """Decode a photo at a reduction, crop the box and resize it to (height, width), RGB.
 
     The box is in pixels of the whole photo.
     """
@@ -144,12 +145,13 @@ def _resized_part(photo: Photo, box: Box, size: int, reduction: int) -> np.ndarr
     x, right = math.floor(left), math.ceil(left + width)
     y, bottom = math.floor(top), math.ceil(top + height)
     part = photo.decode(reduction)[y:bottom, x:right]
-    part = _blurred(part, width / size, height / size)
+    rows, columns = size
+    part = _blurred(part, width / columns, height / rows)
     if reduction == 1:
-        pixels = cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
+        pixels = cv2.resize(part, (columns, rows), interpolation=cv2.INTER_CUBIC)
     else:                                           # the box need not begin and end at whole pixels
-        matrix = (width / size, 0, left - x, 0, height / size, top - y)
-        pixels = _warp(part, matrix, (size, size), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        matrix = (width / columns, 0, left - x, 0, height / rows, top - y)
+        pixels = _warp(part, matrix, (columns, rows), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 

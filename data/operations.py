@@ -31,8 +31,8 @@ class Backend(Protocol):
         Raises nearly anything for a damaged file.
         """
 
-    def resized_crop(self, image: Any, box: Box, size: int) -> Any:
-        """Crop a box out of what `read` returns and resize it to (size, size), bicubic."""
+    def resized_crop(self, image: Any, box: Box, size: tuple[int, int]) -> Any:
+        """Crop a box out of what `read` returns and resize it to (height, width), bicubic."""
 
     def mirror(self, image: Any) -> Any:
         """Exchange left and right."""
@@ -46,11 +46,11 @@ class PillowBackend:
 
     read = staticmethod(image_files.read)
 
-    def resized_crop(self, image: Image.Image, box: Box, size: int) -> Image.Image:
+    def resized_crop(self, image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
         left, top, width, height = box
         # resize(box=) would be one call, but its filter looks outside the crop and gives other pixels
         crop = image.crop((left, top, left + width, top + height))
-        return crop.resize((size, size), Image.Resampling.BICUBIC)
+        return crop.resize(size[::-1], Image.Resampling.BICUBIC)
 
     def mirror(self, image: Image.Image) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -12,7 +12,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import paddle_import  # noqa: F401  before Paddle
+from system import (
+    paddle_import,  # noqa: F401  before Paddle
+    sizes,
+)
 from tools import cli
 
 import paddle
@@ -30,7 +33,7 @@ INTRODUCTION = """# Models
 `python dev/model_table.py` makes this page from `configs/` and `dev/published.yaml`; a test compares them.
 
 The parameters are the trainable ones. The counts of Paddle and PaddleViT include the running statistics of
-batch norms. Multiply-adds (GMACs) are counted for one image of the given side. They include convolutions,
+batch norms. Multiply-adds (GMACs) are counted for one image of the given size. They include convolutions,
 the classifier and the products of attention, with relative positions. They agree with timm's numbers for
 its models to 2 %. The accuracy is in percent on ImageNet-1k, as the source reports it; it was not measured
 here. The weights are the names of timm's files, and of PaddleViT's where there is one. A dash means that
@@ -64,13 +67,13 @@ def row(path: Path, config: Any, facts: dict) -> str:
     """Return a model's line of the table."""
     with paddle.LazyGuard():                        # only shapes are needed
         model = build_halonet(config)
-    side = config.DATA.IMAGE_SIZE
+    size = config.DATA.IMAGE_SIZE
     weights = ', '.join(f'`{name}`' for name in facts.get('weights', ()))
     cells = [
         config.MODEL.NAME,
         f'{count_parameters(model) / 1e6:.2f} M',
-        f'{total_multiply_adds(model, side, side) / 1e9:.2f}',
-        side,
+        f'{total_multiply_adds(model, *sizes.sides(size)) / 1e9:.2f}',
+        sizes.as_text(size),
         config.DATA.CROP_PCT,
         accuracy(facts),
         facts.get('source', NONE) if 'top1' in facts else NONE,

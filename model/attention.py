@@ -213,17 +213,19 @@ def mean_pool(stride: int) -> nn.Layer:
 
 
 class RelativePosition(nn.Layer):
-    """Two learnt tables of vectors, for vertical and for horizontal offsets between query and key."""
+    """Two learnt tables of vectors, for vertical and for horizontal offsets between query and key.
 
-    def __init__(self, window_size: int, head_dim: int) -> None:
+    `height` and `width` are those of the window in pixels.
+    """
+
+    def __init__(self, height: int, width: int, head_dim: int) -> None:
         super().__init__()
         normal = Normal(std=head_dim ** -0.5)
-        shape = [2 * window_size - 1, head_dim]
-        self.height_rel = self.create_parameter(shape, default_initializer=normal)
-        self.width_rel = self.create_parameter(shape, default_initializer=normal)
+        self.height_rel = self.create_parameter([2 * height - 1, head_dim], default_initializer=normal)
+        self.width_rel = self.create_parameter([2 * width - 1, head_dim], default_initializer=normal)
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both tables, (2w-1, d) each. They are the same for all queries q.
+        """Return both tables, (2 height - 1, d) and (2 width - 1, d). They are the same for all queries q.
 
         Paddle's summary, flops and quantisation need layers that are called with an input.
         """
@@ -295,7 +297,8 @@ class HaloAttention(nn.Layer):
         self.stride = 1 if pooled else stride
         self.q = projection(in_width, num_heads * d, self.stride)
         self.kv = projection(in_width, num_heads * d + self.out_width)
-        self.pos_embed = RelativePosition(block_size + 2 * halo_size, d)
+        window_size = block_size + 2 * halo_size
+        self.pos_embed = RelativePosition(window_size, window_size, d)
         self.pool = mean_pool(stride // self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,19 +312,19 @@ class BottleneckAttention(nn.Layer):
     """Self-attention over a whole feature map: (B, C, H, W) -> (B, width, ceil(H/stride), ceil(W/stride)).
 
     Srinivas et al. 2021, 'Bottleneck Transformers for Visual Recognition', arXiv 2101.11605: halo
-    attention with one block of map_size x map_size and no halo. A stride pools the result. Raises
-    ValueError for a larger map.
+    attention with one block and no halo. `map_size` is the largest (height, width) of a map. A stride
+    pools the result. Raises ValueError for a larger map.
     """
 
     operators = 'auto'
 
-    def __init__(self, in_width: int, width: int, num_heads: int, map_size: int, stride: int = 1, *,
-                 head_dim: int = 0, qk_ratio: float = 1.0) -> None:
+    def __init__(self, in_width: int, width: int, num_heads: int, map_size: tuple[int, int],
+                 stride: int = 1, *, head_dim: int = 0, qk_ratio: float = 1.0) -> None:
         super().__init__()
         self.num_heads, self.map_size, self.out_width = num_heads, map_size, width
         self.qk_width = num_heads * query_width(width, num_heads, head_dim, qk_ratio)
         self.qkv = projection(in_width, 2 * self.qk_width + width)
-        self.pos_embed = RelativePosition(map_size, self.qk_width // num_heads)
+        self.pos_embed = RelativePosition(*map_size, self.qk_width // num_heads)
         self.pool = mean_pool(stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -329,19 +332,27 @@ class BottleneckAttention(nn.Layer):
         if not all(isinstance(side, int) and side > 0 for side in (H, W)):
             raise ValueError('a model with bottleneck attention is traced and exported for one image size: '
                              'give its height and width in the InputSpec (only the batch may be None)')
-        if max(H, W) > self.map_size:
-            raise ValueError(f'a feature map of {H}x{W} exceeds the {self.map_size}x{self.map_size} that '
-                             'bottleneck attention was built for; build the model with the DATA.IMAGE_SIZE '
-                             'that it is to take')
+        height, width = self.map_size
+        if H > height or W > width:
+            raise ValueError(f'a feature map of {H}x{W} exceeds the {height}x{width} that bottleneck '
+                             'attention was built for; build the model with the DATA.IMAGE_SIZE that it is '
+                             'to take')
         qkv = convolve(self, self.qkv, x)
         q, k, value = qkv.split([self.qk_width, self.qk_width, self.out_width], axis=1)
         k = k.reshape([-1, self.qk_width // self.num_heads, H, W])          # (B*N, d, H, W)
         value = value.reshape([-1, self.out_width // self.num_heads, H, W])  # (B*N, v, H, W)
         kv = paddle.concat([k, value], axis=1)                              # (B*N, d+v, H, W)
         kv = kv.reshape([-1, self.qk_width + self.out_width, H, W])         # (B, N*(d+v), H, W)
-        out = attend(self, q, kv, self.pos_embed(q), num_heads=self.num_heads, block_size=self.map_size,
-                     halo_size=0)
+        side = max(height, width)                   # of a square block, whose tables are equally long
+        height_rel, width_rel = self.pos_embed(q)
+        tables = longer_table(height_rel, side - height), longer_table(width_rel, side - width)
+        out = attend(self, q, kv, tables, num_heads=self.num_heads, block_size=side, halo_size=0)
         return self.pool(out)
+
+
+def longer_table(table: Tensor, offsets: int) -> Tensor:
+    """Return a table of relative positions (2w-1, d) with zeros for so many more offsets at both ends."""
+    return F.pad(table, [offsets, offsets, 0, 0]) if offsets else table
 
 
 class PositionLambdas(nn.Conv3D):

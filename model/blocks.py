@@ -148,12 +148,12 @@ class Operators:
     se_ratio: float = 1 / 16
     act: str = 'relu'
 
-    def build(self, kind: str, width: int, num_heads: int, stride: int, map_size: int
-              ) -> tuple[dict[str, nn.Layer], int]:
+    def build(self, kind: str, width: int, num_heads: int, stride: int,
+              map_size: tuple[int, int]) -> tuple[dict[str, nn.Layer], int]:
         """Return ({timm's name: layer}, output width) of the layers that replace a ResNet's 3x3 convolution.
 
-        `map_size` is the side of the input feature map in pixels. Raises ValueError for an unknown kind
-        and for widths that the heads or groups do not divide.
+        `map_size` is the (height, width) of the input feature map in pixels. Raises ValueError for an unknown
+        kind and for widths that the heads or groups do not divide.
         """
         if kind == 'conv':
             return self.convolution(width, stride), width

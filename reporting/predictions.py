@@ -3,6 +3,8 @@ import os
 from collections import Counter
 from typing import Any, Optional, Protocol
 
+from system import sizes
+
 import numpy as np
 from PIL import Image
 
@@ -18,7 +20,7 @@ class Prediction(Protocol):
     label: Optional[int]
     error: str
     top: list[tuple[int, float]]                    # (label, probability), the most probable first
-    pixels: np.ndarray                              # uint8 (S, S, 3), the network's input
+    pixels: np.ndarray                              # uint8 (H, W, 3), the network's input
 
 
 def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summary: str, count: int) -> str:
@@ -38,7 +40,7 @@ def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summar
         shown=len(predictions),
         count=count,
         weights='/'.join(facts['weights'].split('/')[-2:]),
-        image_size=facts['image_size'],
+        image_size=sizes.as_text(facts['image_size']),
         kinds=KINDS,
         counts=counts,
         cards=cards,

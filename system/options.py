@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 LARGEST = 2 ** 63 - 1                               # of whole numbers: 64 bits hold no larger one
 KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', list: 'a list'}
+SIZE_KINDS = 'a whole number, or [height, width], or a text such as 128x256'
 ON_RESUME = ('fixed', 'product', 'free', 'unsaved')
 
 
@@ -36,6 +37,7 @@ class Option:
     lt: float | None = None
     length: int | None = None                       # of a list
     items: type | None = None                       # type of what is in a list; None: as in the default
+    is_size: bool = False                           # a number, or [height, width], which may be 128x256
     hint: str = ''                                  # what to do about a number outside the limits
     path: str = ''                                  # FILE or DIR: a path, where ~ is the home folder
     flag: bool = False                              # True: has a flag on the command line
@@ -52,6 +54,8 @@ class Option:
         Raises ValueError for another type, with the `source` of the value.
         """
         where = f'{source}: {self.key}'
+        if self.is_size:
+            return _convert_size(value, where)
         if not isinstance(self.default, list):
             return _convert(value, type(self.default), where)
         value = _literal(value)
@@ -310,6 +314,18 @@ def _literal(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
+
+
+def _convert_size(value: Any, where: str) -> int | list[int]:
+    """Return a size of images as system/sizes.py describes it; of equal sides as one number."""
+    sides = _literal(value)
+    if isinstance(sides, str) and re.fullmatch(r'\d+x\d+', sides.strip(), re.ASCII):
+        sides = [int(side) for side in sides.split('x')]
+    if not isinstance(sides, (list, tuple)):
+        sides = [sides]
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
+        raise ValueError(f'{where} must be {SIZE_KINDS}, got {value!r}')
+    return sides[0] if len(set(sides)) == 1 else list(sides)
 
 
 def _convert(value: Any, kind: type, where: str) -> Any:

@@ -73,12 +73,25 @@ def test_defaults():
     ('MODEL.STAGES', "['conv', 'conv', 'conv', 'halo']", ['conv', 'conv', 'conv', 'halo']),
     ('AMP', True, True), ('AMP', 'True', True), ('EVAL', 'False', False), ('OUTPUT', 7, '7'),
     ('OUTPUT', '7', '7'),
-    ('OUTPUT', "['x']", "['x']"), ('MODEL.STEM', '3x3', '3x3')])
+    ('OUTPUT', "['x']", "['x']"), ('MODEL.STEM', '3x3', '3x3'),
+    ('DATA.IMAGE_SIZE', '224', 224), ('DATA.IMAGE_SIZE', '128x256', [128, 256]),
+    ('DATA.IMAGE_SIZE', '[128, 256]', [128, 256]), ('DATA.IMAGE_SIZE', (7, 5), [7, 5]),
+    ('DATA.IMAGE_SIZE', '96x96', 96), ('DATA.IMAGE_SIZE', [96, 96], 96)])
 def test_values_become_the_type_of_the_option(key, value, expected):
     result = flatten(get_config(None, [key, value]))[key]
     assert result == expected and type(result) is type(expected)
     if isinstance(expected, list):
         assert [type(item) for item in result] == [type(item) for item in expected]
+
+
+@pytest.mark.parametrize('value, message', [
+    ('big', r"must be a whole number, or \[height, width\], or a text such as 128x256, got 'big'"),
+    ('128x', "got '128x'"), ('1x2x3', "got '1x2x3'"), ([1, 2, 3], r'got \[1, 2, 3\]'), ([], r'got \[\]'),
+    (32.5, 'got 32.5'), ([32, 'x'], 'got'), (True, 'got True'),
+    ([128, 0], r'DATA.IMAGE_SIZE is \[128, 0\]; it must be from 1 to 16384'), ('16385x8', '16384')])
+def test_wrong_size_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        get_config(None, ['DATA.IMAGE_SIZE', value])
 
 
 def test_malformed_opts_are_refused():

@@ -47,7 +47,8 @@ class Parser(command_line.Parser):
         self.add('cfg', 'config file of the model (default: the config.yaml beside the weights)',
                  metavar='FILE')
         self.add('pretrained', 'weights', metavar='FILE', required=True)
-        self.add('image_size', 'side of the square input, pixels (default: of the config)', metavar='N')
+        self.add('image_size', 'side of the square input, or HEIGHTxWIDTH such as 128x256, pixels '
+                 '(default: of the config)', metavar='N')
         self.add('crop_pct', 'side of the centre crop over the resized shorter side '
                  '(default: of the config)', metavar='X')
         self.add('device', 'auto, cpu, gpu, gpu:1, or another device of Paddle')

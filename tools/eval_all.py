@@ -2,7 +2,8 @@
 
 LIST is a YAML file with a list of entries, or a CSV file with a header and a line per entry. An entry has cfg
 and pretrained. It may have image_size and crop_pct (one or several; default: those of the command, else those
-of the cfg) and opts (options of config.py as 'KEY VALUE ...'). Paths are relative to the folder of the LIST.
+of the cfg) and opts (options of config.py as 'KEY VALUE ...'). A size that is no square is written 128x256,
+height first. Paths are relative to the folder of the LIST.
 
   - {cfg: configs/halonet_26t_256.yaml, pretrained: halonet_26t_256.pdparams, image_size: [256, 288]}
   - {cfg: configs/halonet_50ts_256.yaml, pretrained: halonet_50ts_256.pdparams, crop_pct: [0.94, 1.0]}

@@ -21,6 +21,7 @@ from typing import Any, Callable, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from system import sizes
 from tools import cli, runtimes
 
 LIMIT = 1e-4                                        # of the largest logit
@@ -92,7 +93,7 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
 
 def write_and_compare(config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
     """Write the files of args.format into `folder`. Returns the `difference` of each format."""
-    size = config.DATA.IMAGE_SIZE
+    size = sizes.sides(config.DATA.IMAGE_SIZE)
     model, _ = cli.load_model(config)
     expected = [(x, run(model, x)) for x in images(size, args.dynamic)]
     with quiet():
@@ -138,15 +139,17 @@ def quiet() -> Iterator[None]:
 
 # ---- comparing
 
-def images(size: int, dynamic: bool) -> list:
+def images(size: tuple[int, int], dynamic: bool) -> list:
     """Draw standard normal images of each batch size to compare on; with `dynamic` of other sides as well."""
     import numpy as np
     random = np.random.default_rng(0)
-    sides = [(size, size)] * len(BATCHES)
+    drawn = [size] * len(BATCHES)
     if dynamic:
-        smaller = size - min(13, size // 2)
-        sides = [(size, size), (size + 32, size), (smaller, size + 5)]
-    return [random.standard_normal((batch, 3, *side), dtype='float32') for batch, side in zip(BATCHES, sides)]
+        height, width = size
+        smaller = height - min(13, height // 2)
+        drawn = [size, (height + 32, width), (smaller, width + 5)]
+    shapes = [(batch, 3, *sides) for batch, sides in zip(BATCHES, drawn)]
+    return [random.standard_normal(shape, dtype='float32') for shape in shapes]
 
 
 def run(model: Callable, x: Any) -> Any:
@@ -167,28 +170,31 @@ def difference(runtime: runtimes.Runtime, expected: list) -> float:
 
 # ---- writing
 
-def write(model: Any, size: int, args: argparse.Namespace, folder: str) -> None:
+def write(model: Any, size: tuple[int, int], args: argparse.Namespace, folder: str) -> None:
     """Write the files of args.format into `folder`. The batch norms of `model` are folded in place."""
     from tools.deployed import deployed, look_windows_up
     deployed(model)
-    side = None if args.dynamic else size
+    fixed = (None, None) if args.dynamic else size
     if 'paddle' in args.format:
-        save(model, side, os.path.join(folder, 'model'))
+        save(model, fixed, os.path.join(folder, 'model'))
     if 'onnx' in args.format:
         if not args.dynamic:
             look_windows_up(model)                  # only for ONNX: Paddle Inference 3.3.1 crashes on these
         with tempfile.TemporaryDirectory() as temporary:
             program = os.path.join(temporary, 'model')
-            save(model, side, program)
+            save(model, fixed, program)
             to_onnx(program, os.path.join(folder, 'model.onnx'), args.opset)
 
 
-def save(model: Any, side: Optional[int], path: str) -> None:
-    """Save a model as Paddle's static program, path.json and path.pdiparams; a `side` of None is free."""
+def save(model: Any, size: tuple[Optional[int], Optional[int]], path: str) -> None:
+    """Save a model as Paddle's static program, path.json and path.pdiparams.
+
+    `size` is (height, width) of the images; None is free.
+    """
     import paddle
     # a GPU build has another operator for F.linear, at which Paddle2ONNX 2.1 ends the process
     paddle.set_flags({'FLAGS_use_legacy_linear': True})
-    spec = paddle.static.InputSpec([None, 3, side, side], 'float32', 'images')
+    spec = paddle.static.InputSpec([None, 3, *size], 'float32', 'images')
     program = paddle.jit.to_static(model.forward, input_spec=[spec], full_graph=True, backend=None)
     paddle.jit.save(program, path)
 
@@ -229,12 +235,12 @@ def metadata(config: Any, dynamic: bool, names: Optional[list[str]], differences
     return {
         'model': config.MODEL.NAME,
         'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
-        'size': data.IMAGE_SIZE,
+        'size': data.IMAGE_SIZE,                    # or [height, width]
         'dynamic_size': dynamic,
         'crop_pct': data.CROP_PCT,
         'interpolation': 'bicubic',
         'background': data.BACKGROUND,              # of transparent pixels
-        'resize': 'the shorter side to size / crop_pct, then the centre size x size',
+        'resize': 'the smallest that covers size / crop_pct, in the same proportions; then the centre',
         'mean': list(data.MEAN),
         'std': list(data.STD),
         'difference_from_model': differences,

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable
 
+from system import sizes
 from tools import cli
 from tools.gpu_runs import (
     CONFIG,
@@ -106,8 +107,8 @@ def build(config: str, device: str) -> Any:
     model = build_halonet(settings)
     model.set_state_dict(state)
     model.eval()
-    side = settings.DATA.IMAGE_SIZE
-    images = np.random.default_rng(0).standard_normal((2, 3, side, side), dtype='float32')
+    shape = 2, 3, *sizes.sides(settings.DATA.IMAGE_SIZE)
+    images = np.random.default_rng(0).standard_normal(shape, dtype='float32')
     return model, paddle.to_tensor(images)
 
 

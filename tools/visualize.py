@@ -20,7 +20,7 @@ from typing import Any, Optional, Union
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from system import files
+from system import files, sizes
 from tools import cli
 from tools.fonts import Writer
 
@@ -52,19 +52,21 @@ Head = Union[int, str]                              # a number, or 'mean'
 
 @dataclass
 class Panel:
-    """A square picture with a margin for the halo of an AttentionMap. Boxes are in its pixels."""
-    pixels: np.ndarray                              # uint8 (S, S, 3)
+    """A picture with a margin for the halo of an AttentionMap. Boxes are in its pixels."""
+    pixels: np.ndarray                              # uint8 (H, W, 3)
     attention: Any
-    side: int                                       # pixels of the whole
+    side: int                                       # the longer one of the whole, pixels
 
     def __post_init__(self) -> None:
-        height, halo = self.attention.height, self.attention.halo_size
-        self.cell = FINE * self.side / (height + 2 * halo + 0.2)
-        self.margin = self.cell * (halo + 0.1)      # with room for the lines
-        self.image = Image.new('RGB', (FINE * self.side, FINE * self.side), OUTSIDE)
-        kind = Image.Resampling.NEAREST if len(self.pixels) <= TINY else Image.Resampling.LANCZOS
-        inner = round(self.cell * height)
-        picture = Image.fromarray(self.pixels).resize((inner, inner), kind)
+        height, width = self.attention.height, self.attention.width
+        margin = self.attention.halo_size + 0.1     # with room for the lines, in cells
+        self.cell = FINE * self.side / (max(height, width) + 2 * margin)
+        self.margin = self.cell * margin
+        size = round(self.cell * (width + 2 * margin)), round(self.cell * (height + 2 * margin))
+        self.image = Image.new('RGB', size, OUTSIDE)
+        kind = Image.Resampling.NEAREST if max(self.pixels.shape) <= TINY else Image.Resampling.LANCZOS
+        inner = round(self.cell * width), round(self.cell * height)
+        picture = Image.fromarray(self.pixels).resize(inner, kind)
         self.image.paste(picture, (round(self.margin), round(self.margin)))
         self.draw = ImageDraw.Draw(self.image)
 
@@ -104,7 +106,7 @@ class Panel:
             x, y = box[0] + c, box[1] + r
             left, top, right, bottom = (round(value) for value in self.scaled((x, y, x + 1, y + 1)))
             under = self.image.crop((left, top, right, bottom))
-            inside = 0 <= min(x, y) and max(x, y) < self.attention.height
+            inside = 0 <= x < self.attention.width and 0 <= y < self.attention.height
             opacity = 0.35 + 0.6 * weight if inside else 0.8
             colour = Image.new('RGB', under.size, heat_colour(weight))
             self.image.paste(Image.blend(under, colour, opacity), (left, top))
@@ -193,16 +195,18 @@ def sheet(rows: list[Row], title: str) -> Image.Image:
         for caption in row.captions:
             lines += caption
     writer = Writer(lines)
-    side = rows[0].panels[0].width // FINE
-    row_height = side + round(4.2 * TEXT) + GAP
+    panels = [panel for row in rows for panel in row.panels]
+    column_width = max(panel.width for panel in panels) // FINE
+    panel_height = max(panel.height for panel in panels) // FINE
+    row_height = panel_height + round(4.2 * TEXT) + GAP
     head = round(4.2 * TEXT) + GAP
     texts = [Text(FINE * GAP, FINE * GAP, writer.shown(title), INK, writer.font(FINE * (TEXT + 4)))]
     pictures = []
     for r, row in enumerate(rows):
         for c, (picture, caption) in enumerate(zip(row.panels, row.captions)):
-            x, y = FINE * (GAP + c * (side + GAP)), FINE * (head + r * row_height)
+            x, y = FINE * (GAP + c * (column_width + GAP)), FINE * (head + r * row_height)
             pictures.append((picture, (x, y)))
-            texts += caption_texts(caption, x, y + FINE * (side + 4), writer)
+            texts += caption_texts(caption, x, y + FINE * (panel_height + 4), writer)
     legend_at = FINE * GAP, FINE * (GAP + round(2.1 * TEXT)), writer.font(FINE * (TEXT - 1))
     right = legend(ImageDraw.Draw(Image.new('RGB', (1, 1))), *legend_at)
     for picture, (x, _) in pictures:
@@ -307,7 +311,7 @@ def choose_heads(maps: list[Any], wanted: list[str]) -> list[Head]:
 @dataclass
 class Look:
     """The attention of a model to a picture."""
-    pixels: np.ndarray                              # uint8 (S, S, 3), the network's input
+    pixels: np.ndarray                              # uint8 (H, W, 3), the network's input
     maps: list[Any]                                 # an AttentionMap per layer
     label: int                                      # of the most probable class
     probability: float
@@ -328,7 +332,7 @@ def look(model: Any, config: Any, path: str) -> Look:
         pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         raise ValueError(f'{path}: {image_files.reason(error)}') from None
-    images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])              # (1, 3, S, S)
+    images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])              # (1, 3, H, W)
     maps, logits = attention_maps(model, datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
     if not maps:
         raise ValueError(f'{config.MODEL.NAME} has no layer with halo attention')
@@ -337,12 +341,14 @@ def look(model: Any, config: Any, path: str) -> Look:
     return Look(pixels, maps, label, float(probabilities[label]))
 
 
-def query_point(query: Optional[list[float]], size: int) -> Point:
+def query_point(query: Optional[list[float]], image_size: sizes.Size) -> Point:
     """Return the position of -query in 0 to 1. Raises ValueError if it is outside the network's input."""
-    x, y = query or (size / 2, size / 2)
-    if not (0 <= x < size and 0 <= y < size):
-        raise ValueError(f"-query {x:g} {y:g}: the network's input has the pixels 0 to {size - 1} both ways")
-    return x / size, y / size
+    height, width = sizes.sides(image_size)
+    x, y = query or (width / 2, height / 2)
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"-query {x:g} {y:g}: the network's input has the pixels 0 to {width - 1} "
+                         f'from the left and 0 to {height - 1} from the top')
+    return x / width, y / height
 
 
 def check_options(args: argparse.Namespace) -> None:

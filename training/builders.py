@@ -210,7 +210,7 @@ def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str
     loader = datasets.build_train(config, utils.rank(), world)
     log.info('%s: %d images to train on', config.DATA.DATA_PATH, len(loader.dataset))
     if utils.rank() == 0:
-        needed = datasets.shared_memory_needed(loader, config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE)
+        needed = datasets.shared_memory_needed(loader, config.DATA.BATCH_SIZE)
         datasets.warn_of_small_shared_memory(needed, utils.local_processes())
     steps_per_epoch = steps_of(len(loader), train.ACCUM_ITER)
     lr_at = build_lr(config, len(loader), world)
@@ -274,7 +274,7 @@ def build_mix(config: CfgNode) -> Callable:
 
 
 def build_input(config: CfgNode) -> Callable[[paddle.Tensor, np.ndarray, int], paddle.Tensor]:
-    """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, 3, S, S)."""
+    """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, 3, H, W)."""
     data, train, seed = config.DATA, config.TRAIN, config.SEED
 
     def to_input(images: paddle.Tensor, indices: np.ndarray, epoch: int) -> paddle.Tensor:

@@ -104,11 +104,12 @@ def halo(layer: HaloAttention, H: int, W: int) -> Count:
 
 
 def global_attention(layer: BottleneckAttention, H: int, W: int) -> Count:
-    side = layer.map_size
-    content = side ** 2 * (layer.qk_width + layer.out_width)
-    positions = 2 * (2 * side - 1) * layer.qk_width
+    height, width = layer.map_size
+    pixels = height * width
+    content = pixels * (layer.qk_width + layer.out_width)
+    positions = (2 * height - 1 + 2 * width - 1) * layer.qk_width
     projections = multiply_adds(layer.qkv, H, W)[0]
-    total = projections + side ** 2 * (content + positions)
+    total = projections + pixels * (content + positions)
     return total, side_after(layer.pool, H), side_after(layer.pool, W)
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
-from system import files
+from system import files, sizes
 import utils
 
 from paddle import nn
@@ -21,11 +21,13 @@ def row(known: Mapping[str, Any], model: nn.Layer, weights: str,
         result: Mapping[str, Any]) -> dict[str, Any]:
     """Return {column: value} of an evaluation of the file `weights`.
 
-    known: the columns model, data, image_size, crop_pct, device and amp. result: as engine.evaluate
-    returns it. Parameters are in millions, multiply-adds of one image in thousand millions.
+    known: the columns model, data, image_size, crop_pct, device and amp; image_size is that of the config.
+    result: as engine.evaluate returns it. Parameters are in millions, multiply-adds of one image in thousand
+    millions.
     """
     return {
         **known,
+        'image_size': sizes.as_text(known['image_size']),
         'weights': weights,
         'top1': round(result['acc1'], 3),
         'top5': round(result['acc5'], 3),
@@ -37,9 +39,9 @@ def row(known: Mapping[str, Any], model: nn.Layer, weights: str,
     }
 
 
-def multiply_adds(model: nn.Layer, image_size: int) -> float:
+def multiply_adds(model: nn.Layer, image_size: sizes.Size) -> float:
     """Return the multiply-adds for one image, in thousand millions."""
-    return round(total_multiply_adds(model, image_size, image_size) / 1e9, 3)
+    return round(total_multiply_adds(model, *sizes.sides(image_size)) / 1e9, 3)
 
 
 def check_table(path: str) -> None:

@@ -42,7 +42,7 @@ def test_crop_equals_pillow_crop_and_bicubic_resize():
     image = picture()
     left, top, width, height = augment._crop_box(40, 30, rng(5), (0.08, 1.0), (3 / 4, 4 / 3))
     expected = image.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
-    assert np.array_equal(pixels(augment.random_resized_crop(image, 16, rng(5))), pixels(expected))
+    assert np.array_equal(pixels(augment.random_resized_crop(image, (16, 16), rng(5))), pixels(expected))
 
 
 def test_crop_boxes_have_uniform_area_and_log_uniform_ratio():
@@ -73,7 +73,7 @@ def test_crop_falls_back_to_largest_centre_crop(size, box):
 
 
 def test_image_one_pixel_high_is_cropped():
-    assert all(augment.random_resized_crop(picture(200, 1), 8, rng(i)).size == (8, 8) for i in range(20))
+    assert all(augment.random_resized_crop(picture(200, 1), (8, 8), rng(i)).size == (8, 8) for i in range(20))
 
 
 def test_flip_has_its_probability():

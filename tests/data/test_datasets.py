@@ -86,6 +86,21 @@ def test_shorter_side_is_rounded_down():
     assert np.array_equal(datasets.eval_pixels(image, 15, 0.9), np.asarray(expected))
 
 
+@pytest.mark.parametrize('size, target, crop, resized, corner', [
+    ((90, 60), [16, 32], 1.0, (32, 21), (0, 2)),              # timm's ResizeKeepRatio: rounded, 21.3 -> 21
+    ((60, 90), [16, 32], 1.0, (32, 48), (0, 16)),
+    ((90, 31), [16, 32], 0.9, (49, 17), (8, 0)),              # covers 17 x 35; the height decides
+    ((50, 77), [40, 24], 0.8, (32, 50), (4, 5))])             # covers 50 x 30; 32.47 -> 32
+def test_evaluation_pixels_of_other_shapes_cover_the_target(size, target, crop, resized, corner):
+    """The image keeps its proportions. Of both scales the one that covers the target is taken."""
+    image, (height, width), (left, top) = picture(*size), target, corner
+    expected = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    pixels = datasets.eval_pixels(image, target, crop)
+    assert pixels.shape == (height, width, 3)
+    assert np.array_equal(pixels, np.asarray(expected))
+    assert np.array_equal(datasets.eval_pixels(image, [32, 32], 0.9), datasets.eval_pixels(image, 32, 0.9))
+
+
 def test_crop_larger_than_the_image_is_padded_with_zeros():
     image = picture(5, 5)
     expected = np.pad(np.asarray(image), ((1, 2), (1, 2), (0, 0)))
@@ -98,6 +113,9 @@ def test_training_pixels_without_randomness_are_a_resize():
                'ratio': (4 / 3, 4 / 3), 'policy': None, 'jitter': 0, 'fill': (0, 0, 0)}
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options), expected)
+    options_wide = {**options, 'image_size': [9, 20]}
+    wide = datasets.train_pixels(image, np.random.default_rng(0), flip=0, **options_wide)
+    assert np.array_equal(wide, np.asarray(image.resize((20, 9), Image.Resampling.BICUBIC)))
     assert np.array_equal(datasets.train_pixels(image, np.random.default_rng(0), flip=1, **options),
                           expected[:, ::-1])
     options['policy'] = augment.RandAugment(ops=('Invert',), probability=1, layers=1)
@@ -416,7 +434,7 @@ def test_launched_processes_share_the_cores(monkeypatch):
 
 def test_small_shared_memory_is_named(data, tmp_path, caplog):
     loader = datasets.build_train(config(data, 'DATA.NUM_WORKERS', 3))
-    needed = datasets.shared_memory_needed(loader, 4, 16)
+    needed = datasets.shared_memory_needed(loader, 4)
     assert needed == 3 * 2 * 4 * 3 * 16 * 16
     datasets.warn_of_small_shared_memory(needed, 2, str(tmp_path))
     datasets.warn_of_small_shared_memory(1 << 60, 2, str(tmp_path / 'not there'))

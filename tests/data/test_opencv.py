@@ -76,7 +76,7 @@ def test_files_decode_to_the_pixels_of_pillow(tmp_path, name):
     photo = opencv.read(tmp_path / name)
     assert photo.size == (48, 48)
     assert (photo.reductions == (1,)) == (name in ('cmyk.jpg', 'a.png', 'palette.png', 'alpha.png'))
-    pixels = OPENCV.resized_crop(photo, (0, 0, 48, 48), 48)
+    pixels = OPENCV.resized_crop(photo, (0, 0, 48, 48), (48, 48))
     assert np.array_equal(pixels, np.asarray(image_files.read(tmp_path / name)))
 
 
@@ -129,15 +129,15 @@ def differences(ours, theirs):
 
 @needs_cv2
 @pytest.mark.parametrize('box, size, mean', [
-    ((20, 30, 224, 224), 224, 0), ((0, 0, 333, 500), 224, 1.2), ((7, 11, 301, 333), 224, 1.2),
-    ((40, 60, 90, 120), 224, 1.2),
-    ((0, 0, 333, 500), 160, 2), ((13, 21, 319, 477), 150, 2), ((1, 3, 331, 495), 80, 3),
-    ((5, 5, 321, 323), 40, 7)])
+    ((20, 30, 224, 224), (224, 224), 0), ((0, 0, 333, 500), (224, 224), 1.2),
+    ((7, 11, 301, 333), (224, 224), 1.2), ((40, 60, 90, 120), (224, 224), 1.2),
+    ((0, 0, 333, 500), (160, 160), 2), ((13, 21, 319, 477), (150, 150), 2), ((1, 3, 331, 495), (80, 80), 3),
+    ((5, 5, 321, 323), (40, 40), 7), ((0, 0, 333, 500), (250, 100), 2), ((7, 11, 301, 433), (64, 200), 3)])
 def test_crops_are_close_to_pillow(box, size, mean):
     """At full, half, quarter and eighth size; a shift by one pixel of the result would be seen."""
     pillow = PILLOW.resized_crop(image_files.read(PHOTO), box, size)
     ours = OPENCV.resized_crop(opencv.read(PHOTO), box, size)
-    assert ours.shape == (size, size, 3) and ours.dtype == np.uint8
+    assert ours.shape == (*size, 3) and ours.dtype == np.uint8
     difference = differences(ours, pillow).mean()
     assert difference <= mean
     assert differences(ours[1:], np.asarray(pillow)[:-1]).mean() > 2 * difference
@@ -150,7 +150,7 @@ def test_jpeg_is_decoded_at_the_reduction_of_its_crop():
     photo = opencv.Photo((800, 600), lambda reduction: asked.append(reduction) or np.zeros(
         (-(-600 // reduction), -(-800 // reduction), 3), np.uint8), opencv.REDUCTIONS)
     for box in ((0, 0, 800, 600), (1, 1, 799, 400), (1, 1, 399, 599), (201, 101, 400, 449), (799, 599, 1, 1)):
-        assert OPENCV.resized_crop(photo, box, 100).shape == (100, 100, 3)
+        assert OPENCV.resized_crop(photo, box, (100, 100)).shape == (100, 100, 3)
     assert asked == [4, 4, 2, 4, 1]
 
 

@@ -55,22 +55,28 @@ def test_padding_changes_nothing_inside():
     assert not np.array_equal(whole[:, :, :12, :12], part)
 
 
-def test_bottleneck_attention_equals_global_attention():
-    layer, (H, W) = BottleneckAttention(6, 8, num_heads=2, map_size=5), (4, 5)
+@pytest.mark.parametrize('map_size, H, W', [((5, 5), 4, 5), ((4, 7), 4, 7), ((6, 3), 6, 2)])
+def test_bottleneck_attention_equals_global_attention(map_size, H, W):
+    layer = BottleneckAttention(6, 8, num_heads=2, map_size=map_size)
+    height, width = map_size
     x = np.random.default_rng(0).normal(size=(1, 6, H, W)).astype('float32')
     qkv = np.einsum('bchw,kc->bkhw', x, layer.qkv.weight.numpy()[:, :, 0, 0]).reshape(3, 2, 4, H * W)
     rows, columns = layer.pos_embed.height_rel.numpy(), layer.pos_embed.width_rel.numpy()
+    assert (len(rows), len(columns)) == (2 * height - 1, 2 * width - 1)         # as timm's
     expected = np.zeros((2, 4, H * W))
     for n, i in np.ndindex(2, H * W):
         query = qkv[0, n, :, i]
         logits = [
-            query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + 4] + columns[j % W - i % W + 4])
+            query @ (qkv[1, n, :, j] / 2 + rows[j // W - i // W + height - 1]
+                     + columns[j % W - i % W + width - 1])
             for j in range(H * W)
         ]
         expected[n, :, i] = qkv[2, n] @ (np.exp(logits) / np.exp(logits).sum())
     np.testing.assert_allclose(ref.run(layer, x).reshape(expected.shape), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r'4x6 exceeds the 5x5.*DATA\.IMAGE_SIZE'):
-        layer(paddle.zeros([1, 6, 4, 6]))
+    for too_large in ((H, width + 1), (height + 1, W)):
+        message = '{}x{} exceeds the {}x{} .*DATA.IMAGE_SIZE'.format(*too_large, height, width)
+        with pytest.raises(ValueError, match=message):
+            layer(paddle.zeros([1, 6, *too_large]))
 
 
 def test_lambda_layer_equals_a_loop():
