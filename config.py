@@ -79,12 +79,14 @@ OPTIONS = (
                                              ge=0, flag=True, on_resume='free'),
     Option('DATA.IMAGE_SIZE',      256,      'side of the square input, or [height, width], pixels',
                                              is_size=True, ge=1, le=16384, flag=True),
+    Option('DATA.CHANNELS',        3,        '3: RGB; 1: grey, made of any image; else as many as '
+                                             'each file has, see docs/data.md', ge=1, le=1024),
     Option('DATA.CROP_PCT',        0.95,     'evaluation: side of centre crop over resized shorter side',
                                              gt=0, le=1),
-    Option('DATA.MEAN',            [0.485, 0.456, 0.406], 'of RGB in [0, 1]',
-                                             length=3, ge=0, le=1, hint=OF_PIXELS),
-    Option('DATA.STD',             [0.229, 0.224, 0.225], 'of RGB in [0, 1]',
-                                             length=3, gt=0, le=1, hint=OF_PIXELS),
+    Option('DATA.MEAN',            [0.485, 0.456, 0.406], 'of each channel in [0, 1], or one for all',
+                                             ge=0, le=1, hint=OF_PIXELS),
+    Option('DATA.STD',             [0.229, 0.224, 0.225], 'of each channel in [0, 1], or one for all',
+                                             gt=0, le=1, hint=OF_PIXELS),
     Option('DATA.NUM_WORKERS',     -1,       'data processes per training process; 0: none, it loads itself; '
                                              '-1: 2 on a CPU, by cores and GPUs on a GPU',
                                              ge=-1, le=1024, flag=True, on_resume='free'),
@@ -261,12 +263,22 @@ def is_color(text: str) -> bool:
         return False
 
 
+def one_per_channel(values: list, channels: int) -> bool:
+    return len(values) in (1, channels)
+
+
 def one_per_stage(values: list, stages: list) -> bool:
     return len(values) == len(stages)
 
 
 RELATIONS = (
     Relation('DATA.BACKGROUND', is_color, "it can be a colour such as white or '#808080', or drop"),
+    Relation('DATA.MEAN DATA.CHANNELS', one_per_channel,
+             'give one number for each channel, or one for all, such as [0.449]'),
+    Relation('DATA.STD DATA.CHANNELS', one_per_channel,
+             'give one number for each channel, or one for all, such as [0.226]'),
+    Relation('DATA.BACKEND DATA.CHANNELS', lambda backend, channels: backend == 'pillow' or channels == 3,
+             'OpenCV makes RGB images only here; leave DATA.BACKEND pillow'),
     Relation('TRAIN.CROP_SCALE', lambda scale: scale[0] <= scale[1], 'it must be [smallest, largest]'),
     Relation('TRAIN.CROP_RATIO', lambda ratio: ratio[0] <= ratio[1], 'it must be [smallest, largest]'),
     Relation('MODEL.STAGES', lambda stages: len(stages) > 0, 'a network needs at least one stage'),

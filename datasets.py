@@ -24,14 +24,16 @@ from numpy.random import Generator
 from paddle import Tensor
 from PIL import Image
 
-from data import archives, augment, class_names, generators, image_files
+from data import archives, augment, bands, class_names, generators, image_files
+from data.bands import Bands, BandsBackend
 from data.list_file import ImageList, read_list
 from data.operations import PILLOW, Backend
 from data.samplers import EvalSampler, Name, TrainSampler
 from data.watch import IDLE, Watch
 
 Policy = Union[augment.RandAugment, augment.AutoAugment]
-Transform = Callable[[Any, Generator], np.ndarray]   # image, generator -> uint8 (H, W, 3)
+Transform = Callable[[Any, Generator], np.ndarray]   # image, generator -> uint8 (H, W, C)
+Read = Callable[..., Any]                           # path, DATA.BACKGROUND, DATA.MAX_PIXELS -> image
 LISTS = ('train_list.txt', 'val_list.txt')
 ANY_LABEL = 10 ** 9                                 # more than the classes of any list
 READ_AHEAD = 2                                      # batches that a data process makes ahead: Paddle's own
@@ -44,8 +46,15 @@ class DataError(ValueError):
 
 # ---- pixels
 
-def choose_backend(name: str) -> Backend:
+def choose_read(channels: int) -> Read:
+    """Return the function that reads an image file for DATA.CHANNELS, as `eval_pixels` takes it."""
+    return image_files.read if channels == 3 else partial(bands.read, channels=channels)
+
+
+def choose_backend(name: str, channels: int = 3) -> Backend:
     """Return the backend of DATA.BACKEND, pillow or cv2. Raises ValueError without OpenCV."""
+    if channels != 3:
+        return BandsBackend(channels)
     if name == 'pillow':
         return PILLOW
     try:
@@ -57,19 +66,23 @@ def choose_backend(name: str) -> Backend:
     return opencv.OpenCVBackend()
 
 
-def eval_pixels(image: Image.Image, image_size: sizes.Size, crop_pct: float,
+def eval_pixels(image: Image.Image | Bands, image_size: sizes.Size, crop_pct: float,
                 background: str = image_files.BACKGROUND) -> np.ndarray:
-    """Resize a PIL image of any mode and crop its centre, for evaluation; returns uint8 (H, W, 3).
+    """Resize an image and crop its centre, for evaluation; returns uint8 (H, W, C).
+
+    A PIL image of any mode becomes RGB, with C = 3. Bands have their own channels.
 
     The resized image just covers floor(image_size / crop_pct), bicubic. For a square every pixel equals
     that of torchvision's Resize and CenterCrop as timm combines them. For other sizes the geometry is that
     of timm's ResizeKeepRatio. For other modes than RGB see image_files.to_rgb.
     """
-    image = image_files.to_rgb(image, background)
     height, width = sizes.sides(image_size)
     size = _covering(image.size, math.floor(height / crop_pct), math.floor(width / crop_pct))
     left, top = _centre(size[0], width), _centre(size[1], height)
-    return np.asarray(image_files.resize_and_crop(image, size, (left, top, left + width, top + height)))
+    cut = partial(image_files.resize_and_crop, size=size, box=(left, top, left + width, top + height))
+    if isinstance(image, Bands):
+        return np.asarray(image.map(cut))
+    return np.asarray(cut(image_files.to_rgb(image, background)))
 
 
 def _covering(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -92,10 +105,10 @@ def _centre(length: int, size: int) -> int:
 
 def train_pixels(image: Any, rng: Generator, *, backend: Backend, image_size: sizes.Size,
                  scale: tuple[float, float], ratio: tuple[float, float], flip: float, policy: Policy | None,
-                 jitter: float, fill: tuple[int, int, int]) -> np.ndarray:
+                 jitter: float, fill: augment.Colour) -> np.ndarray:
     """Augment what `backend.read` returns: random crop, flip, then `policy`, or without one colour jitter.
 
-    Returns uint8 (H, W, 3).
+    Returns uint8 (H, W, C).
     """
     image = augment.random_resized_crop(image, sizes.sides(image_size), rng, scale, ratio, backend)
     image = augment.random_flip(image, rng, flip, backend)
@@ -107,7 +120,10 @@ def train_pixels(image: Any, rng: Generator, *, backend: Backend, image_size: si
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn uint8 images (B, 3, H, W) into float32 ones; mean and std are of RGB in [0, 1]."""
+    """Turn uint8 images (B, C, H, W) into float32 ones.
+
+    mean and std are of each channel, or one for all, in [0, 1].
+    """
     device = paddle.get_device()
     mean_255, std_255 = _per_channel(tuple(mean), device), _per_channel(tuple(std), device)
     return images.astype('float32').subtract_(mean_255).divide_(std_255)  # in place: twice as fast on a CPU
@@ -115,23 +131,24 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @lru_cache(maxsize=8)
 def _per_channel(values: tuple[float, ...], device: str) -> Tensor:
-    """Return 255 * values, which are copied to the device once, in the shape (3, 1, 1)."""
+    """Return 255 * values, which are copied to the device once, in the shape (C, 1, 1)."""
     return paddle.to_tensor(255 * np.asarray(values)[:, None, None], 'float32')
 
 
 # ---- samples
 
 class ListDataset:
-    """The images of a list: dataset[epoch, index] -> uint8 pixels (3, H, W), label, index.
+    """The images of a list: dataset[epoch, index] -> uint8 pixels (C, H, W), label, index.
 
     For an image that cannot be read the result is a text with the reason. It goes to the consumer as
     data: an exception in a data process would arrive without its message. `read` makes an image of a
-    path and the options `reading`; `transform` makes uint8 (H, W, 3) of an image and a generator.
+    path and the options `reading`; `transform` makes uint8 (H, W, C) of an image and a generator.
+    `shape` is (C, H, W).
     """
 
-    def __init__(self, samples: ImageList, transform: Transform, image_size: sizes.Size, seed: int,
-                 read: Callable[..., Any] = image_files.read, **reading: Any):
-        self.samples, self.transform, self.image_size, self.seed = samples, transform, image_size, seed
+    def __init__(self, samples: ImageList, transform: Transform, shape: tuple[int, int, int], seed: int,
+                 read: Read, **reading: Any):
+        self.samples, self.transform, self.shape, self.seed = samples, transform, shape, seed
         self.read, self.reading = read, reading
 
     def __len__(self) -> int:
@@ -156,11 +173,11 @@ class ListDataset:
         return f'{self.samples.where(index)} {path}: {image_files.reason(error)}'
 
     def batch(self, names: Sequence[Name], note: Callable[[int], None] = lambda index: None) -> list:
-        """Read a batch: images (B, 3, H, W), labels (B,), indices (B,), texts.
+        """Read a batch: images (B, C, H, W), labels (B,), indices (B,), texts.
 
         A sample with a text has zeros elsewhere. `note` gets the index of each image before it is read.
         """
-        images: np.ndarray = np.zeros((len(names), 3, *sizes.sides(self.image_size)), np.uint8)
+        images: np.ndarray = np.zeros((len(names), *self.shape), np.uint8)
         labels: np.ndarray = np.zeros(len(names), np.int64)
         indices: np.ndarray = np.zeros(len(names), np.int64)
         texts = [''] * len(names)
@@ -208,7 +225,7 @@ class Loader:
         return len(self.sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        """Yield images (B, 3, H, W) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
+        """Yield images (B, C, H, W) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
 
         The indices are an array: the host draws random numbers by them, and would wait for a tensor.
         Raises DataError. Raises stopping.Failure if a data process dies, or reads one image for longer
@@ -316,9 +333,10 @@ def count_classes(data_path: str, read_lists: bool = False) -> tuple[int, str]:
 def build_train(config: Any, rank: int = 0, world: int = 1) -> Loader:
     """Build the Loader of train_list.txt for one rank. Raises as read_list and TrainSampler."""
     train, data = config.TRAIN, config.DATA
-    backend = choose_backend(data.BACKEND)
+    backend = choose_backend(data.BACKEND, data.CHANNELS)
     policy = augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None
-    fill = tuple(min(255, round(255 * value)) for value in data.MEAN)
+    mean = data.MEAN if len(data.MEAN) > 1 else data.MEAN * data.CHANNELS
+    fill = tuple(min(255, round(255 * value)) for value in mean)
     transform = partial(
         train_pixels, backend=backend, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE,
         ratio=train.CROP_RATIO, flip=train.HFLIP, policy=policy, jitter=train.COLOR_JITTER, fill=fill)
@@ -333,19 +351,20 @@ def build_eval(config: Any, rank: int = 0, world: int = 1) -> Loader:
     """Build the Loader of the list that is evaluated, for one rank. Raises as read_list."""
     data = config.DATA
 
-    def transform(image: Image.Image, rng: Generator) -> np.ndarray:
+    def transform(image: Any, rng: Generator) -> np.ndarray:
         return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
 
-    dataset = _dataset(config, data.EVAL_LIST, transform, image_files.read)
+    dataset = _dataset(config, data.EVAL_LIST, transform, choose_read(data.CHANNELS))
     sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
     return _loader(config, dataset, sampler)
 
 
-def _dataset(config: Any, list_name: str, transform: Transform, read: Callable[..., Any]) -> ListDataset:
+def _dataset(config: Any, list_name: str, transform: Transform, read: Read) -> ListDataset:
     data = config.DATA
     samples = read_list(os.path.join(data.DATA_PATH, list_name), data.DATA_PATH, config.MODEL.NUM_CLASSES)
     archives.prepare(data.DATA_PATH, samples.text)
-    return ListDataset(samples, transform, data.IMAGE_SIZE, config.SEED, read, background=data.BACKGROUND,
+    shape = data.CHANNELS, *sizes.sides(data.IMAGE_SIZE)
+    return ListDataset(samples, transform, shape, config.SEED, read, background=data.BACKGROUND,
                        max_pixels=data.MAX_PIXELS)
 
 
@@ -370,8 +389,7 @@ def count_workers(num_workers: int) -> int:
 
 def shared_memory_needed(loader: Loader, batch_size: int) -> int:
     """Return the bytes of /dev/shm that batches of one process may take: each worker makes two ahead."""
-    image = 3 * math.prod(sizes.sides(loader.dataset.image_size))
-    return loader.num_workers * READ_AHEAD * batch_size * image
+    return loader.num_workers * READ_AHEAD * batch_size * math.prod(loader.dataset.shape)
 
 
 def warn_of_small_shared_memory(needed: int, processes: int, folder: str = '/dev/shm') -> None:

@@ -34,7 +34,7 @@ from model.layers import (
 
 
 class Stem(nn.Sequential):
-    """The first convolutions, with timm's names: (B, 3, H, W) -> (B, width, H/stride, W/stride).
+    """The first convolutions, with timm's names: (B, in_channels, H, W) -> (B, width, H/stride, W/stride).
 
     kind: 'tiered' (three 3x3 convolutions), '7x7' or '3x3' (one); a 3x3 max pool of stride 2 follows with
     `pool`. The stride is 4 with `pool`. Without it, it is 4 for the tiered stem, as its last convolution
@@ -43,14 +43,15 @@ class Stem(nn.Sequential):
 
     operators = 'auto'
 
-    def __init__(self, kind: str, width: int, pool: bool, act: Callable[[], nn.Layer]) -> None:
+    def __init__(self, kind: str, width: int, pool: bool, act: Callable[[], nn.Layer],
+                 in_channels: int = 3) -> None:
         kinds = {'tiered': (3, [3 * width // 8, width // 2, width]), '7x7': (7, [width]), '3x3': (3, [width])}
         kernel_size, widths = kinds[kind]
         strides = [2] + [1] * (len(widths) - 1)
         if not pool and len(widths) > 1:
             strides[-1] = 2
         layers = []
-        for in_width, out_width, stride in zip([3] + widths, widths, strides):
+        for in_width, out_width, stride in zip([in_channels] + widths, widths, strides):
             layers.append(ConvNormAct(in_width, out_width, kernel_size, stride, act))
         self.stride = math.prod(strides)
         if pool:
@@ -129,7 +130,7 @@ class Head(nn.Layer):
 
 
 class HaloNet(nn.Layer):
-    """Normalised images (B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) if it is 0.
+    """Normalised images (B, in_channels, H, W) -> logits (B, num_classes), or for 0 pooled features (B, C).
 
     stages: the kinds of blocks of each stage, such as [['conv', 'conv'], ['conv', 'halo']]. `widths`,
     `strides`, `num_heads` and `inner_widths` have one entry per stage. Without `inner_widths` the inner
@@ -146,11 +147,11 @@ class HaloNet(nn.Layer):
                  bottleneck_ratio: float = 0.25, bottleneck_in: bool = False, projection: bool = True,
                  linear_out: bool = False, stem: str = 'tiered', stem_width: int = 64, stem_pool: bool = True,
                  head_width: int = 0, num_classes: int = 1000, dropout: float = 0.0, drop_path: float = 0.0,
-                 image_size: sizes.Size = 256) -> None:
+                 image_size: sizes.Size = 256, in_channels: int = 3) -> None:
         super().__init__()
         act = ACTIVATIONS[operators.act]
         image_height, image_width = sizes.sides(image_size)
-        self.stem = Stem(stem, stem_width, stem_pool, act)
+        self.stem = Stem(stem, stem_width, stem_pool, act, in_channels)
         self.stages = nn.LayerList()
         self.feature_info: list[dict[str, int]] = []
         last = max(sum(map(len, stages)) - 1, 1)            # index of the last block, which drop_path is for
@@ -176,7 +177,7 @@ class HaloNet(nn.Layer):
         self.head = Head(head_width or in_width, num_classes, dropout)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> the feature map of each stage, (B, width, H/stride, W/stride): see feature_info."""
+        """Images -> the feature map of each stage, (B, width, H/stride, W/stride): see feature_info."""
         x, maps = self.stem(x), []
         for stage in self.stages:
             x = stage(x)
@@ -184,7 +185,7 @@ class HaloNet(nn.Layer):
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the feature map before the pooling of the head: (B, C, H/stride, W/stride)."""
+        """Images -> the feature map before the pooling of the head: (B, C, H/stride, W/stride)."""
         return self.final_conv(self.features(x)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,7 +266,8 @@ def build_halonet(config: Any) -> HaloNet:
         projection=model.PROJECTION, linear_out=model.LINEAR_OUT,
         stem=model.STEM, stem_width=model.STEM_WIDTH, stem_pool=model.STEM_POOL,
         head_width=model.HEAD_WIDTH, num_classes=model.NUM_CLASSES, dropout=model.DROPOUT,
-        drop_path=model.DROPPATH, image_size=config.DATA.IMAGE_SIZE)
+        drop_path=model.DROPPATH, image_size=config.DATA.IMAGE_SIZE,
+        in_channels=config.DATA.CHANNELS)
     use_operators(network, model.ATTENTION)
     if model.FREEZE_NORM:
         freeze_norms(network)

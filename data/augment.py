@@ -20,6 +20,8 @@ from data.operations import OPS, PILLOW, RAND_OPS, Backend, Box, Sampling
 FULL_LEVEL = 10                                     # magnitude at the end of an operation's range
 GREY = (128, 128, 128)
 
+Colour = tuple[int, ...]                            # a number from 0 to 255 for each channel
+
 
 # ---- crop, flip, colours
 
@@ -65,7 +67,7 @@ def color_jitter(image: Any, strength: float, rng: Generator, backend: Backend =
 
 # ---- RandAugment and AutoAugment
 
-def apply_op(image: Any, name: str, magnitude: float, rng: Generator, *, fill: tuple[int, int, int],
+def apply_op(image: Any, name: str, magnitude: float, rng: Generator, *, fill: Colour,
              increasing: bool, backend: Backend = PILLOW) -> Any:
     """Apply an operation of OPS at a magnitude, 0 to FULL_LEVEL; draw its direction and filter."""
     value = OPS[name].draw_value(magnitude / FULL_LEVEL, rng, increasing)
@@ -99,7 +101,7 @@ class RandAugment:
     layers: int = 2
     probability: float = 0.5
 
-    def __call__(self, image: Any, rng: Generator, fill: tuple[int, int, int] = GREY,
+    def __call__(self, image: Any, rng: Generator, fill: Colour = GREY,
                  backend: Backend = PILLOW) -> Any:
         """Draw operations and apply them; `fill` is the colour of pixels from outside the image."""
         for i in rng.choice(len(self.ops), self.layers, replace=self.weights is None, p=self.weights):
@@ -120,7 +122,7 @@ class AutoAugment:
     choices: tuple[tuple[tuple[str, float, float], ...], ...]
     deviation: float = 0.0
 
-    def __call__(self, image: Any, rng: Generator, fill: tuple[int, int, int] = GREY,
+    def __call__(self, image: Any, rng: Generator, fill: Colour = GREY,
                  backend: Backend = PILLOW) -> Any:
         """Draw operations and apply them; `fill` is the colour of pixels from outside the image."""
         for name, probability, magnitude in self.choices[rng.integers(len(self.choices))]:

@@ -31,6 +31,7 @@ for _plugin in ('WebPImagePlugin', 'AvifImagePlugin'):
         import_module(f'PIL.{_plugin}')
 
 BACKGROUND, DROP = 'white', 'drop'
+NUMPY = b'\x93NUMPY'                               # how a .npy file begins
 MAX_PIXELS = 89478485                               # from here on Pillow suspects a decompression bomb
 LARGE = 2 ** 25                                     # pixels of a resized image that is computed as a whole
 # Pillow's names. JPEG finds MPO; PPM covers PGM, PBM and PFM. Never EPS, which starts another program.
@@ -60,6 +61,7 @@ FOREIGN = (                                         # (offset, bytes, format) of
     (4, b'ftypmif1', 'HEIC'),
     (4, b'ftypmsf1', 'HEIC'),
     (4, b'ftyp', 'a video'),
+    (0, NUMPY, 'a NumPy array, which is read where DATA.CHANNELS is not 3'),
     (0, b'version https://git-lfs', 'a pointer of Git LFS: fetch its content by git lfs pull'),
 )
 TRAITS = {                                          # property of an image -> description, effect
@@ -112,11 +114,15 @@ def open_image(file: BinaryIO, max_pixels: float = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         file.seek(0)
         raise ImageError(_unknown(file.read(132))) from None
-    width, height = image.size
+    check_pixels(image.width, image.height, max_pixels)
+    return image
+
+
+def check_pixels(width: int, height: int, max_pixels: float) -> None:
+    """Raise ImageError for an image of more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise ImageError(f'{width} x {height} = {width * height} pixels are more than DATA.MAX_PIXELS '
                          f'{max_pixels}, which can be raised')
-    return image
 
 
 def _unknown(head: bytes) -> str:
@@ -164,12 +170,7 @@ def to_rgb(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
     Transparent pixels are composited on the colour `background`; with 'drop' their alpha is ignored.
     16-bit grey is scaled. Raises ImageError for 32-bit values, whose range is unknown.
     """
-    if image.mode[0] == 'I' or image.mode == 'F':
-        image = _eight_bits(image)
-    else:
-        _scale_transparent_value(image)
-    if image.mode == 'La':                          # alpha multiplied in: Pillow converts it only to LA
-        image = image.convert('LA')
+    image = in_eight_bits(image)
     if background != DROP and image.has_transparency_data:
         rgba = image if image.mode == 'RGBA' else image.convert('RGBA')
         if rgba.getchannel('A').getextrema()[0] < 255:
@@ -181,6 +182,19 @@ def to_rgb(image: Image.Image, background: str = BACKGROUND) -> Image.Image:
         image.load()
         return image
     return image.convert('RGB')
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert a PIL image to a mode with 8 bits per value, if it has another.
+
+    16-bit grey is scaled. Raises ImageError for 32-bit values, whose range is unknown.
+    """
+    if image.mode[0] == 'I' or image.mode == 'F':
+        return _eight_bits(image)
+    _scale_transparent_value(image)
+    if image.mode == 'La':                          # alpha multiplied in: Pillow converts it only to LA
+        return image.convert('LA')
+    return image
 
 
 def _raw_mode(image: Image.Image) -> Any:

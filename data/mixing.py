@@ -41,7 +41,7 @@ def erase(images: Tensor, boxes: Sequence[Box | None], rngs: Sequence[Generator]
           mode: str) -> Tensor:
     """Fill the box of each image and return a new tensor.
 
-    The images (B, 3, H, W) are normalised. Mode 'const' fills with 0, the mean colour; 'pixel' fills
+    The images (B, C, H, W) are normalised. Mode 'const' fills with 0, the mean colour; 'pixel' fills
     with normal noise of the image's generator. The noise of all images is one copy to the device.
     """
     images = images.clone()
@@ -50,19 +50,20 @@ def erase(images: Tensor, boxes: Sequence[Box | None], rngs: Sequence[Generator]
         for i, (top, left, h, w) in drawn:
             images[i, :, top:top + h, left:left + w] = 0.0
         return images
-    parts = [rngs[i].standard_normal(3 * h * w, dtype=np.float32) for i, (_, _, h, w) in drawn]
+    channels = images.shape[1]
+    parts = [rngs[i].standard_normal(channels * h * w, dtype=np.float32) for i, (_, _, h, w) in drawn]
     noise = paddle.to_tensor(np.concatenate(parts)).astype(images.dtype)
     start = 0
     for i, (top, left, h, w) in drawn:
-        end = start + 3 * h * w
-        images[i, :, top:top + h, left:left + w] = noise[start:end].reshape([3, h, w])
+        end = start + channels * h * w
+        images[i, :, top:top + h, left:left + w] = noise[start:end].reshape([channels, h, w])
         start = end
     return images
 
 
 def erase_batch(images: Tensor, indices: np.ndarray, epoch: int, *, seed: int, probability: float,
                 mode: str) -> Tensor:
-    """Erase a random box of each image; images (B, 3, H, W), indices (B,) of the samples.
+    """Erase a random box of each image; images (B, C, H, W), indices (B,) of the samples.
 
     Boxes and noise depend on the seed, the epoch and the index of the sample only.
     """
@@ -96,7 +97,7 @@ class NoMix:
 class Mix:
     """Mix neighbours by mixup or cutmix.
 
-    Images (B, 3, H, W) and soft targets (B, K) -> new images and targets.
+    Images (B, C, H, W) and soft targets (B, K) -> new images and targets.
 
     A draw chooses mixup or cutmix and a lambda from Beta(alpha, alpha). One draw holds for the batch,
     for a pair, or for an image (mode elem). Mode half is pair, and keeps only the first image of each.

@@ -19,7 +19,7 @@ class Sampling(NamedTuple):
     """How a geometric operation makes pixels; other operations ignore it."""
 
     resample: Image.Resampling                      # the filter
-    fillcolor: tuple[int, int, int]                 # RGB where the result shows nothing of the image
+    fillcolor: Any                                  # RGB or grey, where the result shows nothing of the image
 
 
 class Backend(Protocol):
@@ -42,7 +42,7 @@ class Backend(Protocol):
 
 
 class PillowBackend:
-    """Pixel operations on PIL images of mode RGB."""
+    """Pixel operations on PIL images of mode RGB or L."""
 
     read = staticmethod(image_files.read)
 
@@ -80,7 +80,7 @@ def _invert(image: Image.Image, value: None, sampling: Sampling | None) -> Image
 def _posterize(image: Image.Image, bits: int, sampling: Sampling | None) -> Image.Image:
     """Keep the upper bits of each value. ImageOps.posterize refuses 0 bits, which make a black image."""
     mask = 256 - 2 ** (8 - min(max(bits, 0), 8))
-    return image.point([pixel & mask for pixel in range(256)] * 3)
+    return image.point([pixel & mask for pixel in range(256)] * len(image.getbands()))
 
 
 def _solarize(image: Image.Image, threshold: int, sampling: Sampling | None) -> Image.Image:
@@ -90,7 +90,7 @@ def _solarize(image: Image.Image, threshold: int, sampling: Sampling | None) -> 
 def _solarize_add(image: Image.Image, addend: int, sampling: Sampling | None) -> Image.Image:
     """Add a number to the values of the darker half."""
     dark = [min(255, pixel + addend) for pixel in range(128)]
-    return image.point([*dark, *range(128, 256)] * 3)
+    return image.point([*dark, *range(128, 256)] * len(image.getbands()))
 
 
 def _enhance(enhancer: Callable) -> Callable:

@@ -51,7 +51,8 @@ class Case:
 
 def eval_cases(args: argparse.Namespace, threads: int) -> list[Case]:
     """Return the eager model first, then the exported files in each runtime."""
-    image_sides = sizes.sides(config_of(args).DATA.IMAGE_SIZE)
+    data = config_of(args).DATA
+    shape = data.CHANNELS, *sizes.sides(data.IMAGE_SIZE)
     exported = os.listdir(args.exported) if args.exported else []
     if args.exported and 'model.json' not in exported and 'model.onnx' not in exported:
         raise ValueError(f'{args.exported}: neither model.json nor model.onnx is there; '
@@ -67,7 +68,7 @@ def eval_cases(args: argparse.Namespace, threads: int) -> list[Case]:
             makers[f'{name}onnxruntime'] = partial(runtimes.onnxruntime, path, threads)
             makers[f'{name}OpenVINO'] = partial(runtimes.openvino, path, threads)
         for name, make in makers.items():
-            on_batch = partial(on_images, make, (batch, 3, *image_sides))
+            on_batch = partial(on_images, make, (batch, *shape))
             cases.append(Case(name, batch, {'batch': batch, 'threads': threads}, on_batch))
     return cases
 
@@ -184,7 +185,7 @@ def training_step(args: argparse.Namespace, kind: str, precision: str, batch: in
     if config.TRAIN.TO_STATIC:
         from model.layers import Traced
         model = Traced(model)
-    x = paddle.randn([batch, 3, *sizes.sides(config.DATA.IMAGE_SIZE)])
+    x = paddle.randn([batch, config.DATA.CHANNELS, *sizes.sides(config.DATA.IMAGE_SIZE)])
     labels = paddle.randint(0, config.MODEL.NUM_CLASSES, [batch])
 
     def step() -> None:

@@ -46,6 +46,7 @@ PADDLEVIT_KEY = re.compile(                         # every key of PaddleViT's t
     r'classifier\.1\.(weight|bias)')
 COUNTER = '.num_batches_tracked'                    # of PyTorch's batch norms, not used here
 HEAD = ('head.fc.weight', 'head.fc.bias')
+STEMS = ('stem.conv1.conv.weight', 'stem.conv.weight')                # the first convolution of a network
 HEADS = 1 << 28                                     # bytes for a classifier of more classes than the model
 SHOWN_KEYS = 3                                      # of each kind in a message
 
@@ -187,14 +188,15 @@ def load_pretrained(model: nn.Layer, path: str, *, ema: bool = False, fine_tune:
 # ---- fine-tuning
 
 def adapt(state: Mapping[str, Any], model: nn.Layer) -> dict[str, Any]:
-    """Adapt a state dict with our names to the number of classes and the attention windows of `model`.
+    """Adapt a state dict with our names to the classes, image channels and attention windows of `model`.
 
     Another number of classes, or a file without a classifier: the model keeps its own, fresh head.
-    Another window: position tables are interpolated to its size. Each change is logged; nothing else is
-    adapted.
+    Other channels than RGB: the first convolution is adapted. Another window: position tables are
+    interpolated to its size. Each change is logged; nothing else is adapted.
     """
     wanted = model.state_dict()
-    return {**state, **_fresh_head(state, wanted), **_resized_tables(state, wanted)}
+    return {**state, **_fresh_head(state, wanted), **_adapted_stem(state, wanted),
+            **_resized_tables(state, wanted)}
 
 
 def _fresh_head(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -210,6 +212,30 @@ def _fresh_head(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str
     old = 'none' if is_absent else f'one for {shape[1]}'
     log.info('fresh head for %d classes: the weights have %s', classes, old)
     return {key: wanted[key].numpy() for key in HEAD}
+
+
+def _adapted_stem(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Adapt the first convolution of `state` where it is for RGB and the model's images are not."""
+    key = next((key for key in STEMS if key in wanted and key in state), None)
+    if key is None or len(state[key].shape) != 4:
+        return {}
+    found, channels = state[key].shape[1], wanted[key].shape[1]
+    if found != 3 or channels == 3:
+        return {}
+    log.info('%s: adapted from RGB to %d channels', key, channels)
+    return {key: adapt_stem(np.asarray(state[key]), channels)}
+
+
+def adapt_stem(weight: np.ndarray, channels: int) -> np.ndarray:
+    """Adapt the first convolution's weight (O, 3, h, w) to images of other channels: (O, channels, h, w).
+
+    As timm's adapt_input_conv. One channel gets the sum over RGB, so a grey image gives the same as before.
+    More channels repeat those of RGB, scaled by 3 / channels.
+    """
+    if channels == 1:
+        return weight.sum(axis=1, keepdims=True)
+    copies = -(-channels // 3)
+    return np.tile(weight, (1, copies, 1, 1))[:, :channels] * weight.dtype.type(3 / channels)
 
 
 def _resized_tables(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@ import base64
 import io
 from typing import NamedTuple, Optional
 
+import numpy as np
 from PIL import Image
 
 from data import image_files
@@ -16,6 +17,12 @@ class Embedded(NamedTuple):
     """A picture as the `src` of an <img>; a `tiny` one is shown pixel by pixel."""
     uri: str
     tiny: bool
+
+
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 pixels (H, W, C) as an RGB image, to look at: the first three channels, or the first."""
+    shown = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]
+    return Image.fromarray(shown).convert('RGB')
 
 
 def embed(image: Image.Image) -> Embedded:

@@ -6,7 +6,6 @@ from typing import Any, Optional, Protocol
 from system import sizes
 
 import numpy as np
-from PIL import Image
 
 from reporting import pictures
 from reporting.templates import render
@@ -20,7 +19,7 @@ class Prediction(Protocol):
     label: Optional[int]
     error: str
     top: list[tuple[int, float]]                    # (label, probability), the most probable first
-    pixels: np.ndarray                              # uint8 (H, W, 3), the network's input
+    pixels: np.ndarray                              # uint8 (H, W, C), the network's input
 
 
 def page(predictions: list[Any], names: list[str], facts: dict[str, Any], summary: str, count: int) -> str:
@@ -73,7 +72,7 @@ def card(prediction: Prediction, path: str, names: list[str]) -> dict[str, Any]:
     return {
         **shown,
         'confidence': prediction.top[0][1],
-        'picture': pictures.embed(Image.fromarray(prediction.pixels)),
+        'picture': pictures.embed(pictures.as_picture(prediction.pixels)),
         'label': '' if prediction.label is None else names[prediction.label],
         'top': [(names[label], 100 * probability) for label, probability in prediction.top],
     }

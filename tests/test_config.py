@@ -167,7 +167,7 @@ def outside(option):
                                              value) for option in SINGLE for value in outside(option)),
     ('TRAIN.BASE_LR', float('nan')), ('TRAIN.HFLIP', float('nan')), ('DATA.CROP_PCT', 1.01),
     ('TRAIN.HFLIP', 1.01),
-    ('DATA.MEAN', [0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', [0.5]),
+    ('DATA.MEAN', [0.5, 0.5]), ('DATA.STD', [0.5, 0.5, 0.0]), ('DATA.STD', []),
     ('TRAIN.CROP_SCALE', [0.5, 0.4]),
     ('TRAIN.CROP_SCALE', [0.0, 1.0]), ('TRAIN.CROP_SCALE', [0.5, 1.1]), ('TRAIN.CROP_SCALE', [1.0]),
     ('TRAIN.CROP_RATIO', [2.0, 1.0]), ('TRAIN.CROP_RATIO', [0.0, 1.0]), ('TRAIN.NUM_EPOCHS', 5),
@@ -202,6 +202,8 @@ def test_message_states_all_limits(key, value, limits):
     ('DATA.MEAN', [0.0, 1.0, 0.0]), ('MODEL.FREEZE', 5), ('TRAIN.RECOMPUTE', 4), ('DATA.BACKGROUND', 'drop')])
 def test_limits_are_allowed(key, value):
     opts = [key, value, 'TRAIN.WARMUP_EPOCHS', 0]
+    if key == 'DATA.CHANNELS':                      # one mean for any number of them
+        opts += ['DATA.MEAN', [0.5], 'DATA.STD', [0.5]]
     assert flatten(get_config(None, opts))[key] == value
 
 

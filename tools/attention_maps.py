@@ -135,7 +135,7 @@ def grid_positions(pixel: int, block: int, halo: int) -> paddle.Tensor:
 
 @paddle.no_grad()
 def attention_maps(model: nn.Layer, images: paddle.Tensor) -> tuple[list[AttentionMap], paddle.Tensor]:
-    """Return the AttentionMap of each HaloAttention of a model for images (1, 3, H, W), and the logits."""
+    """Return the AttentionMap of each HaloAttention of a model for images (1, C, H, W), and the logits."""
     layers = {name: layer for name, layer in model.named_sublayers() if isinstance(layer, HaloAttention)}
     inputs = {}
 

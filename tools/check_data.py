@@ -32,7 +32,7 @@ from tools import cli
 
 import numpy as np
 
-from data import archives, class_names, image_files
+from data import archives, bands, class_names, image_files
 from data.list_file import ImageList, read_list
 
 PARTS = {'train': 'training', 'val': 'validation'}
@@ -52,13 +52,16 @@ class Result(NamedTuple):
     digest: str = ''                                # of the file's content
 
 
-def read(path: str, max_pixels: int) -> Result:
-    """Read a whole image as training does."""
+def read(path: str, max_pixels: int, channels: int = 3) -> Result:
+    """Read a whole image as training does, with DATA.CHANNELS `channels`."""
     try:
         digest = hashlib.sha256()
         with image_files.open_file(path) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
+            if channels != 3:
+                picture = bands.read(path, max_pixels=max_pixels, channels=channels)
+                return Result('', *picture.size, f'of {channels} channels', digest=digest.hexdigest())
             file.seek(0)
             image = image_files.open_image(file, max_pixels)
             mode, traits = image.mode, tuple(image_files.traits(image))
@@ -69,10 +72,9 @@ def read(path: str, max_pixels: int) -> Result:
         return Result(image_files.reason(error))
 
 
-def read_all(samples: ImageList, workers: int, part: str, max_pixels: int) -> list[Result]:
-    """`read` each image of a list, in its order. Raises ValueError if a process dies."""
+def read_all(samples: ImageList, workers: int, part: str, read_one: Callable[[str], Result]) -> list[Result]:
+    """Read each image of a list by `read_one`, in its order. Raises ValueError if a process dies."""
     paths = [samples.path(i) for i in range(len(samples))]
-    read_one = partial(read, max_pixels=max_pixels)
     if not workers:
         return list(cli.progress(map(read_one, paths), len(paths), part))
     context = multiprocessing.get_context('fork')
@@ -136,7 +138,7 @@ def compare(lists: dict[str, ImageList],
     return in_both, other_label
 
 
-def check(folder: str, classes: int, workers: int, max_pixels: int) -> dict[str, Any]:
+def check(folder: str, classes: int, workers: int, read_one: Callable[[str], Result]) -> dict[str, Any]:
     """Return the whole report on a folder, as the JSON has it. Raises ValueError for a bad list."""
     lists = {}
     for part in PARTS:
@@ -147,7 +149,7 @@ def check(folder: str, classes: int, workers: int, max_pixels: int) -> dict[str,
         raise ValueError(f'{folder} has neither train_list.txt nor val_list.txt; '
                          'tools/make_lists.py writes them')
     classes = classes or max(samples.count_classes() for samples in lists.values())
-    results = {part: read_all(samples, workers, part, max_pixels) for part, samples in lists.items()}
+    results = {part: read_all(samples, workers, part, read_one) for part, samples in lists.items()}
     report: dict[str, Any] = {'folder': folder, 'classes': classes}
     for part, samples in lists.items():
         report[part] = describe(samples, results[part], classes)
@@ -226,12 +228,15 @@ def parser() -> cli.Parser:
                type=int, default=0, metavar='N')
     parser.add('max_pixels', 'larger images are bad files, as by DATA.MAX_PIXELS', type=int,
                default=image_files.MAX_PIXELS, metavar='N')
+    parser.add('channels', 'channels of the images, as by DATA.CHANNELS', type=int, default=3, metavar='N')
     parser.add('json', 'write the report with all files as JSON; - is the console', metavar='FILE')
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
+    if args.channels < 1:
+        raise ValueError(f'-channels {args.channels}: it must be at least 1')
     if min(args.workers, args.classes, args.max_pixels) < 0:
         raise ValueError(f'-workers {args.workers} -classes {args.classes} -max_pixels {args.max_pixels}: '
                          'none can be negative')
@@ -242,7 +247,8 @@ def main(args: argparse.Namespace) -> int:
     def name_of(label: str) -> str:
         return names[int(label)] if int(label) < len(names) else label
 
-    report = check(args.folder, args.classes, args.workers, args.max_pixels)
+    read_one = partial(read, max_pixels=args.max_pixels, channels=args.channels)
+    report = check(args.folder, args.classes, args.workers, read_one)
     print(visible(as_text(report, name_of)), end='')
     if args.json:
         cli.write_text(args.json, json.dumps(report, indent=1) + '\n')

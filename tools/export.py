@@ -93,11 +93,11 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
 
 def write_and_compare(config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
     """Write the files of args.format into `folder`. Returns the `difference` of each format."""
-    size = sizes.sides(config.DATA.IMAGE_SIZE)
+    shape = config.DATA.CHANNELS, *sizes.sides(config.DATA.IMAGE_SIZE)
     model, _ = cli.load_model(config)
-    expected = [(x, run(model, x)) for x in images(size, args.dynamic)]
+    expected = [(x, run(model, x)) for x in images(shape, args.dynamic)]
     with quiet():
-        write(model, size, args, folder)
+        write(model, shape, args, folder)
         return {name: difference(FORMATS[name](folder), expected) for name in args.format}
 
 
@@ -139,21 +139,23 @@ def quiet() -> Iterator[None]:
 
 # ---- comparing
 
-def images(size: tuple[int, int], dynamic: bool) -> list:
-    """Draw standard normal images of each batch size to compare on; with `dynamic` of other sides as well."""
+def images(shape: tuple[int, int, int], dynamic: bool) -> list:
+    """Draw standard normal images of each batch size to compare on; with `dynamic` of other sides as well.
+
+    `shape` is (channels, height, width).
+    """
     import numpy as np
     random = np.random.default_rng(0)
-    drawn = [size] * len(BATCHES)
+    shapes = [shape] * len(BATCHES)
     if dynamic:
-        height, width = size
+        channels, height, width = shape
         smaller = height - min(13, height // 2)
-        drawn = [size, (height + 32, width), (smaller, width + 5)]
-    shapes = [(batch, 3, *sides) for batch, sides in zip(BATCHES, drawn)]
-    return [random.standard_normal(shape, dtype='float32') for shape in shapes]
+        shapes = [shape, (channels, height + 32, width), (channels, smaller, width + 5)]
+    return [random.standard_normal((batch, *shape), dtype='float32') for batch, shape in zip(BATCHES, shapes)]
 
 
 def run(model: Callable, x: Any) -> Any:
-    """Return the logits of images (B, 3, H, W) as an array."""
+    """Return the logits of images (B, C, H, W) as an array."""
     import paddle
     with paddle.no_grad():
         return model(paddle.to_tensor(x)).numpy()
@@ -170,31 +172,31 @@ def difference(runtime: runtimes.Runtime, expected: list) -> float:
 
 # ---- writing
 
-def write(model: Any, size: tuple[int, int], args: argparse.Namespace, folder: str) -> None:
+def write(model: Any, shape: tuple[int, int, int], args: argparse.Namespace, folder: str) -> None:
     """Write the files of args.format into `folder`. The batch norms of `model` are folded in place."""
     from tools.deployed import deployed, look_windows_up
     deployed(model)
-    fixed = (None, None) if args.dynamic else size
+    traced = (shape[0], None, None) if args.dynamic else shape
     if 'paddle' in args.format:
-        save(model, fixed, os.path.join(folder, 'model'))
+        save(model, traced, os.path.join(folder, 'model'))
     if 'onnx' in args.format:
         if not args.dynamic:
             look_windows_up(model)                  # only for ONNX: Paddle Inference 3.3.1 crashes on these
         with tempfile.TemporaryDirectory() as temporary:
             program = os.path.join(temporary, 'model')
-            save(model, fixed, program)
+            save(model, traced, program)
             to_onnx(program, os.path.join(folder, 'model.onnx'), args.opset)
 
 
-def save(model: Any, size: tuple[Optional[int], Optional[int]], path: str) -> None:
+def save(model: Any, shape: tuple[Optional[int], ...], path: str) -> None:
     """Save a model as Paddle's static program, path.json and path.pdiparams.
 
-    `size` is (height, width) of the images; None is free.
+    `shape` is (channels, height, width) of the images; None is free.
     """
     import paddle
     # a GPU build has another operator for F.linear, at which Paddle2ONNX 2.1 ends the process
     paddle.set_flags({'FLAGS_use_legacy_linear': True})
-    spec = paddle.static.InputSpec([None, 3, *size], 'float32', 'images')
+    spec = paddle.static.InputSpec([None, *shape], 'float32', 'images')
     program = paddle.jit.to_static(model.forward, input_spec=[spec], full_graph=True, backend=None)
     paddle.jit.save(program, path)
 
@@ -232,9 +234,11 @@ def set_padding_to_zero(graph: Any) -> None:
 def metadata(config: Any, dynamic: bool, names: Optional[list[str]], differences: dict[str, float]) -> dict:
     """Return the content of meta.json: how to prepare images, and what was checked."""
     data = config.DATA
+    kind = {1: 'grey', 3: 'RGB'}.get(data.CHANNELS, 'channels of the file')
     return {
         'model': config.MODEL.NAME,
-        'input': 'images: float32 (batch, 3, height, width), RGB, (value / 255 - mean) / std',
+        'input': f'images: float32 (batch, {data.CHANNELS}, height, width), {kind}, '
+                 '(value / 255 - mean) / std',
         'size': data.IMAGE_SIZE,                    # or [height, width]
         'dynamic_size': dynamic,
         'crop_pct': data.CROP_PCT,

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-from data import image_files
+from data import bands, image_files
 
 TRUSTED = frozenset((                               # endings of images
     '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.gif', '.bmp', '.dib',
@@ -108,7 +108,7 @@ class _Search:
             self.left_out['special files'] += 1
             return False
         ending = os.path.splitext(path)[1].lower()
-        if ending in TRUSTED or image_files.is_image(path):
+        if ending in TRUSTED or image_files.is_image(path) or bands.is_array(path):
             return True
         self.left_out[ending or 'without an ending'] += 1
         return False

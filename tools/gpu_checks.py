@@ -107,7 +107,7 @@ def build(config: str, device: str) -> Any:
     model = build_halonet(settings)
     model.set_state_dict(state)
     model.eval()
-    shape = 2, 3, *sizes.sides(settings.DATA.IMAGE_SIZE)
+    shape = 2, settings.DATA.CHANNELS, *sizes.sides(settings.DATA.IMAGE_SIZE)
     images = np.random.default_rng(0).standard_normal(shape, dtype='float32')
     return model, paddle.to_tensor(images)
 

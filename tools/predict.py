@@ -44,7 +44,7 @@ class Picture:
     label: Optional[int] = None                     # by the list file
     error: str = ''
     top: list[tuple[int, float]] = field(default_factory=list)      # (label, probability), best first
-    pixels: Any = None                              # uint8 (H, W, 3), the network's input; kept for the page
+    pixels: Any = None                              # uint8 (H, W, C), the network's input; kept for the page
 
 
 def find_pictures(words: list[str]) -> list[Picture]:
@@ -78,7 +78,7 @@ def read(picture: Picture, data: Any) -> Picture:
     """Set the pixels of a picture, or its error, by the options `data` (config.DATA). Thread-safe."""
     import datasets
     try:
-        image = image_files.read(picture.path, data.BACKGROUND, data.MAX_PIXELS)
+        image = datasets.choose_read(data.CHANNELS)(picture.path, data.BACKGROUND, data.MAX_PIXELS)
         picture.pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         picture.error = image_files.reason(error)
@@ -118,7 +118,7 @@ def classify(model: Any, config: Any, pictures: list[Picture], topk: int) -> Non
     import datasets
     if not pictures:
         return
-    pixels = np.stack([picture.pixels.transpose(2, 0, 1) for picture in pictures])       # (B, 3, H, W)
+    pixels = np.stack([picture.pixels.transpose(2, 0, 1) for picture in pictures])       # (B, C, H, W)
     images = datasets.normalise(paddle.to_tensor(pixels), config.DATA.MEAN, config.DATA.STD)
     probabilities = paddle.nn.functional.softmax(model(images).astype('float32'), axis=-1)
     values, labels = probabilities.topk(topk, axis=-1)

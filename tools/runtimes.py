@@ -1,6 +1,6 @@
 """Open exported models in inference runtimes.
 
-Each is a function from images (B, 3, H, W) float32 to logits (B, K). An absent package raises ValueError
+Each is a function from images (B, C, H, W) float32 to logits (B, K). An absent package raises ValueError
 with the command that installs it.
 """
 import functools

@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import image_files
+from reporting.pictures import as_picture
 
 FINE = 2                                            # everything is drawn at twice its size, then reduced
 GAP, TEXT = 14, 15                                  # pixels between panels; height of the letters
@@ -311,7 +312,7 @@ def choose_heads(maps: list[Any], wanted: list[str]) -> list[Head]:
 @dataclass
 class Look:
     """The attention of a model to a picture."""
-    pixels: np.ndarray                              # uint8 (H, W, 3), the network's input
+    pixels: np.ndarray                              # uint8 (H, W, 3), what is shown of the network's input
     maps: list[Any]                                 # an AttentionMap per layer
     label: int                                      # of the most probable class
     probability: float
@@ -327,18 +328,19 @@ def look(model: Any, config: Any, path: str) -> Look:
     import paddle
 
     import datasets
+    data = config.DATA
     try:
-        image = image_files.read(path, config.DATA.BACKGROUND, config.DATA.MAX_PIXELS)
-        pixels = datasets.eval_pixels(image, config.DATA.IMAGE_SIZE, config.DATA.CROP_PCT)
+        image = datasets.choose_read(data.CHANNELS)(path, data.BACKGROUND, data.MAX_PIXELS)
+        pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
     except Exception as error:                      # Pillow may raise nearly anything for a damaged file
         raise ValueError(f'{path}: {image_files.reason(error)}') from None
-    images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])              # (1, 3, H, W)
-    maps, logits = attention_maps(model, datasets.normalise(images, config.DATA.MEAN, config.DATA.STD))
+    images = paddle.to_tensor(pixels.transpose(2, 0, 1)[None])              # (1, C, H, W)
+    maps, logits = attention_maps(model, datasets.normalise(images, data.MEAN, data.STD))
     if not maps:
         raise ValueError(f'{config.MODEL.NAME} has no layer with halo attention')
     probabilities = paddle.nn.functional.softmax(logits[0]).numpy()
     label = int(probabilities.argmax())
-    return Look(pixels, maps, label, float(probabilities[label]))
+    return Look(np.asarray(as_picture(pixels)), maps, label, float(probabilities[label]))
 
 
 def query_point(query: Optional[list[float]], image_size: sizes.Size) -> Point:

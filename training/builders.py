@@ -274,7 +274,7 @@ def build_mix(config: CfgNode) -> Callable:
 
 
 def build_input(config: CfgNode) -> Callable[[paddle.Tensor, np.ndarray, int], paddle.Tensor]:
-    """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, 3, H, W)."""
+    """Return a function that normalises and erases: uint8 images, indices, epoch -> input (B, C, H, W)."""
     data, train, seed = config.DATA, config.TRAIN, config.SEED
 
     def to_input(images: paddle.Tensor, indices: np.ndarray, epoch: int) -> paddle.Tensor:

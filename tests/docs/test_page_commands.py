@@ -31,7 +31,7 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/gpu.md': 'tests/tools/test_verify_gpu.py and tests/dev/test_benchmark.py',
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
-    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 4, 'docs/evaluation.md': 2,
+    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 6, 'docs/evaluation.md': 2,
     'docs/finetune.md': 5, 'docs/imagenet.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1,
     'docs/predict.md': 4,
     'docs/report.md': 3,
@@ -69,6 +69,16 @@ def birds(folder):
         picture(folder / 'birds' / f'{i}.jpg', 200 + i)
         rows.append(f'{i},{("wren", "owl")[i % 2]},{"val" if i > 7 else "train"}')
     (folder / 'birds.csv').write_text('\n'.join(rows))
+
+
+def scans(folder):
+    """Write scans/ with pictures of two classes and their lists."""
+    for split in ('train', 'val'):
+        lines = []
+        for i in range(34):
+            picture(folder / 'scans' / split / f'{i}.jpg', 300 + i)
+            lines.append(f'{split}/{i}.jpg {i % 2}\n')
+        (folder / 'scans' / f'{split}_list.txt').write_text(''.join(lines))
 
 
 def imagenet(folder):
@@ -116,6 +126,7 @@ def clone(tmp_path_factory):
         (folder / name).chmod(0o755)
     flowers(folder / 'flowers')
     birds(folder)
+    scans(folder)
     imagenet(folder)
     fresh_weights(folder)
     picture(folder / 'dog.jpg', 1)

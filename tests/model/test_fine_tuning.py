@@ -116,3 +116,45 @@ def test_other_misfits_are_refused_when_fine_tuning(tmp_path, change, message):
     with pytest.raises(ValueError, match=f'(?s)^{path}: the weights do not fit.*{message}'):
         weights.load_pretrained(model, path, fine_tune=True)
     assert_holds(model, before)
+
+
+# ---- other channels than RGB
+
+GREY = ['DATA.CHANNELS', 1, 'DATA.MEAN', [0.5], 'DATA.STD', [0.5]]
+
+
+@pytest.mark.parametrize('stem', ['3x3', 'tiered'])
+def test_weights_of_rgb_give_a_grey_image_the_same_logits(tmp_path, caplog, stem):
+    opts = [*ref.TINY, 'MODEL.STEM', stem, 'MODEL.STEM_POOL', stem == 'tiered']
+    rgb = ref.fill_seeded(build_halonet(get_config(None, opts))).eval()
+    path = saved(rgb, tmp_path / 'rgb.pdparams')
+    grey = build_halonet(get_config(None, [*opts, *GREY])).eval()
+    with pytest.raises(ValueError, match=r'\[\d+, 3, 3, 3\] in the file, \[\d+, 1, 3, 3\] in the model'):
+        weights.load_pretrained(grey, path)
+    with caplog.at_level('INFO'):
+        weights.load_pretrained(grey, path, fine_tune=True)
+    assert 'adapted from RGB to 1 channels' in caplog.text
+    images = ref.seeded_images((2, 1, 32, 32))
+    np.testing.assert_allclose(ref.run(grey, images), ref.run(rgb, images.repeat(3, axis=1)), atol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [2, 4, 5, 6, 7])
+def test_weights_for_more_channels_repeat_those_of_rgb(channels):
+    """timm's rule. An image whose channels are equal then gives what it gave in RGB, for multiples of 3."""
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype('float32')
+    adapted = weights.adapt_stem(weight, channels)
+    assert adapted.shape == (4, channels, 3, 3) and adapted.dtype == np.float32
+    for i in range(channels):
+        np.testing.assert_allclose(adapted[:, i], weight[:, i % 3] * 3 / channels, rtol=1e-6)
+    if channels % 3 == 0:
+        np.testing.assert_allclose(adapted.sum(1), weight.sum(1), atol=1e-5)
+
+
+def test_other_stems_are_not_adapted(tmp_path):
+    """Weights for four channels fit four channels, and no others."""
+    four = get_config(None, [*ref.TINY, 'DATA.CHANNELS', 4, 'DATA.MEAN', [0.5], 'DATA.STD', [0.5]])
+    path = saved(build_halonet(four), tmp_path / 'four.pdparams')
+    weights.load_pretrained(build_halonet(four), path, fine_tune=True)
+    for opts in ([], GREY):
+        with pytest.raises(ValueError, match=r', 4, 3, 3\] in the file'):
+            weights.load_pretrained(build_halonet(get_config(None, [*ref.TINY, *opts])), path, fine_tune=True)

@@ -105,7 +105,7 @@ def test_program_of_a_gpu_build_has_operators_of_paddle2onnx(tmp_path, monkeypat
     spec = paddle.static.InputSpec([None, 3, 8, 8], 'float32')
     paddle.jit.save(paddle.jit.to_static(layer.forward, [spec], full_graph=True), str(tmp_path / 'gpu'))
     assert 'linear_v2' in (tmp_path / 'gpu.json').read_text()
-    export.save(layer, (8, 8), str(tmp_path / 'ours'))
+    export.save(layer, (3, 8, 8), str(tmp_path / 'ours'))
     assert 'linear_v2' not in (tmp_path / 'ours.json').read_text()
 
 
@@ -190,7 +190,7 @@ def test_export_with_nan_logits_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('size', [1, 8, 13, 14, 256])
 def test_small_images_are_not_empty(size):
-    assert all(min(x.shape) > 0 for x in export.images((size, size), dynamic=True))
+    assert all(min(x.shape) > 0 for x in export.images((3, size, size), dynamic=True))
 
 
 def test_output_has_only_the_results(exported):

@@ -91,6 +91,19 @@ def test_content_decides_for_unknown_endings(tmp_path, capsys):
     assert all(text in out for text in ('.db (2)', 'without an ending (2)', '.eps (2)'))
 
 
+def test_arrays_of_pixels_are_images(tmp_path, capsys):
+    """Those of uint8 (H, W, C). Features and masks, which lie beside images as well, are not."""
+    arrays = {'x': np.zeros((4, 5, 6), 'uint8'), 'y': np.zeros((4, 5, 6), 'uint8'),
+              'features': np.zeros((4, 5, 6), 'float32'), 'mask': np.zeros((4, 5), 'uint8')}
+    for folder in ('cat', 'dog'):
+        (tmp_path / folder).mkdir()
+        for name, array in arrays.items():
+            np.save(tmp_path / folder / f'{name}.npy', array)
+    assert call(make_lists, tmp_path) == 0
+    assert listed(tmp_path) == ['cat/x.npy', 'cat/y.npy', 'dog/x.npy', 'dog/y.npy']
+    assert 'left out: .npy (4)' in capsys.readouterr().out
+
+
 def test_hidden_files_and_thumbnails_are_counted(tmp_path, capsys):
     expected = animals(tmp_path)
     for name in ('cat/@eaDir/0.jpg/THUMB.jpg', 'cat/.thumbnails/1.jpg', '__MACOSX/cat/._0.jpg',
