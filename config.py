@@ -48,6 +48,11 @@ OPTIONS = (
                                         'compute capability 8.0 on', choices=('auto', 'float16', 'bfloat16')),
     Option('SEED',          0,          'decides initialisation, order and augmentation', ge=0),
     Option('EVAL',          False,      'only evaluate', flag=True, on_resume='unsaved'),
+    Option('CHECK',         False,      'a dry run of some steps: memory, speed, and time and disk of '
+                                        'the whole run',
+                                        flag=True, on_resume='unsaved'),
+    Option('CHECK_BATCH',   False,      'the same, and the largest DATA.BATCH_SIZE that fits, by trying',
+                                        flag=True, on_resume='unsaved'),
     Option('RESULTS',       '',         "CSV that evaluations append to; '': results.csv in the run folder",
                                         path='FILE', flag=True, on_resume='unsaved'),
     Option('OUTPUT',        '',         "the run folder; '': a new one below SAVE",

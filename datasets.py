@@ -12,6 +12,7 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from operator import itemgetter
 from typing import Any, Callable, Union
 
@@ -208,7 +209,7 @@ class _Batches:
 # ---- loader
 
 class Loader:
-    """Batches of a dataset in the order of a sampler; len() is their number in an epoch.
+    """Batches of a dataset in the order of a sampler; len() is their number in an epoch, `limit` at most.
 
     An unreadable image raises DataError. With on_error='skip' it is left out, counted and logged once.
     `skipped` is the number of samples left out in the last epoch.
@@ -219,10 +220,11 @@ class Loader:
         self.dataset, self.sampler = dataset, sampler
         self.num_workers, self.on_error, self.timeout = num_workers, on_error, timeout
         self.skipped = 0
+        self.limit: int | None = None
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.sampler) if self.limit is None else min(len(self.sampler), self.limit)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """Yield images (B, C, H, W) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.
@@ -232,7 +234,7 @@ class Loader:
         than `timeout` seconds.
         """
         self.skipped = 0
-        batches = self.sampler.batches(epoch, start)
+        batches = islice(self.sampler.batches(epoch, start), len(self) - start)
         read = self._read_in_workers if self.num_workers else self._read
         for images, labels, numbers, texts in read(batches):
             indices = np.asarray(numbers, np.int64)

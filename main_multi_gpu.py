@@ -21,6 +21,7 @@ from system.stopping import FAILURE, STOPPED, Stop
 from yacs.config import CfgNode
 
 from config import parse_args
+from training import dry_run
 
 GRACE = 10                                          # seconds that the others get after one has failed
 VISIBLE = 'CUDA_VISIBLE_DEVICES'
@@ -132,6 +133,7 @@ def main() -> None:
     if launched:
         lifeline.die_with_parent()                  # a killed launcher leaves its processes behind
     config = parse_args()
+    dry_run.main(config)
     stop = Stop().listen()
     if launched:
         train(config, stop)

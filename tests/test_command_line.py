@@ -17,7 +17,7 @@ FLAGS = {
     'output': ('7', 'OUTPUT', '7'),
     'results': ('r.csv', 'RESULTS', 'r.csv'),
     'device': ('cpu', 'DEVICE', 'cpu'), 'nprocs': ('2', 'NPROCS', 2), 'eval': (None, 'EVAL', True),
-    'amp': (None, 'AMP', True),
+    'amp': (None, 'AMP', True), 'check': (None, 'CHECK', True), 'check_batch': (None, 'CHECK_BATCH', True),
 }
 
 

@@ -3,7 +3,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, Optional
 
@@ -30,11 +30,12 @@ from training.run_folder import RunFolder
 
 
 @paddle.utils.unique_name.guard()                   # Paddle numbers the layers that a process has built
-def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
+def run(config: CfgNode, stop: Optional[Stop] = None, shorten: Optional[Callable] = None) -> dict[str, dict]:
     """Train, or with EVAL only evaluate. Returns the last evaluation, {split: {name: value}}.
 
-    Raises ValueError or OSError for input that does not fit, with the fix. Raises Stopped once `stop`
-    is requested and what is done is saved.
+    `shorten` is called with the model, the evaluation and the training or None, and may limit their loaders.
+    Raises ValueError or OSError for input that does not fit, with the fix. Raises Stopped once `stop` is
+    requested and what is done is saved.
     """
     if not config.MODEL.NUM_CLASSES:
         raise ValueError('MODEL.NUM_CLASSES is 0, a backbone without a classifier: there is nothing to train '
@@ -61,6 +62,8 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
             evaluation = builders.build_evaluation(config, precision, path, stop)
             model = builders.build_model(config, builders.build_attention(config, device))
             if config.EVAL:
+                if shorten:
+                    shorten(model, evaluation, None)
                 table = config.RESULTS or os.path.join(path, 'results.csv')
                 columns = builders.build_columns(config, device, precision)
                 return run_evaluation(
@@ -70,6 +73,8 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
                     config.TRAIN.GLOBAL_BATCH, config.DATA.BATCH_SIZE, utils.world_size())
                 config = changed(config, 'TRAIN.ACCUM_ITER', passes)
             training = builders.build_training(config, model, device, precision)
+            if shorten:
+                shorten(model, evaluation, training)
             saver = builders.build_saver(config, training, precision, path, stop)
             progress = prepare_training(training, evaluation, saver, start, folder, metrics)
         try:
@@ -83,7 +88,11 @@ def run(config: CfgNode, stop: Optional[Stop] = None) -> dict[str, dict]:
 def main(config: CfgNode, stop: Stop) -> None:
     """`run` for a command line: mistakes, failures and a stop end it with one line and an exit code."""
     try:
-        run(config, stop)
+        if config.CHECK or config.CHECK_BATCH:
+            from training import measure  # late, because it calls the other `run`
+            measure.run(config, stop)
+        else:
+            run(config, stop)
     except Stopped:
         lifeline.say_goodbye()                      # all have saved, and end
         raise
