@@ -4,13 +4,13 @@
   python tools/export.py -cfg configs/halonet_26t_256.yaml -pretrained W.pdparams -output exported -dynamic
 
 Batch norms are folded, and the batch size is free. DIR gets model.json and model.pdiparams (Paddle),
-model.onnx, and meta.json with the preparation of images and the class names (null if they are not known). The
+model.onnx, meta.json with the class names (null if they are not known), preprocess.json with the preparation
+of images, a card README.md, and infer.py, which classifies pictures by onnxruntime without Paddle. The
 logits of each file are compared with the model's for 1, 3 and 8 images. If they differ by more than 1e-4 of
 the largest, nothing is written. All is computed on the CPU. ONNX needs requirements-export.txt.
 Exit status: 0, 1 if the check fails, or 2 for a mistake in the command.
 """
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,7 +22,7 @@ from typing import Any, Callable, Optional
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from system import sizes
-from tools import cli, runtimes
+from tools import cli, export_files, runtimes
 
 LIMIT = 1e-4                                        # of the largest logit
 BATCHES = (1, 3, 8)
@@ -62,15 +62,18 @@ def main(args: argparse.Namespace) -> int:
               file=sys.stderr)
     parent = os.path.dirname(os.path.abspath(args.output))
     os.makedirs(parent, exist_ok=True)
+    model, _ = cli.load_model(config)
+    facts = facts_of(model, config)                 # before its batch norms are folded
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
-        differences = write_and_compare(config, args, folder)
+        differences = write_and_compare(model, config, args, folder)
         for name, value in differences.items():
             print(f'{name}: differs from the model by {value:.1e} of the largest logit')
         if not all(value <= LIMIT for value in differences.values()):       # NaN fails too
             print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
             return 1
         meta = metadata(config, args.dynamic, names, differences)
-        cli.write_text(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=1) + '\n')
+        export_files.write_json(os.path.join(folder, 'meta.json'), meta)
+        export_files.write(folder, config, args.dynamic, facts)
         move_content(folder, args.output)
     print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
     return 0
@@ -91,10 +94,17 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
                 runtimes.need(name)
 
 
-def write_and_compare(config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
+def facts_of(model: Any, config: Any) -> dict[str, Any]:
+    """Return the facts of the model's card."""
+    from halonet import count_parameters
+    from training.macs import total_multiply_adds
+    size = sizes.sides(config.DATA.IMAGE_SIZE)
+    return export_files.card_facts(config, count_parameters(model), total_multiply_adds(model, *size))
+
+
+def write_and_compare(model: Any, config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
     """Write the files of args.format into `folder`. Returns the `difference` of each format."""
     shape = config.DATA.CHANNELS, *sizes.sides(config.DATA.IMAGE_SIZE)
-    model, _ = cli.load_model(config)
     expected = [(x, run(model, x)) for x in images(shape, args.dynamic)]
     with quiet():
         write(model, shape, args, folder)

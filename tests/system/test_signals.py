@@ -100,6 +100,7 @@ PROGRAMS = {                                        # and their exit codes; FOLD
     'tools/prepare_imagenet.py FOLDER/imagenet -unpack OUT/unpacked': {1},
     'tools/make_digits.py OUT/digits': {},
     'tools/export.py -pretrained FOLDER/run/final -format paddle -output OUT/export': {},
+    'tools/infer.py FOLDER/data/val/0.png': {2},             # it belongs to an exported folder
     'dev/benchmark.py eval -cfg FOLDER/run/config.yaml -csv OUT/a.csv': {},
     'tools/port_weights.py FOLDER/run/final.pdparams OUT/a.safetensors -cfg FOLDER/run/config.yaml': {},
     'dev/model_table.py -check': {},

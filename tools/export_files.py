@@ -1,0 +1,173 @@
+"""The files that let an exported folder stand alone: preprocess.json, README.md and infer.py."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from typing import Any
+
+from system import sizes
+from tools import cli
+
+from data import class_names
+
+INFER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'infer.py')
+KINDS = {1: 'grey', 3: 'RGB'}                       # number of channels -> what they are
+CONTENTS = {                                        # file -> what the card says about it
+    'model.onnx': 'for onnxruntime and OpenVINO',
+    'model.json': 'for Paddle Inference, with model.pdiparams',
+    'model.pdiparams': 'the weights of model.json',
+    'preprocess.json': 'how an image file becomes the input, in words and numbers',
+    'meta.json': 'class names, and the difference of the files from the model',
+    'infer.py': 'classifies pictures; needs numpy, Pillow and onnxruntime only',
+}
+
+
+def write(folder: str, config: Any, dynamic: bool, facts: dict[str, Any]) -> None:
+    """Write preprocess.json, README.md, and infer.py where there is a model.onnx, to `folder`.
+
+    facts: those of `card_facts`.
+    """
+    write_json(os.path.join(folder, 'preprocess.json'), preprocess(config, dynamic))
+    if os.path.exists(os.path.join(folder, 'model.onnx')):
+        shutil.copyfile(INFER, os.path.join(folder, 'infer.py'))
+    cli.write_text(os.path.join(folder, 'README.md'), card(config, facts, folder))
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write a JSON file for people and programs."""
+    cli.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+
+
+# ---- preprocess.json
+
+def preprocess(config: Any, dynamic: bool) -> dict[str, Any]:
+    """Return how an image file becomes the input of the model, in words and numbers.
+
+    `cover` and `crop` are [height, width].
+    """
+    data = config.DATA
+    crop = list(sizes.sides(data.IMAGE_SIZE))
+    cover = [math.floor(side / data.CROP_PCT) for side in crop]
+    sides = ['height', 'width'] if dynamic else crop
+    return {
+        'input': {'name': 'images', 'type': 'float32', 'shape': ['batch', data.CHANNELS, *sides],
+                  'channels': KINDS.get(data.CHANNELS, 'those of the file')},
+        'output': {'type': 'float32', 'shape': ['batch', config.MODEL.NUM_CLASSES or 'features'],
+                   'meaning': LOGITS if config.MODEL.NUM_CLASSES else 'features before a classifier'},
+        'steps': [read_step(data), resize_step(cover), crop_step(crop), NORMALISE],
+        'channels': data.CHANNELS,
+        'background': data.BACKGROUND,
+        'cover': cover,
+        'crop': crop,
+        'interpolation': 'bicubic',
+        'mean': list(data.MEAN),
+        'std': list(data.STD),
+    }
+
+
+LOGITS = 'logits: their softmax gives the probabilities of the classes in meta.json, in that order'
+NORMALISE = ('Subtract 255 * mean and divide by 255 * std, each channel by its own numbers. '
+             'Order the values as channels, rows, columns.')
+BICUBIC = "The filter is Pillow's bicubic, with antialiasing: first along the rows, then along the columns."
+
+
+def read_step(data: Any) -> str:
+    """Describe how a file is read, by the options `data` (config.DATA)."""
+    if data.CHANNELS not in KINDS:
+        return (f'Read the {data.CHANNELS} channels of the file, with 8 bits per value. '
+                'Each is a grey image in what follows.')
+    text = 'Read the image as RGB with 8 bits per value; of 16 bits take the upper 8. Do not turn it by EXIF.'
+    if data.BACKGROUND == 'drop':
+        text += ' Ignore transparency.'
+    else:
+        text += f' Composite transparent pixels on {data.BACKGROUND}.'
+    if data.CHANNELS == 1:
+        text += ' Then convert it to grey: 0.299 R + 0.587 G + 0.114 B.'
+    return text
+
+
+def resize_step(cover: list[int]) -> str:
+    """Describe the resize to an image that just covers `cover`."""
+    rows, columns = cover
+    if rows == columns:
+        return (f'Resize so that the shorter side has {rows} pixels, and the longer one '
+                f'{rows} * longer / shorter, rounded down. {BICUBIC}')
+    return (f'Divide the height by {rows} and the width by {columns}. Divide both sides by the smaller of '
+            f'these two, rounded to the nearest pixel, halves to even. {BICUBIC}')
+
+
+def crop_step(crop: list[int]) -> str:
+    """Describe the centre crop."""
+    height, width = crop
+    return (f'Cut out the centre, {height} pixels high and {width} wide. It starts at (side - crop) / 2, '
+            'rounded to the nearest pixel, halves to even. Outside the image is black.')
+
+
+# ---- the card
+
+def card(config: Any, facts: dict[str, Any], folder: str) -> str:
+    """Return the text of README.md."""
+    lines = [f'# {config.MODEL.NAME}', '',
+             'A HaloNet (Vaswani et al. 2021, arXiv 2103.12731) for image classification.', '',
+             '| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in facts.items()), '']
+    present = {*os.listdir(folder), 'meta.json'}
+    if 'infer.py' in present:
+        lines += ['```bash', 'python -m pip install numpy pillow onnxruntime', 'python infer.py dog.jpg',
+                  '```', '']
+    lines += ['| file | content |', '|---|---|']
+    lines += [f'| `{name}` | {text} |' for name, text in CONTENTS.items() if name in present]
+    return '\n'.join(lines) + '\n'
+
+
+def card_facts(config: Any, parameters: int, multiply_adds: int) -> dict[str, Any]:
+    """Return {heading: text} of the table of the card, as far as the run beside the weights is known."""
+    import paddle
+    return {
+        'parameters': f'{parameters / 1e6:.2f} M',
+        'multiply-adds of an image': f'{multiply_adds / 1e9:.2f} G',
+        'images': f'{sizes.as_text(config.DATA.IMAGE_SIZE)} pixels, {config.DATA.CHANNELS} channels',
+        'classes': config.MODEL.NUM_CLASSES,
+        'weights': os.path.basename(config.MODEL.PRETRAINED),
+        **run_facts(config.MODEL.PRETRAINED),
+        'exported with': f'PaddlePaddle {paddle.__version__}',
+        'licence': 'of the program that made it: Apache 2.0; of the weights and the data: not stated',
+    }
+
+
+def run_facts(weights: str) -> dict[str, Any]:
+    """Return the facts of the training that lies beside a weight file; {} if there is none."""
+    from reporting import runs
+    folder = class_names.run_folder_of(weights)
+    if not os.path.isfile(os.path.join(folder, 'metrics.jsonl')):
+        return {}
+    run = runs.read_run(folder)
+    facts = {'trained on': run.data, 'recipe': recipe_of(run), **accuracy_of(run, os.path.basename(weights))}
+    return {name: text for name, text in facts.items() if text}
+
+
+def recipe_of(run: Any) -> str:
+    """Return the nearest file in configs/, and the options that differ."""
+    from reporting import runs
+    if not run.base_name:
+        return 'a config of its own'
+    keys = [key for key in runs.differences(run.config, run.base) if key in run.config]
+    return ', '.join([f'`{run.base_name}`', *(f'{key} {run.config[key]}' for key in keys)])
+
+
+def accuracy_of(run: Any, weights: str) -> dict[str, str]:
+    """Return the accuracy that a run has measured of its file `weights`, and the command that repeats it."""
+    split = 'val_ema' if '_ema' in weights else 'val'
+    best = run.best(split)
+    if weights.startswith('best') and best:
+        epoch = best[1]
+    elif weights.startswith('final') and run.finished and best:
+        epoch = round(run.curve(split, 'acc1')[-1][0])
+    else:
+        return {}
+    top1, top5 = run.at(split, 'acc1', epoch), run.at(split, 'acc5', epoch)
+    images = run.config.get('DATA.EVAL_LIST', 'val_list.txt')
+    command = f'python main_single_gpu.py -cfg RUN/config.yaml -eval -pretrained RUN/{weights}'
+    return {'accuracy': f'top-1 {top1:.2f} %, top-5 {top5:.2f} % of {images}, after epoch {epoch}',
+            'measured by': f'`{command}`'}
