@@ -24,9 +24,11 @@ ERRORS = (                                          # of huggingface_hub, the sp
 def find(path: str) -> str:
     """Return the file for `path`: `path` itself, `path` with .pdparams, or a file fetched from the hub.
 
+    A folder stands for the file of FILES in it, also with timm's prefix local-dir.
     Raises FileNotFoundError, and ValueError as `fetch`.
     """
-    for name in (path, f'{path}.pdparams'):
+    folder = path.removeprefix('local-dir:')
+    for name in (path, f'{path}.pdparams', *(os.path.join(folder, file) for file in FILES)):
         if os.path.isfile(name):
             return name
     if PREFIX.match(path) or _is_hub_name(path):

@@ -4,7 +4,9 @@ Paddle is imported inside the functions that need it: help and wrong options are
 """
 import argparse
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -177,6 +179,27 @@ def write_text(path: str, text: str) -> None:
         sys.stdout.write(text)
         return
     files.atomic_write(path, lambda file: file.write(text.encode('utf-8', 'backslashreplace')))
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write a JSON file for people and programs, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + '\n')
+
+
+def check_new_folder(path: str) -> None:
+    """Raise ValueError for a folder to make that exists, unless it is empty."""
+    if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise ValueError(f'{path} exists and is not an empty folder; choose another')
+
+
+def move_content(folder: str, target: str) -> None:
+    """Move the files of `folder` to the folder `target`, all at once."""
+    ready = os.path.join(folder, 'ready')
+    names = os.listdir(folder)
+    os.mkdir(ready)
+    for name in names:
+        shutil.move(os.path.join(folder, name), ready)
+    os.replace(ready, target)
 
 
 # ---- progress

@@ -12,7 +12,6 @@ Exit status: 0, 1 if the check fails, or 2 for a mistake in the command.
 """
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     parent = os.path.dirname(os.path.abspath(args.output))
     os.makedirs(parent, exist_ok=True)
     model, _ = cli.load_model(config)
-    facts = facts_of(model, config)                 # before its batch norms are folded
+    facts = export_files.card_facts(config, model)  # before its batch norms are folded
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
         differences = write_and_compare(model, config, args, folder)
         for name, value in differences.items():
@@ -72,9 +71,9 @@ def main(args: argparse.Namespace) -> int:
             print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
             return 1
         meta = metadata(config, args.dynamic, names, differences)
-        export_files.write_json(os.path.join(folder, 'meta.json'), meta)
+        cli.write_json(os.path.join(folder, 'meta.json'), meta)
         export_files.write(folder, config, args.dynamic, facts)
-        move_content(folder, args.output)
+        cli.move_content(folder, args.output)
     print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
     return 0
 
@@ -84,22 +83,13 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
     kinds = {kind for stage in config.MODEL.STAGES for kind in ('bot', 'lambda') if kind in stage}
     if args.dynamic and kinds:
         raise ValueError('-dynamic: bot and lambda blocks are built for one size; give it by -size')
-    if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
-        raise ValueError(f'-output {args.output} exists and is not an empty folder; choose another')
+    cli.check_new_folder(args.output)
     if args.opset not in OPSETS:
         raise ValueError(f'-opset {args.opset}: it must be from {OPSETS[0]} to {OPSETS[-1]}')
     if 'onnx' in args.format:
         with quiet():
             for name in NEEDED:
                 runtimes.need(name)
-
-
-def facts_of(model: Any, config: Any) -> dict[str, Any]:
-    """Return the facts of the model's card."""
-    from halonet import count_parameters
-    from training.macs import total_multiply_adds
-    size = sizes.sides(config.DATA.IMAGE_SIZE)
-    return export_files.card_facts(config, count_parameters(model), total_multiply_adds(model, *size))
 
 
 def write_and_compare(model: Any, config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
@@ -109,16 +99,6 @@ def write_and_compare(model: Any, config: Any, args: argparse.Namespace, folder:
     with quiet():
         write(model, shape, args, folder)
         return {name: difference(FORMATS[name](folder), expected) for name in args.format}
-
-
-def move_content(folder: str, target: str) -> None:
-    """Move the files of `folder` to the folder `target`, all at once."""
-    ready = os.path.join(folder, 'ready')
-    names = os.listdir(folder)
-    os.mkdir(ready)
-    for name in names:
-        shutil.move(os.path.join(folder, name), ready)
-    os.replace(ready, target)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The files that let an exported folder stand alone: preprocess.json, README.md and infer.py."""
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -29,15 +28,10 @@ def write(folder: str, config: Any, dynamic: bool, facts: dict[str, Any]) -> Non
 
     facts: those of `card_facts`.
     """
-    write_json(os.path.join(folder, 'preprocess.json'), preprocess(config, dynamic))
+    cli.write_json(os.path.join(folder, 'preprocess.json'), preprocess(config, dynamic))
     if os.path.exists(os.path.join(folder, 'model.onnx')):
         shutil.copyfile(INFER, os.path.join(folder, 'infer.py'))
     cli.write_text(os.path.join(folder, 'README.md'), card(config, facts, folder))
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Write a JSON file for people and programs."""
-    cli.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + '\n')
 
 
 # ---- preprocess.json
@@ -109,9 +103,7 @@ def crop_step(crop: list[int]) -> str:
 
 def card(config: Any, facts: dict[str, Any], folder: str) -> str:
     """Return the text of README.md."""
-    lines = [f'# {config.MODEL.NAME}', '',
-             'A HaloNet (Vaswani et al. 2021, arXiv 2103.12731) for image classification.', '',
-             '| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in facts.items()), '']
+    lines = card_head(config, facts)
     present = {*os.listdir(folder), 'meta.json'}
     if 'infer.py' in present:
         lines += ['```bash', 'python -m pip install numpy pillow onnxruntime', 'python infer.py dog.jpg',
@@ -121,17 +113,31 @@ def card(config: Any, facts: dict[str, Any], folder: str) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def card_facts(config: Any, parameters: int, multiply_adds: int) -> dict[str, Any]:
-    """Return {heading: text} of the table of the card, as far as the run beside the weights is known."""
+def card_head(config: Any, facts: dict[str, Any]) -> list[str]:
+    """Return the first lines of a card: the title, and `facts` as a table."""
+    return [f'# {config.MODEL.NAME}', '',
+            'A HaloNet (Vaswani et al. 2021, arXiv 2103.12731) for image classification.', '',
+            '| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in facts.items()), '']
+
+
+def card_facts(config: Any, model: Any) -> dict[str, Any]:
+    """Return {heading: text} of the table of a card, as far as the run beside the weights is known.
+
+    `model` is the network of the config.
+    """
     import paddle
+
+    from halonet import count_parameters
+    from training.macs import total_multiply_adds
+    multiply_adds = total_multiply_adds(model, *sizes.sides(config.DATA.IMAGE_SIZE))
     return {
-        'parameters': f'{parameters / 1e6:.2f} M',
+        'parameters': f'{count_parameters(model) / 1e6:.2f} M',
         'multiply-adds of an image': f'{multiply_adds / 1e9:.2f} G',
         'images': f'{sizes.as_text(config.DATA.IMAGE_SIZE)} pixels, {config.DATA.CHANNELS} channels',
         'classes': config.MODEL.NUM_CLASSES,
         'weights': os.path.basename(config.MODEL.PRETRAINED),
         **run_facts(config.MODEL.PRETRAINED),
-        'exported with': f'PaddlePaddle {paddle.__version__}',
+        'written with': f'PaddlePaddle {paddle.__version__}',
         'licence': 'of the program that made it: Apache 2.0; of the weights and the data: not stated',
     }
 

@@ -35,7 +35,7 @@ RUN = {                                             # commands of each page that
     'docs/finetune.md': 5, 'docs/imagenet.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1,
     'docs/predict.md': 4,
     'docs/report.md': 3,
-    'docs/training.md': 2, 'docs/weights.md': 2}
+    'docs/training.md': 2, 'docs/weights.md': 3}
 INSTALLS = r'python3 -m venv|\S*python -m pip'
 SHORTER = [
     '-opts', 'DATA.IMAGE_SIZE', '32', 'DATA.NUM_WORKERS', '0', 'TRAIN.NUM_EPOCHS', '1',
