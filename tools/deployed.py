@@ -1,7 +1,10 @@
-"""Rewrite a HaloNet for inference runtimes: batch norms folded, halo windows as one lookup of rows.
+"""Rewrite a HaloNet for inference runtimes: batch norms folded, halo windows as one lookup, whole programs.
 
 The outputs equal those of the model in evaluation up to rounding. Weights are folded in float64.
 """
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from system import paddle_internals
@@ -11,6 +14,37 @@ import paddle
 from paddle import nn
 
 from model.attention import HaloAttention, window_index
+
+# ---- from pixels to probabilities
+
+class FromPixels(nn.Layer):
+    """A model that takes pixels: uint8 (B, H, W, C) -> what `model` makes of the normalised (B, C, H, W).
+
+    mean and std are of each channel, or one for all, in [0, 1].
+    """
+
+    def __init__(self, model: nn.Layer, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', paddle.to_tensor(mean, 'float32').reshape([-1, 1, 1]) * 255)
+        self.register_buffer('std', paddle.to_tensor(std, 'float32').reshape([-1, 1, 1]) * 255)
+
+    def forward(self, pixels: paddle.Tensor) -> paddle.Tensor:
+        images = pixels.astype('float32').transpose([0, 3, 1, 2])
+        return self.model((images - self.mean) / self.std)
+
+
+class Probabilities(nn.Layer):
+    """A model that gives probabilities (B, K), or with `top` the largest and their labels, (B, top) both."""
+
+    def __init__(self, model: nn.Layer, top: int = 0) -> None:
+        super().__init__()
+        self.model, self.top = model, top
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
+        probabilities = paddle.nn.functional.softmax(self.model(images), axis=-1)
+        return probabilities.topk(self.top, axis=-1) if self.top else probabilities
+
 
 # ---- folding batch norms
 

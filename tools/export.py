@@ -45,6 +45,10 @@ def parser() -> cli.Parser:
     options.add('size', 'the same as -image_size', dest='image_size', metavar='N')
     options.add('dynamic', 'allow images of any size: slower in ONNX, and for conv and halo blocks only',
                 action='store_true')
+    options.add('input', 'what it takes: float32 (B, C, H, W), normalised, or pixels, uint8 (B, H, W, C)',
+                choices=('float32', 'uint8'), default='float32')
+    options.add('result', 'what it gives', choices=export_files.RESULTS, default='logits')
+    options.add('topk', 'classes of -result topk', type=int, default=5, metavar='N')
     options.add('format', 'what to write', nargs='+', choices=FORMATS, default=list(FORMATS))
     options.add('opset', f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}', type=int, default=17)
     return options
@@ -66,13 +70,13 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=parent, prefix='.export-') as folder:
         differences = write_and_compare(model, config, args, folder)
         for name, value in differences.items():
-            print(f'{name}: differs from the model by {value:.1e} of the largest logit')
+            print(f'{name}: differs from the model by {value:.1e} of the largest result')
         if not all(value <= LIMIT for value in differences.values()):       # NaN fails too
             print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
             return 1
-        meta = metadata(config, args.dynamic, names, differences)
+        meta = metadata(config, args, names, differences)
         cli.write_json(os.path.join(folder, 'meta.json'), meta)
-        export_files.write(folder, config, args.dynamic, facts)
+        export_files.write(folder, export_files.preprocess(config, args), config, facts)
         cli.move_content(folder, args.output)
     print(f'{args.output}: ' + ', '.join(sorted(os.listdir(args.output))))
     return 0
@@ -84,6 +88,10 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
     if args.dynamic and kinds:
         raise ValueError('-dynamic: bot and lambda blocks are built for one size; give it by -size')
     cli.check_new_folder(args.output)
+    if args.result != 'logits' and not config.MODEL.NUM_CLASSES:
+        raise ValueError(f'-result {args.result}: a model without a classifier has no probabilities')
+    if not 1 <= args.topk <= max(config.MODEL.NUM_CLASSES, 1) and args.result == 'topk':
+        raise ValueError(f'-topk {args.topk}: it must be from 1 to {config.MODEL.NUM_CLASSES}, the classes')
     if args.opset not in OPSETS:
         raise ValueError(f'-opset {args.opset}: it must be from {OPSETS[0]} to {OPSETS[-1]}')
     if 'onnx' in args.format:
@@ -94,10 +102,17 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
 
 def write_and_compare(model: Any, config: Any, args: argparse.Namespace, folder: str) -> dict[str, float]:
     """Write the files of args.format into `folder`. Returns the `difference` of each format."""
+    from tools.deployed import FromPixels, Probabilities
     shape = config.DATA.CHANNELS, *sizes.sides(config.DATA.IMAGE_SIZE)
-    expected = [(x, run(model, x)) for x in images(shape, args.dynamic)]
+    if args.input == 'uint8':
+        model = FromPixels(model, config.DATA.MEAN, config.DATA.STD)
+    complete = model if args.result == 'logits' else Probabilities(model)
+    complete.eval()
+    expected = [(x, run(complete, x)) for x in images(shape, args)]
+    if args.result == 'topk':
+        complete = Probabilities(model, args.topk)
     with quiet():
-        write(model, shape, args, folder)
+        write(complete, shape, args, folder)
         return {name: difference(FORMATS[name](folder), expected) for name in args.format}
 
 
@@ -129,35 +144,51 @@ def quiet() -> Iterator[None]:
 
 # ---- comparing
 
-def images(shape: tuple[int, int, int], dynamic: bool) -> list:
-    """Draw standard normal images of each batch size to compare on; with `dynamic` of other sides as well.
+def images(shape: tuple[int, int, int], args: argparse.Namespace) -> list:
+    """Draw images of each batch size to compare on; with -dynamic of other sides as well.
 
     `shape` is (channels, height, width).
     """
     import numpy as np
     random = np.random.default_rng(0)
     shapes = [shape] * len(BATCHES)
-    if dynamic:
+    if args.dynamic:
         channels, height, width = shape
         smaller = height - min(13, height // 2)
         shapes = [shape, (channels, height + 32, width), (channels, smaller, width + 5)]
-    return [random.standard_normal((batch, *shape), dtype='float32') for batch, shape in zip(BATCHES, shapes)]
+    drawn = []
+    for batch, (channels, height, width) in zip(BATCHES, shapes):
+        if args.input == 'uint8':
+            drawn.append(random.integers(0, 256, (batch, height, width, channels), np.uint8))
+        else:
+            drawn.append(random.standard_normal((batch, channels, height, width), dtype='float32'))
+    return drawn
 
 
 def run(model: Callable, x: Any) -> Any:
-    """Return the logits of images (B, C, H, W) as an array."""
+    """Return what a model gives for images, as an array."""
     import paddle
     with paddle.no_grad():
         return model(paddle.to_tensor(x)).numpy()
 
 
 def difference(runtime: runtimes.Runtime, expected: list) -> float:
-    """Return the largest difference from the expected logits over the largest of these, or NaN.
+    """Return the largest difference from the expected results over the largest of these, or NaN.
 
-    expected: pairs (images, logits).
+    expected: pairs (images, results), which are all probabilities where the runtime gives the top ones.
     """
     import numpy as np
-    return float(np.max([np.abs(runtime(x) - y).max() / np.abs(y).max() for x, y in expected]))
+    return float(np.max([np.abs(error_of(runtime(x), y)).max() / np.abs(y).max() for x, y in expected]))
+
+
+def error_of(found: Any, expected: Any) -> Any:
+    """Return the differences of results (B, K), or of the top ones and their labels, from the expected."""
+    import numpy as np
+    if not isinstance(found, tuple):
+        return found - expected
+    values, labels = found
+    best = np.sort(expected, axis=1)[:, ::-1][:, :values.shape[1]]
+    return np.stack([values - best, values - np.take_along_axis(expected, labels, axis=1)])
 
 
 # ---- writing
@@ -166,27 +197,29 @@ def write(model: Any, shape: tuple[int, int, int], args: argparse.Namespace, fol
     """Write the files of args.format into `folder`. The batch norms of `model` are folded in place."""
     from tools.deployed import deployed, look_windows_up
     deployed(model)
-    traced = (shape[0], None, None) if args.dynamic else shape
+    channels, sides = shape[0], shape[1:]
+    free: tuple[Optional[int], ...] = (None, None) if args.dynamic else sides
+    traced = (*free, channels) if args.input == 'uint8' else (channels, *free)
     if 'paddle' in args.format:
-        save(model, traced, os.path.join(folder, 'model'))
+        save(model, traced, os.path.join(folder, 'model'), args.input)
     if 'onnx' in args.format:
         if not args.dynamic:
             look_windows_up(model)                  # only for ONNX: Paddle Inference 3.3.1 crashes on these
         with tempfile.TemporaryDirectory() as temporary:
             program = os.path.join(temporary, 'model')
-            save(model, traced, program)
+            save(model, traced, program, args.input)
             to_onnx(program, os.path.join(folder, 'model.onnx'), args.opset)
 
 
-def save(model: Any, shape: tuple[Optional[int], ...], path: str) -> None:
+def save(model: Any, shape: tuple[Optional[int], ...], path: str, dtype: str = 'float32') -> None:
     """Save a model as Paddle's static program, path.json and path.pdiparams.
 
-    `shape` is (channels, height, width) of the images; None is free.
+    `shape` is that of an image; None is free.
     """
     import paddle
     # a GPU build has another operator for F.linear, at which Paddle2ONNX 2.1 ends the process
     paddle.set_flags({'FLAGS_use_legacy_linear': True})
-    spec = paddle.static.InputSpec([None, *shape], 'float32', 'images')
+    spec = paddle.static.InputSpec([None, *shape], dtype, 'images')
     program = paddle.jit.to_static(model.forward, input_spec=[spec], full_graph=True, backend=None)
     paddle.jit.save(program, path)
 
@@ -221,16 +254,20 @@ def set_padding_to_zero(graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
-def metadata(config: Any, dynamic: bool, names: Optional[list[str]], differences: dict[str, float]) -> dict:
+def metadata(config: Any, args: argparse.Namespace, names: Optional[list[str]],
+             differences: dict[str, float]) -> dict:
     """Return the content of meta.json: how to prepare images, and what was checked."""
     data = config.DATA
-    kind = {1: 'grey', 3: 'RGB'}.get(data.CHANNELS, 'channels of the file')
+    kind = export_files.KINDS.get(data.CHANNELS, 'channels of the file')
+    described = f'images: float32 (batch, {data.CHANNELS}, height, width), {kind}, (value / 255 - mean) / std'
+    if args.input == 'uint8':
+        described = f'images: uint8 (batch, height, width, {data.CHANNELS}), {kind}'
     return {
         'model': config.MODEL.NAME,
-        'input': f'images: float32 (batch, {data.CHANNELS}, height, width), {kind}, '
-                 '(value / 255 - mean) / std',
+        'input': described,
+        'result': args.result,
         'size': data.IMAGE_SIZE,                    # or [height, width]
-        'dynamic_size': dynamic,
+        'dynamic_size': args.dynamic,
         'crop_pct': data.CROP_PCT,
         'interpolation': 'bicubic',
         'background': data.BACKGROUND,              # of transparent pixels

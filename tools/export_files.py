@@ -1,6 +1,7 @@
 """The files that let an exported folder stand alone: preprocess.json, README.md and infer.py."""
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shutil
@@ -12,6 +13,11 @@ from tools import cli
 from data import class_names
 
 INFER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'infer.py')
+RESULTS = {                                         # of -result, and what the file says about it
+    'logits': 'logits (batch, classes): their softmax gives the probabilities, in the order of meta.json',
+    'probabilities': 'probabilities (batch, classes), in the order of the classes in meta.json',
+    'topk': 'the largest probabilities (batch, N), and their labels (batch, N) as in meta.json',
+}
 KINDS = {1: 'grey', 3: 'RGB'}                       # number of channels -> what they are
 CONTENTS = {                                        # file -> what the card says about it
     'model.onnx': 'for onnxruntime and OpenVINO',
@@ -23,12 +29,12 @@ CONTENTS = {                                        # file -> what the card says
 }
 
 
-def write(folder: str, config: Any, dynamic: bool, facts: dict[str, Any]) -> None:
+def write(folder: str, prepared: dict[str, Any], config: Any, facts: dict[str, Any]) -> None:
     """Write preprocess.json, README.md, and infer.py where there is a model.onnx, to `folder`.
 
-    facts: those of `card_facts`.
+    prepared: that of `preprocess`. facts: those of `card_facts`.
     """
-    cli.write_json(os.path.join(folder, 'preprocess.json'), preprocess(config, dynamic))
+    cli.write_json(os.path.join(folder, 'preprocess.json'), prepared)
     if os.path.exists(os.path.join(folder, 'model.onnx')):
         shutil.copyfile(INFER, os.path.join(folder, 'infer.py'))
     cli.write_text(os.path.join(folder, 'README.md'), card(config, facts, folder))
@@ -36,21 +42,23 @@ def write(folder: str, config: Any, dynamic: bool, facts: dict[str, Any]) -> Non
 
 # ---- preprocess.json
 
-def preprocess(config: Any, dynamic: bool) -> dict[str, Any]:
-    """Return how an image file becomes the input of the model, in words and numbers.
+def preprocess(config: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Return how an image file becomes the input of the model, in words and numbers, and what it gives.
 
-    `cover` and `crop` are [height, width].
+    args: those of tools/export.py: dynamic, input, result and topk. `cover` and `crop` are [height, width].
     """
     data = config.DATA
     crop = list(sizes.sides(data.IMAGE_SIZE))
     cover = [math.floor(side / data.CROP_PCT) for side in crop]
-    sides = ['height', 'width'] if dynamic else crop
+    sides = ['height', 'width'] if args.dynamic else crop
+    pixels = args.input == 'uint8'
+    shape = [*sides, data.CHANNELS] if pixels else [data.CHANNELS, *sides]
     return {
-        'input': {'name': 'images', 'type': 'float32', 'shape': ['batch', data.CHANNELS, *sides],
+        'input': {'name': 'images', 'type': args.input, 'shape': ['batch', *shape],
                   'channels': KINDS.get(data.CHANNELS, 'those of the file')},
-        'output': {'type': 'float32', 'shape': ['batch', config.MODEL.NUM_CLASSES or 'features'],
-                   'meaning': LOGITS if config.MODEL.NUM_CLASSES else 'features before a classifier'},
-        'steps': [read_step(data), resize_step(cover), crop_step(crop), NORMALISE],
+        'result': args.result,
+        'output': RESULTS[args.result] if config.MODEL.NUM_CLASSES else 'features (batch, features)',
+        'steps': [read_step(data), resize_step(cover), crop_step(crop), PIXELS if pixels else NORMALISE],
         'channels': data.CHANNELS,
         'background': data.BACKGROUND,
         'cover': cover,
@@ -61,7 +69,7 @@ def preprocess(config: Any, dynamic: bool) -> dict[str, Any]:
     }
 
 
-LOGITS = 'logits: their softmax gives the probabilities of the classes in meta.json, in that order'
+PIXELS = 'Order the values as rows, columns, channels. The model normalises them itself.'
 NORMALISE = ('Subtract 255 * mean and divide by 255 * std, each channel by its own numbers. '
              'Order the values as channels, rows, columns.')
 BICUBIC = "The filter is Pillow's bicubic, with antialiasing: first along the rows, then along the columns."

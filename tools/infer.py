@@ -78,10 +78,12 @@ def resize_and_crop(image: Image.Image, cover: Sequence[int], crop: Sequence[int
 
 
 def prepare(path: Path, facts: dict[str, Any]) -> np.ndarray:
-    """Return a picture as the input of the model, float32 (C, H, W)."""
+    """Return a picture as the input of the model, float32 (C, H, W), or uint8 (H, W, C) for pixels."""
     pictures = read(path, facts['channels'], facts['background'])
     parts = [resize_and_crop(picture, facts['cover'], facts['crop']) for picture in pictures]
     pixels = parts[0] if parts[0].ndim == 3 else np.stack(parts, axis=-1)
+    if facts['input']['type'] == 'uint8':
+        return pixels
     mean, std = (np.asarray(facts[name], np.float32) for name in ('mean', 'std'))
     return ((pixels - 255 * mean) / (255 * std)).astype(np.float32).transpose(2, 0, 1)
 
@@ -102,7 +104,7 @@ def find(names: Sequence[str]) -> list[Path]:
 
 
 def classify(session: Any, paths: Sequence[Path], facts: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield each path with its probabilities (K,), or with the error of a picture that cannot be read."""
+    """Yield each path with its classes, as `best_of`, or with the error of a picture that cannot be read."""
     for start in range(0, len(paths), BATCH):
         found: dict[Path, Any] = {}
         for path in paths[start:start + BATCH]:
@@ -113,10 +115,21 @@ def classify(session: Any, paths: Sequence[Path], facts: dict[str, Any]) -> Iter
         good = [path for path in found if isinstance(found[path], np.ndarray)]
         if good:
             images = np.stack([found[path] for path in good])
-            logits = session.run(None, {session.get_inputs()[0].name: images})[0].astype(np.float64)
-            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-            found.update(zip(good, weights / weights.sum(axis=1, keepdims=True)))
+            outputs = session.run(None, {session.get_inputs()[0].name: images})
+            found.update(zip(good, best_of(outputs, facts['result'])))
         yield from found.items()
+
+
+def best_of(outputs: Sequence[np.ndarray], result: str) -> list[list[tuple[int, float]]]:
+    """Return (label, probability) of the classes of each picture, the most probable first."""
+    values: np.ndarray = outputs[0].astype(np.float64)
+    if result == 'logits':
+        values = np.exp(values - values.max(axis=1, keepdims=True))
+        values /= values.sum(axis=1, keepdims=True)
+    labels = outputs[1] if result == 'topk' else np.argsort(-values, axis=1, kind='stable')
+    if result != 'topk':
+        values = np.take_along_axis(values, labels, axis=1)
+    return [list(zip(row.tolist(), numbers.tolist())) for row, numbers in zip(labels, values)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -151,9 +164,8 @@ def main() -> int:
             status = 1
             pictures.append({'picture': str(path), 'error': f'{type(result).__name__}: {result}'})
         else:
-            best = result.argsort()[::-1][:args.top]
-            top = [{'label': int(i), 'name': names[i] if names else f'class {i}',
-                    'probability': round(float(result[i]), 6)} for i in best]
+            top = [{'label': label, 'name': names[label] if names else f'class {label}',
+                    'probability': round(probability, 6)} for label, probability in result[:args.top]]
             pictures.append({'picture': str(path), 'top': top})
         if not args.json:
             show(pictures[-1])

@@ -1,7 +1,7 @@
 """Open exported models in inference runtimes.
 
-Each is a function from images (B, C, H, W) float32 to logits (B, K). An absent package raises ValueError
-with the command that installs it.
+Each is a function from images, (B, C, H, W) float32 unless the file takes others, to logits (B, K). A file
+with several outputs gives a tuple. An absent package raises ValueError with the command that installs it.
 """
 import functools
 import importlib
@@ -24,6 +24,11 @@ def need(name: str) -> ModuleType:
         raise ValueError(f'{name} cannot be imported ({error}); {INSTALL}') from None
 
 
+def one_or_all(outputs: list) -> Any:
+    """Return the only output, or all as a tuple."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 def paddle_inference(folder: str, threads: int = 2) -> Runtime:
     """Open folder/model.json in Paddle Inference with oneDNN."""
     from paddle import inference
@@ -32,12 +37,12 @@ def paddle_inference(folder: str, threads: int = 2) -> Runtime:
     config.set_cpu_math_library_num_threads(threads)
     predictor = inference.create_predictor(config)
     input_name = predictor.get_input_names()[0]
-    output_name = predictor.get_output_names()[0]
+    output_names = predictor.get_output_names()
 
     def run(images: Any) -> Any:
         predictor.get_input_handle(input_name).copy_from_cpu(images)
         predictor.run()
-        return predictor.get_output_handle(output_name).copy_to_cpu()
+        return one_or_all([predictor.get_output_handle(name).copy_to_cpu() for name in output_names])
 
     return run
 
@@ -61,16 +66,17 @@ def onnxruntime(path: str, threads: int = 2) -> Runtime:
     has_fixed_batch = isinstance(model_input.shape[0], int)
     pool = ThreadPoolExecutor(threads)
 
-    def run_once(images: Any, threads: int) -> Any:
-        return session(threads).run(None, {model_input.name: images})[0]
+    def run_once(images: Any, threads: int) -> list:
+        return session(threads).run(None, {model_input.name: images})
 
     def run(images: Any) -> Any:
         if has_fixed_batch or len(images) < 2 * threads:
-            return run_once(images, threads)
+            return one_or_all(run_once(images, threads))
         session(1)                                  # made here, not by several threads
         size = min(PIECE, len(images) // threads)
         pieces = [images[i:i + size] for i in range(0, len(images), size)]
-        return np.concatenate(list(pool.map(functools.partial(run_once, threads=1), pieces)))
+        outputs = zip(*pool.map(functools.partial(run_once, threads=1), pieces))
+        return one_or_all([np.concatenate(parts) for parts in outputs])
 
     return run
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from tools import export
 from tools.deployed import Windows, deployed, look_windows_up
@@ -190,7 +191,8 @@ def test_export_with_nan_logits_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('size', [1, 8, 13, 14, 256])
 def test_small_images_are_not_empty(size):
-    assert all(min(x.shape) > 0 for x in export.images((3, size, size), dynamic=True))
+    args = SimpleNamespace(dynamic=True, input='float32')
+    assert all(min(x.shape) > 0 for x in export.images((3, size, size), args))
 
 
 def test_output_has_only_the_results(exported):

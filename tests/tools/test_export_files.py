@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from tools import export, export_files, infer
+from tools import export, export_files, infer, runtimes
 
 import numpy as np
 import paddle
@@ -17,9 +18,12 @@ from runs import TINY, make_images, options, program
 
 import datasets
 from config import get_config
+from halonet import build_halonet
+from model import weights
 
 FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
 PICTURES = sorted(path.name for path in FIXTURES.iterdir() if path.suffix in ('.jpg', '.png'))
+ARGS = SimpleNamespace(dynamic=False, input='float32', result='logits', topk=5)          # of export.py
 HAS_ONNX = all(importlib.util.find_spec(name) for name in export.NEEDED)
 
 
@@ -30,7 +34,7 @@ def inputs_of(path, *opts):
     image = datasets.choose_read(data.CHANNELS)(str(path), data.BACKGROUND, data.MAX_PIXELS)
     pixels = datasets.eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT).transpose(2, 0, 1)
     expected = datasets.normalise(paddle.to_tensor(pixels[None]), data.MEAN, data.STD).numpy()[0]
-    return infer.prepare(Path(path), export_files.preprocess(config, dynamic=False)), expected
+    return infer.prepare(Path(path), export_files.preprocess(config, ARGS)), expected
 
 
 # ---- the input of the model
@@ -83,7 +87,7 @@ def test_channels_are_read_alike(tmp_path, channels):
     (['DATA.CHANNELS', 1, 'DATA.MEAN', [0.5], 'DATA.STD', [0.5]], ['convert it to grey']),
     (['DATA.CHANNELS', 4, 'DATA.MEAN', [0.5], 'DATA.STD', [0.5]], ['the 4 channels of the file'])])
 def test_steps_are_in_words(opts, words):
-    facts = export_files.preprocess(get_config(None, opts), dynamic=False)
+    facts = export_files.preprocess(get_config(None, opts), ARGS)
     text = ' '.join(facts['steps'])
     assert all(word in text for word in words), text
     assert facts['input']['shape'][1] == facts['channels']
@@ -128,6 +132,79 @@ def test_card_of_weights_alone(exported, tmp_path):
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert '| classes | 4 |' in card and 'accuracy' not in card and 'infer.py' not in card
 
+
+# ---- pixels in, probabilities out
+
+@pytest.mark.parametrize('kind, result, dynamic', [
+    ('uint8', 'logits', False), ('float32', 'probabilities', True), ('uint8', 'topk', True),
+    ('float32', 'topk', False)])
+def test_program_takes_pixels_and_gives_probabilities(exported, tmp_path, kind, result, dynamic):
+    """The oracle is the network itself, with normalise and softmax of numpy."""
+    _, run, _ = exported
+    words = ['-input', kind, '-result', result, '-topk', 3, *(['-dynamic'] if dynamic else [])]
+    program('tools/export.py', '-pretrained', run / 'final.pdparams', '-output', tmp_path / 'out', '-format',
+            'paddle', *words)
+    config = get_config(run / 'config.yaml')
+    model = build_halonet(config)
+    weights.load_pretrained(model, str(run / 'final.pdparams'))
+    model.eval()
+    side = 20 if dynamic else 16
+    pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), np.uint8)
+    images = ((pixels / 255 - config.DATA.MEAN) / config.DATA.STD).astype('float32').transpose(0, 3, 1, 2)
+    images = np.ascontiguousarray(images)
+    with paddle.no_grad():
+        logits = model(paddle.to_tensor(images)).numpy()
+    found = runtimes.paddle_inference(str(tmp_path / 'out'))(pixels if kind == 'uint8' else images)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    if result == 'logits':
+        np.testing.assert_allclose(found, logits, atol=1e-5 * np.abs(logits).max())
+    elif result == 'probabilities':
+        np.testing.assert_allclose(found, probabilities, atol=1e-6)
+    else:
+        values, labels = found
+        np.testing.assert_allclose(values, np.sort(probabilities)[:, :0:-1], atol=1e-6)
+        np.testing.assert_array_equal(labels, np.argsort(-probabilities)[:, :3])
+    facts = json.loads((tmp_path / 'out' / 'preprocess.json').read_text())
+    assert facts['result'] == result and facts['input']['type'] == kind
+    assert facts['input']['shape'][-1] == 3 or kind == 'float32'
+
+
+def test_wrong_labels_are_noticed():
+    logits = np.array([[0.1, 0.6, 0.3]])
+    assert np.abs(export.error_of((np.array([[0.6, 0.3]]), np.array([[1, 2]])), logits)).max() == 0
+    assert np.abs(export.error_of((np.array([[0.6, 0.3]]), np.array([[2, 1]])), logits)).max() > 0.2
+    assert np.abs(export.error_of((np.array([[0.6, 0.1]]), np.array([[1, 0]])), logits)).max() > 0.1
+
+
+@pytest.mark.parametrize('words, message', [
+    (['-result', 'topk', '-topk', 5], '-topk 5: it must be from 1 to 4, the classes'),
+    (['-result', 'topk', '-topk', 0], '-topk 0: it must be'),
+    (['-result', 'probabilities', '-opts', 'MODEL.NUM_CLASSES', 0], 'without a classifier has no prob')])
+def test_impossible_results_are_refused(exported, tmp_path, words, message):
+    _, run, _ = exported
+    words = ['-pretrained', run / 'final.pdparams', '-output', tmp_path / 'out', *words]
+    done = program('tools/export.py', *words, check=False)
+    assert done.returncode == 2 and message in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not HAS_ONNX, reason='the packages of requirements-export.txt are not installed')
+@pytest.mark.parametrize('kind, result', [('uint8', 'topk'), ('float32', 'probabilities')])
+def test_infer_takes_all_kinds_of_programs(exported, tmp_path, kind, result):
+    images, run, out = exported
+    program('tools/export.py', '-pretrained', run / 'final.pdparams', '-output', tmp_path / 'out',
+            '-input', kind, '-result', result, '-topk', 4)
+    found = []
+    for folder in (out, tmp_path / 'out'):
+        done = without_paddle(folder, f'{images}/val', '-json')
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)['pictures'])
+    for one, other in zip(*found):
+        assert [entry['name'] for entry in one['top']] == [entry['name'] for entry in other['top']]
+        for a, b in zip(one['top'], other['top']):
+            assert a['probability'] == pytest.approx(b['probability'], abs=2e-6)
+
+
+# ---- infer.py
 
 def without_paddle(folder, *words):
     """Run the infer.py of a folder where neither Paddle nor this project can be imported."""
