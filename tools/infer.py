@@ -15,8 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageColor
+try:
+    import numpy as np
+    from PIL import Image, ImageColor
+except ImportError as missing:
+    print(f'error: the package {missing.name} is missing in {sys.executable}; install the requirements by '
+          'python -m pip install numpy pillow onnxruntime', file=sys.stderr)
+    sys.exit(2)
 
 ENDINGS = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.npy'}
 BATCH = 8                                           # pictures per call of the model
@@ -99,7 +104,8 @@ def find(names: Sequence[str]) -> list[Path]:
         elif name.exists():
             found.append(name)
         else:
-            sys.exit(f'infer.py: error: {name}: no such file or folder')
+            print(f'infer.py: error: {name}: no such file or folder', file=sys.stderr)
+            sys.exit(2)
     return found
 
 

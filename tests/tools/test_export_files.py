@@ -241,4 +241,4 @@ def test_infer_names_what_it_cannot_read(exported, tmp_path):
     assert done.returncode == 1 and 'broken.jpg: cannot be read' in done.stderr
     assert done.stdout.splitlines()[0] == f'{images}/val/0.png' and len(done.stdout.splitlines()) == 2
     done = without_paddle(out, tmp_path / 'none.jpg')
-    assert done.returncode != 0 and 'none.jpg: no such file or folder' in done.stderr
+    assert done.returncode == 2 and 'none.jpg: no such file or folder' in done.stderr
