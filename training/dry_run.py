@@ -43,7 +43,10 @@ def main(config: CfgNode) -> None:
         return
     signal.signal(signal.SIGTERM, end)
     parent = existing_folder(config.OUTPUT or config.SAVE)
-    sys.exit(check(parent, config.DATA.BATCH_SIZE, with_search=config.CHECK_BATCH))
+    batch_size = config.DATA.BATCH_SIZE
+    if config.EVAL:
+        batch_size = config.DATA.BATCH_SIZE_EVAL or batch_size
+    sys.exit(check(parent, batch_size, with_search=config.CHECK_BATCH))
 
 
 def end(signum: int, frame: FrameType | None) -> None:
@@ -176,7 +179,8 @@ def search(batch_size: int, done: Done, folder: str) -> str:
 
     print('the largest batch, by trying:', flush=True)
     if done.facts:
-        most = max(done.facts['train_images'] // done.facts['processes'], batch_size)
+        images = done.facts.get('train_images', done.facts['eval_images'])
+        most = max(images // done.facts['processes'], batch_size)
         found = largest(fits, batch_size, most)
     else:
         most = batch_size - 1

@@ -45,6 +45,8 @@ def run(config: CfgNode, stop: Stop) -> None:
     values = {'OUTPUT': folder, 'RESULTS': '', 'REPORT_FREQ': STRETCH, 'SAVE_STEPS': 0, 'SAVE_MINUTES': 0.0}
     if batch_size:
         values.update({'DATA.BATCH_SIZE': batch_size, 'TRAIN.GLOBAL_BATCH': 0})
+        if config.EVAL:
+            values['DATA.BATCH_SIZE_EVAL'] = batch_size
     if not config.EVAL:
         values['MODEL.RESUME'] = ''
     for key, value in values.items():

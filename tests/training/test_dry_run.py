@@ -235,10 +235,14 @@ def test_largest_batch_is_looked_for(images, tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_is_checked(images, full_run, tmp_path):
-    done = program('main_single_gpu.py', *tiny(images), '-check', '-eval', '-output', tmp_path,
-                   '-pretrained', full_run / 'final.pdparams')
+    words = [*tiny(images, 'DATA.BATCH_SIZE_EVAL', 4), '-eval', '-output', tmp_path]
+    words += ['-pretrained', full_run / 'final.pdparams']
+    done = program('main_single_gpu.py', *words, '-check')
     assert '  evaluation  ' in done.stdout and '11 images take' in done.stdout
     assert 'training' not in done.stdout.partition('tiny, cpu x 1')[2] and list(tmp_path.iterdir()) == []
+    done = program('main_single_gpu.py', *words, '-check_batch')
+    assert '  batch     8: ' in done.stdout and '  batch    11: ' in done.stdout
+    assert 'that fits: 11 images, of at most 11' in done.stdout and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
