@@ -71,6 +71,8 @@ demo: done: $result
 Next, in this shell:
   cd $here && source .venv/bin/activate
   python tools/predict.py -pretrained $run/final.pdparams $data/val/8
-Then your own images (a folder DIR with train_list.txt and val_list.txt, see docs/finetune.md):
-  python main_single_gpu.py -cfg configs/halonet_26t_256.yaml -data_path DIR -batch_size 32 -opts MODEL.NUM_CLASSES -1
+Then your own images, a folder DIR with one subfolder per class (docs/finetune.md):
+  python tools/make_lists.py DIR
+  echo 'BASE: [configs/halonet_26t_256.yaml, configs/_finetune.yaml]' > mine.yaml
+  python main_single_gpu.py -cfg mine.yaml -data_path DIR -pretrained timm/halonet26t.a1h_in1k
 END
