@@ -234,7 +234,7 @@ class Loader:
         than `timeout` seconds.
         """
         self.skipped = 0
-        batches = islice(self.sampler.batches(epoch, start), len(self) - start)
+        batches = islice(self.sampler.batches(epoch, start), max(len(self) - start, 0))
         read = self._read_in_workers if self.num_workers else self._read
         for images, labels, numbers, texts in read(batches):
             indices = np.asarray(numbers, np.int64)

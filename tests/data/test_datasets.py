@@ -194,6 +194,19 @@ def test_training_batches_do_not_depend_on_workers_ranks_or_start(data):
     assert not equal(arrays(datasets.build_train(config(data, 'SEED', 1)).epoch(1)), whole)
 
 
+def test_limit_ends_an_epoch_early(data):
+    """-check takes some batches only. A resumed run may start behind the last batch of a list that shrank."""
+    loader = datasets.build_train(config(data))
+    whole = arrays(loader.epoch(1))
+    loader.limit = 4
+    assert len(loader) == 4 and equal(arrays(loader.epoch(1)), whole[:4])
+    assert equal(arrays(loader.epoch(1, 3)), whole[3:4])
+    for start in (4, 9):
+        assert arrays(loader.epoch(1, start)) == []
+    loader.limit = 99
+    assert len(loader) == len(whole) and equal(arrays(loader.epoch(1)), whole)
+
+
 def test_sample_has_another_crop_in_each_epoch(data):
     dataset = datasets.build_train(config(data)).dataset
     (first, label, index), (second, _, _) = dataset[0, 3], dataset[1, 3]
