@@ -146,7 +146,7 @@ def accuracies(output: Path) -> list[float]:
 
 
 def mean_curve(runs: list[list[float]]) -> list[tuple[float, float]]:
-    """Return (epoch, mean accuracy) over runs of equal length."""
+    """Return (epoch, mean accuracy) over runs, up to the end of the shortest."""
     return [(epoch, statistics.mean(values)) for epoch, values in enumerate(zip(*runs), 1)]
 
 
