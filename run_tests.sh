@@ -15,4 +15,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/usage.sh
 ! show_usage run_tests.sh "$@" || exit 0
 tools/setup_env.sh requirements-dev.txt
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# a worker that ends is not replaced: with loadfile, pytest-xdist would wait for it for ever
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 "$@"

@@ -1,6 +1,5 @@
 """datasets.py: evaluation pixels as timm's, and loaders that never hang."""
 import collections
-import faulthandler
 import hashlib
 import json
 import logging
@@ -8,7 +7,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -28,14 +26,6 @@ from data.operations import PILLOW
 FIXTURES = Path(__file__).parent.parent / 'fixtures' / 'eval_pixels'
 HASHES = {key: value for key, value in json.loads((FIXTURES / 'sha256.json').read_text()).items()
           if key != 'about'}
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    """End the run with a traceback if a test takes a minute: a waiting loader does not react to signals."""
-    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def picture(width, height, seed=0):

@@ -3,7 +3,6 @@
 They are read in a process of their own, so that a crash or a hang is an outcome too. The slow test
 changes real files at random.
 """
-import faulthandler
 import json
 import pickle
 import random
@@ -141,7 +140,6 @@ def test_random_changes_of_real_files_are_read_or_refused(tmp_path):
     (tmp_path / 'seeds').mkdir()
     originals, rng, path, refused = seeds(tmp_path / 'seeds'), random.Random(0), tmp_path / 'mutated', 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    faulthandler.dump_traceback_later(SECONDS, exit=True)                    # a file that is read without end
     for _ in range(MUTATIONS):
         path.write_bytes(mutated(rng.choice(originals), rng))
         for read in (weight_files.read, weight_files.read_pickle):
@@ -152,6 +150,5 @@ def test_random_changes_of_real_files_are_read_or_refused(tmp_path):
                 assert (
                     str(error).startswith(f'{path}: ') and str(error).isprintable() and len(str(error)) < 600
                 )
-    faulthandler.cancel_dump_traceback_later()
     assert refused > MUTATIONS / 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
