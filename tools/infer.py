@@ -24,19 +24,25 @@ except ImportError as missing:
     sys.exit(2)
 
 ENDINGS = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.npy'}
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')       # never EPS, which starts another program
 BATCH = 8                                           # pictures per call of the model
 
 
 # ---- from a file to the input of the model; preprocess.json has these steps in words
+#
+# They repeat what data/image_files.py, data/bands.py and datasets.py of the project do, as this file must do
+# without them. A test of the project compares the results.
 
 def read(path: Path, channels: int, background: str) -> list[Image.Image]:
     """Read a file as one RGB image, or where `channels` is not 3 as a grey image per channel."""
     if path.suffix.lower() == '.npy':
         pixels = np.load(path, allow_pickle=False)
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
             raise ValueError(f'an array {pixels.dtype} {pixels.shape}; it must be uint8 (H, W, {channels})')
         return [Image.fromarray(np.ascontiguousarray(pixels[:, :, i])) for i in range(channels)]
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         image.load()
     if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
         raise ValueError('32-bit values have no range that is known; save it with 8 or 16 bits')
@@ -44,7 +50,7 @@ def read(path: Path, channels: int, background: str) -> list[Image.Image]:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if channels > 1 and channels != 3:
         if image.mode == 'P':
-            image = image.convert('RGBA')
+            image = image.convert('RGBA' if image.has_transparency_data else 'RGB')
         if len(image.getbands()) != channels:
             raise ValueError(f'{len(image.getbands())} channels; the model takes {channels}')
         return list(image.split())

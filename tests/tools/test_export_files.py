@@ -13,7 +13,7 @@ from tools import export, export_files, infer, runtimes
 import numpy as np
 import paddle
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from runs import TINY, make_images, options, program
 
 import datasets
@@ -78,6 +78,29 @@ def test_channels_are_read_alike(tmp_path, channels):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
     with pytest.raises(ValueError, match=rf'{channels}'):
         infer.read(paths[-1], channels + 3, 'white')
+
+
+def test_grey_array_needs_no_third_axis(tmp_path):
+    np.save(tmp_path / 'image.npy', np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8))
+    found, expected = inputs_of(tmp_path / 'image.npy', 'DATA.IMAGE_SIZE', 16, 'DATA.CHANNELS', 1,
+                                'DATA.MEAN', [0.4], 'DATA.STD', [0.3])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('name, channels', [
+    ('drawing.eps', 3), ('drawing.jpg', 3),         # EPS by its content: Pillow would start Ghostscript
+    ('palette.png', 4)])                            # a palette without transparency has three channels
+def test_files_that_are_refused_elsewhere_are_refused(tmp_path, name, channels):
+    image = Image.fromarray(np.full((20, 30, 3), 7, np.uint8))
+    path = tmp_path / name
+    if name.startswith('drawing'):
+        image.save(path, 'EPS')
+    else:
+        image.convert('P').save(path)
+    with pytest.raises(ValueError):
+        datasets.choose_read(channels)(str(path), 'white', 1e9)
+    with pytest.raises((ValueError, UnidentifiedImageError)):
+        infer.read(path, channels, 'white')
 
 
 @pytest.mark.parametrize('opts, words', [
