@@ -337,8 +337,7 @@ def build_train(config: Any, rank: int = 0, world: int = 1) -> Loader:
     train, data = config.TRAIN, config.DATA
     backend = choose_backend(data.BACKEND, data.CHANNELS)
     policy = augment.parse_auto_augment(train.AUTO_AUGMENT) if train.AUTO_AUGMENT else None
-    mean = data.MEAN if len(data.MEAN) > 1 else data.MEAN * data.CHANNELS
-    fill = tuple(min(255, round(255 * value)) for value in mean)
+    fill = tuple(min(255, round(255 * value)) for value in bands.per_channel(data.MEAN, data.CHANNELS))
     transform = partial(
         train_pixels, backend=backend, image_size=data.IMAGE_SIZE, scale=train.CROP_SCALE,
         ratio=train.CROP_RATIO, flip=train.HFLIP, policy=policy, jitter=train.COLOR_JITTER, fill=fill)

@@ -6,7 +6,7 @@ RGBA, CMYK, or a NumPy array uint8 (H, W, C) in a .npy file.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,11 @@ class Bands:
         """Return uint8 (H, W, C), for np.asarray."""
         pixels = np.stack([np.asarray(picture) for picture in self.pictures], axis=-1)
         return pixels if dtype is None else pixels.astype(dtype)
+
+
+def per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """Return DATA.MEAN or DATA.STD with a number for each channel, where one may stand for all."""
+    return list(values) * channels if len(values) == 1 else list(values)
 
 
 # ---- reading

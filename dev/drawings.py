@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -73,8 +74,7 @@ def download(folder: Path) -> None:
             with urllib.request.urlopen(address, timeout=60) as source, open(part, 'wb') as target:
                 shutil.copyfileobj(source, target)
             part.rename(path)
-        with open(path, 'rb') as file:
-            found = hashlib.file_digest(file, 'sha256').hexdigest()
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != checksum:
             raise SystemExit(f'{path}: SHA-256 is {found} instead of {checksum}; delete the file')
 
@@ -156,6 +156,7 @@ def chart(curves: dict[str, list[list[float]]]) -> str:
               for i, (name, runs) in enumerate(curves.items())]
     drawn = str(charts.line_chart('accuracy', series, unit=' %', linear=True))
     body = drawn[drawn.rindex('<svg'):drawn.rindex('</svg>')]
+    body = re.sub(r' (data-chart|tabindex)="[^"]*"', '', body)               # for the script of a page
     body = body.replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     opening, _, rest = body.partition('>')
     labels = ''.join(f'<text class="label s{i}" x="230" y="{150 + 14 * i}">{name}</text>'

@@ -9,6 +9,7 @@ from system import sizes
 from tools import cli, export_files
 
 from config import flatten, get_config
+from data import bands
 
 ARCHITECTURES = {                                   # config -> the same network in timm
     'halonet_26t_256': 'halonet26t',
@@ -68,8 +69,8 @@ def hub_config(config: Any, features: int, names: Sequence[str] | None) -> dict[
             'crop_pct': data.CROP_PCT,
             'crop_mode': 'center',
             'interpolation': 'bicubic',
-            'mean': per_channel(data.MEAN, data.CHANNELS),
-            'std': per_channel(data.STD, data.CHANNELS),
+            'mean': bands.per_channel(data.MEAN, data.CHANNELS),
+            'std': bands.per_channel(data.STD, data.CHANNELS),
             'num_classes': config.MODEL.NUM_CLASSES,
             'first_conv': 'stem.conv' if single else 'stem.conv1.conv',
             'classifier': 'head.fc',
@@ -80,11 +81,6 @@ def hub_config(config: Any, features: int, names: Sequence[str] | None) -> dict[
     if data.CHANNELS != 3:
         content['model_args'] = {'in_chans': data.CHANNELS}
     return content
-
-
-def per_channel(values: Sequence[float], channels: int) -> list[float]:
-    """Return one number for each channel."""
-    return list(values) if len(values) == channels else [values[0]] * channels
 
 
 def write(folder: str, config: Any, model: Any, weights: bytes, names: Sequence[str] | None) -> None:
