@@ -1,9 +1,14 @@
 """Text for consoles and logs: no name of a file may end a program or control the terminal."""
 import io
 import logging
+import os
 import re
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+STDOUT, STDERR = 1, 2                               # file descriptors
 
 # Control characters but tab and line feed, other line separators, marks that reverse the direction of
 # writing, and surrogates, by which Python keeps the bytes of a name that is no text.
@@ -25,6 +30,32 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the output of libraries, from C++ too. An exception other than ValueError shows it."""
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        stream.flush()
+    copies = {descriptor: os.dup(descriptor) for descriptor in (STDOUT, STDERR)}
+    with tempfile.TemporaryFile() as hidden:
+        try:
+            for descriptor in copies:
+                os.dup2(hidden.fileno(), descriptor)
+            yield
+        except ValueError:
+            raise
+        except BaseException:
+            hidden.seek(0)
+            os.write(copies[STDERR], hidden.read())
+            raise
+        finally:
+            for stream in streams:
+                stream.flush()
+            for descriptor, copy in copies.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)
 
 
 # ---- logs

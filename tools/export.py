@@ -14,20 +14,18 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Callable, Optional
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from system import sizes
-from tools import cli, export_files, runtimes
+from system.console import quiet
+from tools import cli, export_files, precision, runtimes
 
 LIMIT = 1e-4                                        # of the largest logit
 BATCHES = (1, 3, 8)
 OPSETS = range(13, 22)                              # paddle2onnx 2.1.0 ends the process for higher ones
 NEEDED = ('paddle2onnx', 'polygraphy', 'onnx_graphsurgeon', 'sympy', 'onnx', 'onnxruntime')
-STDOUT, STDERR = 1, 2                               # file descriptors
 
 
 def open_onnx(folder: str) -> runtimes.Runtime:
@@ -49,7 +47,14 @@ def parser() -> cli.Parser:
                 choices=('float32', 'uint8'), default='float32')
     options.add('result', 'what it gives', choices=export_files.RESULTS, default='logits')
     options.add('topk', 'classes of -result topk', type=int, default=5, metavar='N')
-    options.add('format', 'what to write', nargs='+', choices=FORMATS, default=list(FORMATS))
+    options.add('format', 'what to write (default: all that the precision allows)', nargs='+',
+                choices=FORMATS)
+    options.add('precision', 'of model.onnx; float16 and int8 write no files for Paddle Inference',
+                choices=precision.PRECISIONS, default='float32')
+    options.add('calibrate', 'data folder with the lists, for -precision int8: random images of '
+                'train_list.txt give the ranges, and DATA.EVAL_LIST the accuracy', metavar='DATA')
+    options.add('drop', 'points of top-1 accuracy that int8 may lose; layers stay float32 until it holds '
+                f'(default: {precision.DROP})', type=float, metavar='X')
     options.add('opset', f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}', type=int, default=17)
     return options
 
@@ -57,6 +62,9 @@ def parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> int:
     args.opts = [*args.opts, 'MODEL.ATTENTION', 'composed']     # runtimes have no operators of ours
     args.device = 'cpu'                             # a GPU may compute in TF32, beyond LIMIT
+    args.format = args.format or (list(FORMATS) if args.precision == 'float32' else ['onnx'])
+    if args.calibrate:
+        args.opts += ['DATA.DATA_PATH', args.calibrate]
     config = cli.config_of(args)
     check_arguments(args, config)
     names = cli.find_class_names(config, args.classes)
@@ -75,6 +83,10 @@ def main(args: argparse.Namespace) -> int:
             print(f'error: the limit is {LIMIT:.0e}; nothing written', file=sys.stderr)
             return 1
         meta = metadata(config, args, names, differences)
+        if args.precision != 'float32':
+            lowered = lower_precision(config, args, folder)
+            meta.update(lowered)
+            facts['precision'] = export_files.precision_fact(lowered)
         cli.write_json(os.path.join(folder, 'meta.json'), meta)
         export_files.write(folder, export_files.preprocess(config, args), config, facts)
         cli.move_content(folder, args.output)
@@ -94,6 +106,9 @@ def check_arguments(args: argparse.Namespace, config: Any) -> None:
         raise ValueError(f'-topk {args.topk}: it must be from 1 to {config.MODEL.NUM_CLASSES}, the classes')
     if args.opset not in OPSETS:
         raise ValueError(f'-opset {args.opset}: it must be from {OPSETS[0]} to {OPSETS[-1]}')
+    if args.precision != 'float32' and args.format != ['onnx']:
+        raise ValueError(f'-precision {args.precision} is for -format onnx only')
+    precision.check(args, config)
     if 'onnx' in args.format:
         with quiet():
             for name in NEEDED:
@@ -116,30 +131,12 @@ def write_and_compare(model: Any, config: Any, args: argparse.Namespace, folder:
         return {name: difference(FORMATS[name](folder), expected) for name in args.format}
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the output of libraries, from C++ too. An exception other than ValueError shows it."""
-    streams = sys.stdout, sys.stderr
-    for stream in streams:
-        stream.flush()
-    copies = {descriptor: os.dup(descriptor) for descriptor in (STDOUT, STDERR)}
-    with tempfile.TemporaryFile() as hidden:
-        try:
-            for descriptor in copies:
-                os.dup2(hidden.fileno(), descriptor)
-            yield
-        except ValueError:
-            raise
-        except BaseException:
-            hidden.seek(0)
-            os.write(copies[STDERR], hidden.read())
-            raise
-        finally:
-            for stream in streams:
-                stream.flush()
-            for descriptor, copy in copies.items():
-                os.dup2(copy, descriptor)
-                os.close(copy)
+def lower_precision(config: Any, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Replace model.onnx in `folder` by one of args.precision. Returns what is to say of it."""
+    shape = config.DATA.CHANNELS, *sizes.sides(config.DATA.IMAGE_SIZE)
+    with tempfile.TemporaryDirectory() as temporary:
+        return precision.lower(os.path.join(folder, 'model.onnx'), temporary, config, args,
+                               draw(precision.BATCH, shape, args))
 
 
 # ---- comparing
@@ -149,20 +146,22 @@ def images(shape: tuple[int, int, int], args: argparse.Namespace) -> list:
 
     `shape` is (channels, height, width).
     """
-    import numpy as np
-    random = np.random.default_rng(0)
     shapes = [shape] * len(BATCHES)
     if args.dynamic:
         channels, height, width = shape
         smaller = height - min(13, height // 2)
         shapes = [shape, (channels, height + 32, width), (channels, smaller, width + 5)]
-    drawn = []
-    for batch, (channels, height, width) in zip(BATCHES, shapes):
-        if args.input == 'uint8':
-            drawn.append(random.integers(0, 256, (batch, height, width, channels), np.uint8))
-        else:
-            drawn.append(random.standard_normal((batch, channels, height, width), dtype='float32'))
-    return drawn
+    return [draw(batch, other, args) for batch, other in zip(BATCHES, shapes)]
+
+
+def draw(batch: int, shape: tuple[int, int, int], args: argparse.Namespace) -> Any:
+    """Draw a batch of random images of one shape, as args.input says."""
+    import numpy as np
+    random = np.random.default_rng(batch)
+    channels, height, width = shape
+    if args.input == 'uint8':
+        return random.integers(0, 256, (batch, height, width, channels), np.uint8)
+    return random.standard_normal((batch, channels, height, width), dtype='float32')
 
 
 def run(model: Callable, x: Any) -> Any:

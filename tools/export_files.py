@@ -150,6 +150,15 @@ def card_facts(config: Any, model: Any) -> dict[str, Any]:
     }
 
 
+def precision_fact(lowered: dict[str, Any]) -> str:
+    """Return what a card says of a lower precision; `lowered` is that of precision.lower."""
+    text, beside = lowered['precision'], lowered['beside_float32']
+    if 'top1' in beside:
+        text += (f', top-1 {beside["top1"]:.2f} % of {beside["list"]}; the same file in float32 had '
+                 f'{beside["top1_float32"]:.2f} %')
+    return text
+
+
 def run_facts(weights: str) -> dict[str, Any]:
     """Return the facts of the training that lies beside a weight file; {} if there is none."""
     from reporting import runs

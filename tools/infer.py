@@ -168,7 +168,10 @@ def main() -> int:
         options.error(f'{error}; python -m pip install onnxruntime')
     facts = json.loads((here / 'preprocess.json').read_text(encoding='utf-8'))
     names = json.loads((here / 'meta.json').read_text(encoding='utf-8'))['classes']
-    session = onnxruntime.InferenceSession(str(here / 'model.onnx'), providers=['CPUExecutionProvider'])
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3                 # errors; a file for any size has harmless warnings
+    session = onnxruntime.InferenceSession(str(here / 'model.onnx'), settings,
+                                           providers=['CPUExecutionProvider'])
     status = 0
     pictures: list[dict[str, Any]] = []
     for path, result in classify(session, find(args.pictures), facts):

@@ -60,6 +60,7 @@ def onnxruntime(path: str, threads: int = 2) -> Runtime:
     def session(threads: int) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3              # errors; a file for any size has harmless warnings
         return ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])
 
     model_input = session(threads).get_inputs()[0]

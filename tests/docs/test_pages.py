@@ -19,8 +19,8 @@ from training import results
 
 OTHER = {                                           # programs of others, and those without arguments
     'mkdir', 'cp', 'cd', 'git', 'tar', 'python3', 'tools/make_digits.py', 'dev/bench_pipeline.py',
-    'dev/cuda_kernels.py', 'dev/drawings.py', 'dev/hub_folders.py', 'dev/model_table.py', './run_demo.sh',
-    './run_tests.sh', '.ci/run', 'exported/infer.py'}
+    'dev/cuda_kernels.py', 'dev/drawings.py', 'dev/hub_folders.py', 'dev/model_table.py', 'dev/onnx_speed.py',
+    './run_demo.sh', './run_tests.sh', '.ci/run', 'exported/infer.py'}
 MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
 ROOMS = 'configs|data|dev|docs|model|ops|reporting|system|tests|tools|training'
 PATH = rf'(?<![\w/.])(?:{ROOMS})/[\w/]+\.\w+'

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from system import console
 from tools import export
 from tools.deployed import Windows, deployed, look_windows_up
 
@@ -237,9 +238,9 @@ def test_unknown_opset_is_refused(tmp_path, opset):
 
 
 def test_hidden_output_is_shown_with_an_exception(capfd):
-    with export.quiet():
+    with console.quiet():
         os.write(1, b'unseen\n')
-    with pytest.raises(RuntimeError), export.quiet():
+    with pytest.raises(RuntimeError), console.quiet():
         os.write(2, b'seen\n')
         raise RuntimeError
     captured = capfd.readouterr()
