@@ -246,9 +246,10 @@ def _remove_old_index(path: str, archive: str) -> None:
 
 
 def _make_index(found: Iterable[Member]) -> np.ndarray:
-    rows = [(_hash(member.name), *member[1:]) for member in found]
-    index: np.ndarray = np.array(rows, np.uint64).reshape(-1, 4).T
-    last: np.ndarray = np.arange(len(rows))[::-1]   # of members of one name the last counts, as in unpacking
+    rows = ((_hash(member.name), *member[1:]) for member in found)
+    index: np.ndarray = np.fromiter(rows, np.dtype((np.uint64, 4))).T        # 32 bytes a member, at once
+    # of members of one name the last counts, as in unpacking
+    last: np.ndarray = np.arange(index.shape[1])[::-1]
     hashes, first = np.unique(index[0, last], return_index=True)
     kept = index[:, last[first]]
     kept[0] = hashes
