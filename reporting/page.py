@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from config import defaults
-from reporting import pictures
+from reporting import pictures, scores
 from reporting.charts import BUCKETS, Series, has_points, line_chart, number
 from reporting.runs import SPLITS, Predictions, Run, differences
 from reporting.templates import render
@@ -90,6 +90,7 @@ def run_page(run: Run) -> str:
     values: dict[str, Any] = {'confusion': None}
     if judged is not None:
         values = {'confusion': confusion(run, judged), 'classes': class_accuracies(run, judged),
+                  'calibration': calibration(scores.judge(judged, len(run.classes))),
                   'errors': confident_errors(run, judged, split)}
     return render(
         'run.html',
@@ -282,6 +283,23 @@ def confused_pairs(matrix: np.ndarray, names: list[str]) -> Table:
             rows.append([names[i], names[j], str(errors[i, j]), percent(fraction, 0), str(errors[j, i])])
     head = ['class', 'predicted as', 'images', 'of the class', 'the other way']
     return Table(head, rows, 'numbers second-text')
+
+
+def calibration(judged: scores.Scores) -> dict[str, Any]:
+    """Return the reliability diagram, and the means over classes as a table."""
+    points = [(100 * probability, 100 * accuracy) for images, probability, accuracy in judged.bins if images]
+    diagonal = [(0.0, 0.0), (100.0, 100.0)]
+    diagram = line_chart(
+        'Accuracy by probability', [Series('accuracy', points), Series('calibrated', diagonal, 1, 1, -1)],
+        x_label='probability of the prediction, %', unit=' %', top=100, linear=True)
+    note = (f'The expected calibration error over {scores.BINS} ranges of the probability is '
+            f'{percent(100 * judged.calibration_error, 1)}.')
+    if math.isfinite(judged.temperature):
+        note += f' softmax(logits / {judged.temperature:.2f}) has the lowest loss on these images.'
+    rows = [[text, *(percent(100 * judged.mean(name, weighted), 2) for name in ('precision', 'recall', 'f1'))]
+            for text, weighted in (('mean over classes', False), ('weighted by images', True))]
+    means = Table(['', 'precision', 'recall', 'F1'], rows, 'numbers')
+    return {'note': note, 'diagram': diagram, 'means': means}
 
 
 def class_accuracies(run: Run, judged: Predictions) -> dict[str, Any]:

@@ -294,6 +294,8 @@ def _predictions(folder: str) -> dict[str, Predictions]:
         try:
             with np.load(path) as file:
                 arrays = {key: file[key] for key in ARRAYS}
+                if 'temperature' in file:           # which files of earlier versions lack
+                    arrays['temperature'] = file['temperature']
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
         found[os.path.basename(path)[len('predictions_'):-len('.npz')]] = arrays

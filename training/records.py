@@ -1,5 +1,6 @@
 """The records of a run: metrics.jsonl, TensorBoard's logs, predictions, machine.json, report.html."""
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -19,6 +20,9 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.nn import functional as F
+
+from reporting import runs, scores
+from training.calibration import TemperatureSearch, best_temperature
 
 SCALARS = ('loss', 'acc1', 'acc5', 'lr', 'images_per_s', 'data_wait', 'loss_scale')   # keys that are curves
 
@@ -144,13 +148,14 @@ class Predictions:
     """Keeps the prediction for each image of an evaluation: predictions_SPLIT.npz in the run folder.
 
     Its arrays are in the order of the list: index, label, top1 (n,) int64; probability of top1 and of
-    label (n,) float32.
+    label (n,) float32. `temperature` () float64 is that of calibration.best_temperature.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.indices: list[np.ndarray] = []
         self.rows: list[paddle.Tensor] = []          # of the same images, on the device
+        self.search = TemperatureSearch()
 
     @paddle.no_grad()
     def add(self, indices: np.ndarray, labels: paddle.Tensor, logits: paddle.Tensor) -> None:
@@ -162,6 +167,7 @@ class Predictions:
         rows = paddle.stack([column.astype('float64') for column in columns], axis=1)    # (B, 4)
         self.indices.append(indices)
         self.rows.append(rows)
+        self.search.add(labels, logits)
 
     def save(self, split: str) -> None:
         """Gather the rows of all processes, write them on rank 0, and forget them."""
@@ -169,24 +175,25 @@ class Predictions:
         for indices, rows in zip(self.indices, self.rows):
             parts.append(np.column_stack([indices, rows.numpy()]))
         rows = np.concatenate(parts)
-        self.indices, self.rows, parts = [], [], [rows]
+        sums = np.sum(utils.gather(self.search.sums.numpy()), axis=0)
+        self.indices, self.rows, self.search, parts = [], [], TemperatureSearch(), [rows]
         if utils.world_size() > 1:
             parts = []
             dist.all_gather_object(parts, rows)
         if utils.rank() == 0:
             with harmless('predictions'):
                 path = os.path.join(self.folder, f'predictions_{split}.npz')
-                write_predictions(path, np.concatenate(parts))
+                write_predictions(path, np.concatenate(parts), best_temperature(sums))
 
 
-def write_predictions(path: str, rows: np.ndarray) -> None:
+def write_predictions(path: str, rows: np.ndarray, temperature: float = math.nan) -> None:
     """Write rows (n, 5) of index, label, top1 and two probabilities as the arrays of Predictions."""
     rows = rows[np.argsort(rows[:, 0], kind='stable')]
     index, label, top1 = rows[:, :3].astype('int64').T
     probability, label_probability = rows[:, 3:].astype('float32').T
     files.atomic_write(path, lambda file: np.savez_compressed(
         file, index=index, label=label, top1=top1, probability=probability,
-        label_probability=label_probability))
+        label_probability=label_probability, temperature=temperature))
 
 
 # ---- machine and command
@@ -254,8 +261,10 @@ def commit() -> str:
 # ---- the page
 
 def write_page(folder: str) -> None:
-    """Write report.html of the run folder, on rank 0."""
+    """Write report.html and the metrics of the predictions of the run folder, on rank 0."""
     if utils.rank() == 0:
+        with harmless('metrics'):
+            scores.write_all(runs.read_run(folder), folder)
         with harmless('report.html'):
             from reporting import report  # here, because a training goes on without Jinja2
             log.info('page: %s', report.write([folder], os.path.join(folder, 'report.html')))

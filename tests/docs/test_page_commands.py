@@ -34,7 +34,7 @@ RUN = {                                             # commands of each page that
     'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 6, 'docs/evaluation.md': 2,
     'docs/finetune.md': 5, 'docs/imagenet.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1,
     'docs/predict.md': 4,
-    'docs/report.md': 3,
+    'docs/report.md': 4,
     'docs/training.md': 2, 'docs/weights.md': 3}
 INSTALLS = r'python3 -m venv|\S*python -m pip'
 SHORTER = [

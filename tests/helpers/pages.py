@@ -10,6 +10,7 @@ from tools import (
     eval_all,
     export,
     make_lists,
+    metrics,
     port_weights,
     predict,
     prepare_imagenet,
@@ -25,7 +26,7 @@ from dev import benchmark
 DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
 MODULES = (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, prepare_imagenet,
-           report, verify_gpu, visualize)
+           metrics, report, verify_gpu, visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
 INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python\s(?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
 

@@ -29,6 +29,7 @@ CHARTS = {                                          # title -> key, splits
     'Training speed, images/s': ('images_per_s', ('train',)),
     'Time spent waiting for data': ('data_wait', ('train',)),
 }
+RELIABILITY = 'Accuracy by probability'
 LABELS = {'train': 'train', 'val': 'val', 'val_ema': 'EMA'}
 
 
@@ -39,9 +40,9 @@ def test_training_ends_with_its_page(trained):
     assert found.find('h1')[0][2] == 'tiny on data' and found.find('title')[0][2] == 'tiny on data · run'
     assert 'complete: 3 epochs' in found.find('span', 'state')[0][2]
     titles = [element[2] for element in found.find('h2')]
-    assert titles == ['Curves', 'Confusion', 'Accuracy by class', 'Most confident errors', 'Configuration',
-                      'Machine and versions']
-    assert [element[2] for element in found.find('h3')] == list(charts_in_order())
+    assert titles == ['Curves', 'Confusion', 'Accuracy by class', 'Calibration', 'Most confident errors',
+                      'Configuration', 'Machine and versions']
+    assert [element[2] for element in found.find('h3')] == [*charts_in_order(), RELIABILITY]
 
 
 def charts_in_order():
@@ -50,7 +51,7 @@ def charts_in_order():
 
 def test_charts_have_the_points_of_the_records(trained):
     found = open_page(trained / 'report.html').charts()
-    assert found.keys() == CHARTS.keys()
+    assert found.keys() == {*CHARTS, RELIABILITY}
     for title, (key, splits) in CHARTS.items():
         factor = 100 if key == 'data_wait' else 1
         expected = {}
@@ -60,6 +61,17 @@ def test_charts_have_the_points_of_the_records(trained):
         assert drawn.keys() == expected.keys()
         for label, points in expected.items():
             np.testing.assert_allclose(drawn[label], points, rtol=1e-4, atol=1e-4)
+
+
+def test_reliability_diagram_has_the_accuracy_of_each_range(trained):
+    run = read_run(str(trained))
+    _, judged = run.judged
+    accuracy, diagonal = open_page(trained / 'report.html').charts()[RELIABILITY]['series']
+    ranges = np.ceil(judged['probability'] * 15)
+    expected = [[100 * judged['probability'][ranges == i].mean(),
+                 100 * (judged['label'] == judged['top1'])[ranges == i].mean()] for i in np.unique(ranges)]
+    np.testing.assert_allclose(accuracy[2], expected, rtol=1e-4, atol=1e-4)
+    assert diagonal[2] == [[0, 0], [100, 100]]
 
 
 def test_tiles_show_the_best_epoch_and_the_last_beside_it(trained, tmp_path):
