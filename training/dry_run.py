@@ -41,7 +41,8 @@ def main(config: CfgNode) -> None:
     if ORDER in os.environ:
         lifeline.die_with_parent()
         return
-    signal.signal(signal.SIGTERM, end)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # a shell starts what is in the background without SIGINT
+        signal.signal(signum, end)
     parent = existing_folder(config.OUTPUT or config.SAVE)
     batch_size = config.DATA.BATCH_SIZE
     if config.EVAL:
