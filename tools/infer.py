@@ -23,8 +23,10 @@ except ImportError as missing:
           'python -m pip install numpy pillow onnxruntime', file=sys.stderr)
     sys.exit(2)
 
-ENDINGS = {'.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.npy'}
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')       # never EPS, which starts another program
+Image.init()                                        # registers the formats that this Pillow has
+ENDINGS = {'.jpg', '.jpeg', '.png', '.webp', '.avif', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm', '.npy'}
+READ = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF', 'PPM')  # never EPS, which starts another program
+FORMATS = [name for name in READ if name in Image.OPEN]
 BATCH = 8                                           # pictures per call of the model
 
 

@@ -18,6 +18,7 @@ from runs import TINY, make_images, options, program
 
 import datasets
 from config import get_config
+from data import image_files
 from halonet import build_halonet
 from model import weights
 
@@ -84,6 +85,14 @@ def test_grey_array_needs_no_third_axis(tmp_path):
     np.save(tmp_path / 'image.npy', np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8))
     found, expected = inputs_of(tmp_path / 'image.npy', 'DATA.IMAGE_SIZE', 16, 'DATA.CHANNELS', 1,
                                 'DATA.MEAN', [0.4], 'DATA.STD', [0.3])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('kind', image_files.FORMATS)
+def test_formats_are_read_alike(tmp_path, kind):
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / 'image', kind)
+    found, expected = inputs_of(tmp_path / 'image', 'DATA.IMAGE_SIZE', 16)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
