@@ -11,7 +11,6 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,7 @@ def measure(runtime: str, files: list[str], size: int) -> None:
     programs = {file: RUNTIMES[runtime](file) for file in files}
     for batch in BATCHES:
         images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype='float32')
-        times: dict[str, list[float]] = {file: [] for file in files}
-        for _ in range(ROUNDS + 1):
-            for file, program in programs.items():
-                start = time.perf_counter()
-                program(images)
-                times[file].append(1000 * (time.perf_counter() - start) / batch)
-        for file, found in times.items():
-            found = found[1:]                       # the first is slower
+        for file, found in runtimes.time_by_turns(programs, images, ROUNDS).items():
             print(f'{runtime}, batch {batch}, {file}: {statistics.median(found):.1f} ms an image '
                   f'({min(found):.1f} to {max(found):.1f})', flush=True)
 

@@ -89,8 +89,10 @@ def run_page(run: Run) -> str:
     split, judged = run.judged
     values: dict[str, Any] = {'confusion': None}
     if judged is not None:
-        values = {'confusion': confusion(run, judged), 'classes': class_accuracies(run, judged),
-                  'calibration': calibration(scores.judge(judged, len(run.classes))),
+        scored = scores.judge(judged, len(run.classes))
+        values = {'confusion': confusion(scored.confusion, run.classes),
+                  'classes': class_accuracies(scored.confusion, run.classes),
+                  'calibration': calibration(scored),
                   'errors': confident_errors(run, judged, split)}
     return render(
         'run.html',
@@ -228,24 +230,21 @@ def evaluations(run: Run) -> Table:
 
 # ---- errors
 
-def confusion(run: Run, judged: Predictions) -> dict[str, Any]:
-    """Return the confusion matrix of the predictions, or of many classes the most confused pairs."""
-    count = len(run.classes)
-    matrix: np.ndarray = np.zeros((count, count), int)
-    np.add.at(matrix, (judged['label'], judged['top1']), 1)
-    total = int(matrix.sum())
+def confusion(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """Return the section of a confusion matrix (C, C), or of many classes the most confused pairs."""
+    count, total = len(names), int(matrix.sum())
     note = f'{total - int(np.trace(matrix)):,} of {total:,} images are misclassified.'
     if count > FEW_CLASSES:
-        return {'title': 'Most confused classes', 'note': note, 'pairs': confused_pairs(matrix, run.classes)}
+        return {'title': 'Most confused classes', 'note': note, 'pairs': confused_pairs(matrix, names)}
     note += ' Rows are labels, columns are predictions. The colour shows the fraction of the row.'
-    short = max(len(name) for name in run.classes) <= 3
+    short = max(len(name) for name in names) <= 3
     kind = 'confusion'
     if count <= NUMBERED:
         kind += ' few'
     if not short:
         kind += ' named'
-    return {'title': 'Confusion', 'note': note, 'pairs': None, 'names': run.classes, 'short': short,
-            'kind': kind, 'rows': confusion_cells(matrix, run.classes)}
+    return {'title': 'Confusion', 'note': note, 'pairs': None, 'names': names, 'short': short,
+            'kind': kind, 'rows': confusion_cells(matrix, names)}
 
 
 def confusion_cells(matrix: np.ndarray, names: list[str]) -> list[list[dict[str, Any]]]:
@@ -302,14 +301,13 @@ def calibration(judged: scores.Scores) -> dict[str, Any]:
     return {'note': note, 'diagram': diagram, 'means': means}
 
 
-def class_accuracies(run: Run, judged: Predictions) -> dict[str, Any]:
-    """Return the accuracy of each class, the lowest first; of many classes the lowest, and a table of all."""
-    rows = []
-    for label, name in enumerate(run.classes):
-        of_class = judged['label'] == label
-        images = int(of_class.sum())
-        if images:
-            rows.append((name, int((judged['top1'][of_class] == label).sum()), images))
+def class_accuracies(matrix: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """Return the accuracy of each class, the lowest first; of many classes the lowest, and a table of all.
+
+    matrix: the confusion matrix (C, C).
+    """
+    counts = zip(names, np.diag(matrix).tolist(), matrix.sum(axis=1).tolist())
+    rows = [row for row in counts if row[2]]
     rows.sort(key=lambda row: row[1] / row[2])
     shown, note, all_rows = rows, 'Lowest accuracy first.', None
     if len(rows) > FEW_CLASSES:

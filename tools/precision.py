@@ -5,8 +5,6 @@ import argparse
 import os
 import shutil
 import statistics
-import time
-from collections.abc import Iterator
 from typing import Any, Callable
 
 from system.console import quiet
@@ -85,17 +83,16 @@ def _to_int8(before: str, path: str, folder: str, config: Any, args: argparse.Na
         return _prepare(pixels, args.input, config.DATA)
 
     print(f'calibrating on {len(calibration)} images of {listed}', flush=True)
-    with quiet():
-        quantizer = Quantizer(before, folder)
-    quantizer.calibrate(prepare(image[None]) for image in _quiet(calibration, 'calibration'))
+    quantizer = Quantizer(before, folder)
+    drawn = cli.progress(calibration, len(calibration), 'calibration')
+    quantizer.calibrate(prepare(image[None]) for image in drawn)
     expected = _accuracy(before, loader, prepare, 'float32')
     limit = DROP if args.drop is None else args.drop
     in_float: list[str] = []
     ranked: list[str] = []
     while True:
         layers = [layer for layer in quantizer.layers if layer not in in_float]
-        with quiet():
-            quantizer.write(path, layers)
+        quantizer.write(path, layers)
         found = _accuracy(path, loader, prepare, 'int8')
         print(f'top-1 of {config.DATA.EVAL_LIST}, {len(loader.dataset)} images: float32 {expected:.2f} %, '
               f'int8 {found:.2f} %, {len(in_float)} of {len(quantizer.layers)} layers in float32', flush=True)
@@ -153,13 +150,6 @@ def _prepare(pixels: np.ndarray, kind: str, data: Any) -> np.ndarray:
     return datasets.normalise(paddle.to_tensor(pixels), data.MEAN, data.STD).numpy()
 
 
-def _quiet(items: np.ndarray, description: str) -> Iterator[Any]:
-    """Yield the items with a progress bar, and hide what libraries print while each is used."""
-    for item in cli.progress(items, len(items), description):
-        with quiet():
-            yield item
-
-
 def _accuracy(path: str, loader: Any, prepare: Prepare, name: str) -> float:
     """Return the top-1 accuracy of an ONNX file, in percent."""
     run = runtimes.onnxruntime(path)
@@ -176,7 +166,7 @@ def _rank(quantizer: Any, path: str, before: str, images: np.ndarray) -> list[st
     """Return the layers, first those that change the results most when they alone are in int8."""
     expected = _first(runtimes.onnxruntime(before)(images))
     errors = {}
-    for name in _quiet(quantizer.layers, 'layers'):
+    for name in cli.progress(quantizer.layers, len(quantizer.layers), 'layers'):
         quantizer.write(path, [name], alone=True)
         errors[name] = float(np.square(_first(runtimes.onnxruntime(path)(images)) - expected).sum())
     return sorted(errors, key=errors.__getitem__, reverse=True)
@@ -190,15 +180,10 @@ def _first(results: Any) -> np.ndarray:
 # ---- speed
 
 def _speeds(files: dict[str, str], images: np.ndarray) -> dict[str, Any]:
-    """Time ONNX files in ONNX Runtime by turns; print and return the milliseconds of an image."""
+    """Time two ONNX files in ONNX Runtime; print the milliseconds of an image, and return their ratio."""
     runs = {name: runtimes.onnxruntime(path) for name, path in files.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(images)
-            times[name].append(1000 * (time.perf_counter() - start) / len(images))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    times = runtimes.time_by_turns(runs, images, ROUNDS)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     before, after = medians.values()
     print('onnxruntime here, milliseconds an image: '
           + ', '.join(f'{name} {value:.1f}' for name, value in medians.items())

@@ -39,7 +39,8 @@ class Quantizer:
     def __init__(self, path: str, folder: str) -> None:
         self.folder = folder
         self.prepared = os.path.join(folder, 'prepared.onnx')
-        quant_pre_process(path, self.prepared, skip_symbolic_shape=True)     # fuses biases into convolutions
+        with quiet():                               # and fuse biases into convolutions
+            quant_pre_process(path, self.prepared, skip_symbolic_shape=True)
         graph = onnx.load(self.prepared).graph
         self.nodes = {node.name: node for node in graph.node}
         self.constants = {value.name for value in graph.initializer}
@@ -63,7 +64,8 @@ class Quantizer:
         calibrator.create_inference_session()
         name = calibrator.infer_session.get_inputs()[0].name
         for images in batches:                      # each alone, as it keeps all activations of a call
-            calibrator.collect_data(_Reader([{name: images}]))
+            with quiet():
+                calibrator.collect_data(_Reader([{name: images}]))
         with quiet():
             self.ranges = calibrator.compute_data()
 
@@ -74,7 +76,8 @@ class Quantizer:
             onnx.load(self.prepared), per_channel=True, reduce_range=True, weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8, tensors_range=self.ranges, nodes_to_quantize=chosen,
             nodes_to_exclude=[], op_types_to_quantize=[*WEIGHTED, *FOLLOWERS], extra_options={})
-        quantizer.quantize_model()
+        with quiet():
+            quantizer.quantize_model()
         quantizer.model.save_model_to_file(path)
 
     # ---- the graph

@@ -6,6 +6,7 @@ with several outputs gives a tuple. An absent package raises ValueError with the
 import functools
 import importlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, Callable
@@ -96,3 +97,17 @@ def openvino(path: str, threads: int = 2, precision: str = 'f32') -> Runtime:
         return request.infer([images])[compiled.output(0)].copy()
 
     return run
+
+
+def time_by_turns(programs: dict[str, Runtime], images: Any, rounds: int) -> dict[str, list[float]]:
+    """Run programs on the same images by turns; return {name: milliseconds of an image in each round}.
+
+    A first round is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program(images)
+            times[name].append(1000 * (time.perf_counter() - start) / len(images))
+    return {name: values[1:] for name, values in times.items()}
