@@ -24,7 +24,7 @@ CONTENTS = {                                        # file -> what the card says
     'model.json': 'for Paddle Inference, with model.pdiparams',
     'model.pdiparams': 'the weights of model.json',
     'preprocess.json': 'how an image file becomes the input, in words and numbers',
-    'meta.json': 'class names, and the difference of the files from the model',
+    'meta.json': 'class names, and how the files were compared with the model',
     'infer.py': 'classifies pictures; needs numpy, Pillow and onnxruntime only',
 }
 
