@@ -64,9 +64,9 @@ STYLE += ('.line{fill:none;stroke-width:1.8}.grid,.axis{stroke:#9aa3ad;fill:none
 
 # ---- images
 
-def download(folder: Path) -> None:
+def download(folder: Path, packages: dict[str, tuple[str, str]] = PACKAGES) -> None:
     """Download what `folder` does not hold yet. Raises SystemExit for a file with another checksum."""
-    for name, (address, checksum) in PACKAGES.items():
+    for name, (address, checksum) in packages.items():
         path = folder / name
         if not path.exists():
             print(f'{name}: downloading {address}', flush=True)
@@ -152,15 +152,20 @@ def mean_curve(runs: list[list[float]]) -> list[tuple[float, float]]:
 
 def chart(curves: dict[str, list[list[float]]]) -> str:
     """Draw the mean accuracies of {name: runs} by epoch, as an SVG file."""
-    series = [charts.Series(name, mean_curve(runs), colour=i, dash=i, marker=-1)
-              for i, (name, runs) in enumerate(curves.items())]
-    drawn = str(charts.line_chart('accuracy', series, unit=' %', linear=True))
+    return svg([charts.Series(name, mean_curve(runs), colour=i, dash=i, marker=-1)
+                for i, (name, runs) in enumerate(curves.items())])
+
+
+def svg(curves: list[charts.Series]) -> str:
+    """Draw accuracies in percent by epoch, as an SVG file with a legend."""
+    drawn = str(charts.line_chart('accuracy', curves, unit=' %', linear=True))
     body = drawn[drawn.rindex('<svg'):drawn.rindex('</svg>')]
     body = re.sub(r' (data-chart|tabindex)="[^"]*"', '', body)               # for the script of a page
     body = body.replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1)
     opening, _, rest = body.partition('>')
-    labels = ''.join(f'<text class="label s{i}" x="230" y="{150 + 14 * i}">{name}</text>'
-                     for i, name in enumerate(curves))
+    top = 192 - 14 * (len(curves) - 1)
+    labels = ''.join(f'<text class="label s{curve.colour}" x="230" y="{top + 14 * i}">{curve.label}</text>'
+                     for i, curve in enumerate(curves))
     return f'{opening}><style>{STYLE}</style>{rest}{labels}</svg>\n'
 
 
