@@ -5,8 +5,9 @@ from typing import Any
 from markupsafe import Markup
 
 from reporting.charts import Series, has_points, line_chart, number
-from reporting.page import DASH, PERCENT, Table, duration, percent, status, value_text
+from reporting.page import PERCENT, status
 from reporting.runs import Run
+from reporting.tables import DASH, Table, duration, percent, value_text
 from reporting.templates import render
 
 COMPARED: tuple[tuple[str, str, str, dict[str, Any]], ...] = (

@@ -18,6 +18,7 @@ from runs import TINY, options, program, records
 
 from config import flatten, get_config
 from reporting import comparison, page, templates
+from reporting import prediction_sections as sections
 from reporting.report import write
 from reporting.runs import Run, read_run
 from training import engine
@@ -316,17 +317,17 @@ def test_most_confused_of_many_classes_are_shown(tmp_path):
     names = [f'n{label:08d}' for label in range(40)]
     labels, top1 = make_run(tmp_path, 40, 800, names)
     found = open_page(tmp_path / 'report.html')
-    assert 'class="confusion' not in found.text and len(found.find('span', 'name')) == page.WORST
+    assert 'class="confusion' not in found.text and len(found.find('span', 'name')) == sections.WORST
     section = re.search(r'<section id="confusion">.*?</section>', found.text, re.S)[0]
     rows = rows_of(section)
     pairs = [(a, b) for a in range(40) for b in range(40) if a != b]
     counts = {(a, b): int(((labels == a) & (top1 == b)).sum()) for a, b in pairs}
-    assert [int(row[2]) for row in rows] == sorted(counts.values(), reverse=True)[:page.PAIRS]
+    assert [int(row[2]) for row in rows] == sorted(counts.values(), reverse=True)[:sections.PAIRS]
     for a, b, count, fraction, back in rows:
         pair = names.index(a), names.index(b)
         assert (int(count), int(back)) == (counts[pair], counts[pair[::-1]])
         assert fraction == f'{5 * counts[pair]:.0f}\u202f%'
-    assert len(found.find('img')) == page.ERRORS
+    assert len(found.find('img')) == sections.ERRORS
     assert all('jpeg' in image[1]['src'] for image in found.find('img'))
 
 
@@ -334,7 +335,7 @@ def test_most_confused_of_many_classes_are_shown(tmp_path):
     (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
 def test_wilson_intervals(right, images, low, high):
     """The textbook's values for ten trials."""
-    assert page.wilson(right, images) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert sections.wilson(right, images) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_runs_are_compared(trained, images, tmp_path):
