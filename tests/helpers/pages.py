@@ -9,6 +9,7 @@ from tools import (
     check_data,
     eval_all,
     export,
+    follow,
     make_lists,
     metrics,
     port_weights,
@@ -25,8 +26,8 @@ from dev import benchmark
 
 DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
-MODULES = (benchmark, check_data, eval_all, export, make_lists, port_weights, predict, prepare_imagenet,
-           metrics, report, verify_gpu, visualize)
+MODULES = (benchmark, check_data, eval_all, export, follow, make_lists, metrics, port_weights, predict,
+           prepare_imagenet, report, verify_gpu, visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
 INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python\s(?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
 

@@ -95,6 +95,7 @@ PROGRAMS = {                                        # and their exit codes; FOLD
     'tools/visualize.py -pretrained FOLDER/run/final FOLDER/data/val/0.png -output OUT/a.png': {},
     'tools/verify_gpu.py -output OUT -device cpu -rows ranks deaths': {},
     'tools/metrics.py FOLDER/run -output OUT/metrics': {},
+    'tools/follow.py FOLDER/run -to tensorboard -output OUT/curves': {},
     'tools/report.py FOLDER/run -output OUT/report.html': {},
     'tools/check_data.py FOLDER/data -workers 2': {},
     'tools/make_lists.py FOLDER/classes -force': {},

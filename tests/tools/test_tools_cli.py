@@ -62,7 +62,7 @@ def test_error_is_one_line(error, line, capsys):
 
 
 @pytest.mark.parametrize('name', [
-    'predict', 'visualize', 'metrics', 'report', 'make_lists', 'check_data', 'eval_all'])
+    'predict', 'visualize', 'metrics', 'report', 'follow', 'make_lists', 'check_data', 'eval_all'])
 def test_help_does_not_import_paddle(name):
     command = [sys.executable, '-X', 'importtime', f'{folder(name)}/{name}.py', '-h']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -3,15 +3,14 @@ import json
 import logging
 import os
 import shutil
-import struct
 import sys
 
 import numpy as np
 import paddle
 import pytest
+from event_files import read_events
 from exact_runs import EVERYTHING, run
 from runs import TINY, options, program, records
-from tensorboardX.proto import event_pb2
 
 from reporting import report
 from training import checkpoint
@@ -51,22 +50,6 @@ def test_log_names_data_splits_and_page(images, full_run):
 
 
 # ---- TensorBoard
-
-def read_events(folder):
-    """{(step, tag): value} as TensorBoard reads a folder: the start of a session drops later steps."""
-    kept = {}
-    for name in sorted(os.listdir(folder)):
-        with open(os.path.join(folder, name), 'rb') as file:
-            while head := file.read(12):
-                event = event_pb2.Event.FromString(file.read(struct.unpack('<Q', head[:8])[0]))
-                file.read(4)
-                if event.HasField('session_log'):
-                    kept = {key: value for key, value in kept.items() if key[0] < event.step}
-                for value in event.summary.value:
-                    assert (event.step, value.tag) not in kept
-                    kept[event.step, value.tag] = value.simple_value
-    return kept
-
 
 def same_as_the_records(folder):
     splits = {record['split'] for record in records(folder)}
