@@ -138,6 +138,13 @@ OPTIONS = (
     Option('MODEL.LINEAR_OUT',       False,    'no activation at the end of a block'),
     Option('MODEL.BLOCK_SIZE',       8,        'side of a query block, in pixels of the feature map', ge=1),
     Option('MODEL.HALO_SIZE',        2,        'pixels around the block that its queries see as well', ge=0),
+    Option('MODEL.WINDOW',           'block',  'what a query sees: the window of its block, the inside of '
+                                               'the map in it, or what is within HALO_SIZE of the query',
+                                               choices=('block', 'inside', 'query')),
+    Option('MODEL.POSITIONS',        'relative', 'of halo attention: relative, none, or absolute (sines)',
+                                               choices=('relative', 'none', 'absolute')),
+    Option('MODEL.HALO_STRIDE',      'query',  'halo attention with a stride: query (every n-th pixel is '
+                                               'one) or pool (the mean of all)', choices=('query', 'pool')),
     Option('MODEL.HEAD_DIM',         0,        'width of a query or key head; 0: from QK_RATIO (lambda: 16)',
                                                ge=0),
     Option('MODEL.QK_RATIO',         1.0,      'width of all queries over inner width, to a multiple of 8',

@@ -258,6 +258,7 @@ def build_halonet(config: Any) -> HaloNet:
     operators = Operators(
         block_size=model.BLOCK_SIZE, halo_size=model.HALO_SIZE, head_dim=model.HEAD_DIM,
         qk_ratio=model.QK_RATIO, value_ratio=model.VALUE_RATIO, lambda_size=model.LAMBDA_SIZE,
+        window=model.WINDOW, positions=model.POSITIONS, halo_stride=model.HALO_STRIDE,
         group_size=model.GROUP_SIZE, channel_attn=model.CHANNEL_ATTN, se_ratio=model.SE_RATIO, act=model.ACT)
     network = HaloNet(
         stages=[parse_stage(stage) for stage in model.STAGES], widths=model.WIDTHS, strides=model.STRIDES,

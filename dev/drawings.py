@@ -55,7 +55,7 @@ FINE_TUNINGS = {                                    # the rows of the table: opt
     'pretrained, long': (LONG, True),
 }
 CHART = 'chart.svg'                                 # in FOLDER
-COLOURS = ('#0b6e99', '#c2571a', '#3c8031', '#7a3fa0')
+COLOURS = ('#0b6e99', '#c2571a', '#3c8031', '#7a3fa0', '#8a6d00')
 STYLE = ''.join(f'.line.s{i}{{stroke:{colour}}}.mark.s{i},.label.s{i}{{fill:{colour}}}'
                 for i, colour in enumerate(COLOURS))
 STYLE += ('.line{fill:none;stroke-width:1.8}.grid,.axis{stroke:#9aa3ad;fill:none;stroke-width:.6}'

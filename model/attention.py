@@ -1,4 +1,4 @@
-"""The attention layers in place of 3x3 convolutions: halo attention, bottleneck attention, lambda layer.
+"""The attention layers in place of 3x3 convolutions: halo attention and bottleneck attention.
 
 Layers, parameter names and arithmetic are those of timm, so its published weights give its logits.
 
@@ -15,16 +15,17 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
-from paddle.nn.initializer import Normal, Uniform
+from paddle.nn.initializer import Normal
 
 import ops
-from model.layers import choice, compiled, conv2d, convolve, norm_act
+from model.layers import choice, compiled, conv2d, convolve
 
 HIDDEN = -2000.0        # hides a key as -inf does: exp(HIDDEN) is 0. Unlike -inf, products with it are finite
+WINDOWS = ('block', 'inside', 'query')              # which keys a query sees: see `window_mask`
 
 
-def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *,
-                   num_heads: int, block_size: int, halo_size: int, stride: int = 1) -> Tensor:
+def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
+                   block_size: int, halo_size: int, stride: int = 1, window: str = 'block') -> Tensor:
     """Let every query attend to the keys of its block and of `halo_size` pixels around it.
 
     q (B, N*d, ceil(H/stride), ceil(W/stride)), kv (B, N*(d+v), H, W) with keys before values in each
@@ -36,20 +37,20 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     queries of a strided block are numbered 0, 1, 2, ... although they are `stride` pixels apart.
 
     A feature map that does not divide into blocks is padded to them. Padding further outside the map than
-    the halo gets no attention.
+    the halo gets no attention. `window` may hide more keys: see `window_mask`.
     """
     height, width = q.shape[2], q.shape[3]
     q, k, value, rows, columns = split_into_blocks(
         q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
-        stride=stride, hidden=-math.inf)
+        stride=stride, window=window, hidden=-math.inf if window == 'block' else HIDDEN)
     logits = (q * q.shape[-1] ** -0.5).matmul(k, transpose_y=True)          # (B*N, Y*X, b*b, w*w)
     logits = logits + (rows + columns).flatten(4).flatten(2, 3)
     out = F.softmax(logits, axis=-1).matmul(value)                          # (B*N, Y*X, b*b, v)
     return join_blocks(out, num_heads, block_size // stride, height, width)
 
 
-def sdpa_halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *,
-                        num_heads: int, block_size: int, halo_size: int, stride: int = 1) -> Tensor:
+def sdpa_halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
+                        block_size: int, halo_size: int, stride: int = 1, window: str = 'block') -> Tensor:
     """Compute `halo_attention` by Paddle's scaled_dot_product_attention, which has FlashAttention on a GPU.
 
     The logits of positions are products as well. A query gets 2w more channels: its logits of the w rows
@@ -61,7 +62,7 @@ def sdpa_halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Te
     height, width = q.shape[2], q.shape[3]
     q, k, value, rows, columns = split_into_blocks(
         q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size, halo_size=halo_size,
-        stride=stride, hidden=HIDDEN)
+        stride=stride, window=window, hidden=HIDDEN)
     d, v, w = q.shape[-1], value.shape[-1], rows.shape[-2]
     D = -(-max(d + 2 * w, v) // 8) * 8
     rows, columns = rows.squeeze(-1).flatten(2, 3), columns.squeeze(-2).flatten(2, 3)  # (B*N, Y*X, b*b, w)
@@ -86,12 +87,12 @@ def key_places(w: int, channels: int) -> Tensor:
 
 
 def split_into_blocks(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, *, num_heads: int,
-                      block_size: int, halo_size: int, stride: int, hidden: float
+                      block_size: int, halo_size: int, stride: int, window: str, hidden: float
                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return queries, keys, values and both position logits by block, for the arguments of `halo_attention`.
 
     -> (B*N, Y*X, b*b, d), (B*N, Y*X, w*w, d), (B*N, Y*X, w*w, v), and the logits of `position_logits`, which
-    are `hidden` for keys further outside the feature map than the halo.
+    are `hidden` for the keys that `window_mask` hides.
     """
     d, w, b = height_rel.shape[1], block_size + 2 * halo_size, block_size // stride
     v = kv.shape[1] // num_heads - d
@@ -113,11 +114,12 @@ def split_into_blocks(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tens
     k, value = kv.split([d, v], axis=-1)
 
     rows, columns = position_logits(q, height_rel, width_rel, b, w)         # (B*N, Y*X, b, b, w, 1 or 1, w)
-    if ragged:
-        mask = outside_mask(Y, H, block_size, halo_size, hidden).astype(rows.dtype)    # (Y, w)
-        rows = rows + mask.unsqueeze(1).tile([1, X, 1]).reshape([Y * X, 1, 1, w, 1])
-        mask = outside_mask(X, W, block_size, halo_size, hidden).astype(rows.dtype)    # (X, w)
-        columns = columns + mask.tile([Y, 1]).reshape([Y * X, 1, 1, 1, w])
+    if ragged or window != 'block':
+        sizes = {'block_size': block_size, 'halo_size': halo_size, 'stride': stride}
+        mask = window_mask(window, Y, H, hidden=hidden, **sizes).astype(rows.dtype)    # (Y, b or 1, w)
+        rows = rows + mask.unsqueeze(1).tile([1, X, 1, 1]).reshape([Y * X, -1, 1, w, 1])
+        mask = window_mask(window, X, W, hidden=hidden, **sizes).astype(rows.dtype)    # (X, b or 1, w)
+        columns = columns + mask.tile([Y, 1, 1]).reshape([Y * X, 1, -1, 1, w])
     return q, k, value, rows, columns
 
 
@@ -146,13 +148,27 @@ def window_index(blocks: Any, block_size: int, halo_size: int, arange: Callable 
     return first + arange(block_size + 2 * halo_size)
 
 
-def outside_mask(blocks: Any, size: Any, block_size: int, halo_size: int, hidden: float) -> Tensor:
-    """Return `hidden` for keys outside the halo along one axis of `size` pixels, else 0: (blocks, w).
+def window_mask(window: str, blocks: Any, size: Any, *, block_size: int, halo_size: int, stride: int,
+                hidden: float, library: Any = paddle) -> Any:
+    """Return `hidden` for the keys that a query does not see along one axis of `size` pixels, else 0.
 
-    It is added to the logits.
+    It is added to the logits: (blocks, b, w), or (blocks, 1, w) where the queries of a block see the same.
+    `library` is numpy for an array instead of a tensor.
+
+    block    the window of the block, with the zeros of the halo outside the feature map: the paper's choice
+    inside   of that window, only what is inside the feature map: the paper's 'masked' padding
+    query    only keys at most `halo_size` pixels from the query, as in Ramachandran et al. 2019, 'Stand-Alone
+             Self-Attention in Vision Models', arXiv 1906.05909; zeros take part
     """
-    seen = window_index(blocks, block_size, halo_size) < size + 2 * halo_size
-    return paddle.where(seen, 0.0, hidden)
+    key = window_index(blocks, block_size, halo_size, library.arange)[:, None]               # (blocks, 1, w)
+    seen = key < size + 2 * halo_size
+    if window == 'inside':
+        seen = library.logical_and(key >= halo_size, key < size + halo_size)
+    elif window == 'query':
+        query = library.arange(halo_size, halo_size + block_size, stride)[:, None]           # (b, 1)
+        distance = library.arange(block_size + 2 * halo_size) - query                        # (b, w)
+        seen = library.logical_and(seen, abs(distance) <= halo_size)
+    return library.where(seen, 0.0, hidden)
 
 
 def position_logits(q: Tensor, height_rel: Tensor, width_rel: Tensor, b: int, w: int
@@ -232,8 +248,41 @@ class RelativePosition(nn.Layer):
         return self.height_rel, self.width_rel
 
 
+class NoPosition(nn.Layer):
+    """Two tables of zeros in place of `RelativePosition`: the logits depend on the content alone."""
+
+    def __init__(self, height: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        for name, side in (('height_rel', height), ('width_rel', width)):
+            self.register_buffer(name, paddle.zeros([2 * side - 1, head_dim]), persistable=False)
+
+    def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both tables, (2 height - 1, d) and (2 width - 1, d)."""
+        return self.height_rel, self.width_rel
+
+
+class AbsolutePosition(nn.Layer):
+    """Add sines and cosines of each pixel's row and column: (B, C, H, W) -> (B, C, H, W). No parameters.
+
+    A quarter of the channels each has sine and cosine of the row, and of the column, at wavelengths from 2 pi
+    to 20000 pi pixels (Vaswani et al. 2017, 'Attention Is All You Need', arXiv 1706.03762, for each axis).
+    Channels that are left over get nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        C, H, W = x.shape[1], x.shape[2], x.shape[3]
+        waves = C // 4
+        frequency = 10000.0 ** (-paddle.arange(waves, dtype='float32') / waves)              # (C/4,)
+        rows = frequency.unsqueeze(1) * paddle.arange(H, dtype='float32')                    # (C/4, H)
+        columns = frequency.unsqueeze(1) * paddle.arange(W, dtype='float32')                 # (C/4, W)
+        rows = paddle.concat([rows.sin(), rows.cos()]).unsqueeze(-1).tile([1, 1, W])         # (C/2, H, W)
+        columns = paddle.concat([columns.sin(), columns.cos()]).unsqueeze(1).tile([1, H, 1])
+        places = [rows, columns, paddle.zeros([C - 4 * waves, H, W])]
+        return x + paddle.concat(places).astype(x.dtype)
+
+
 def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor], *, num_heads: int,
-           block_size: int, halo_size: int, stride: int = 1) -> Tensor:
+           block_size: int, halo_size: int, stride: int = 1, window: str = 'block') -> Tensor:
     """Compute `halo_attention` by the operators that the layer `owner` uses.
 
     The compiled one is used only if it gives the same.
@@ -250,13 +299,13 @@ def attend(owner: nn.Layer, q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor]
     if q.shape[1] != num_heads * d:
         raise ValueError(f'{num_heads} heads of width {d} need {num_heads * d} channels of queries; '
                          f'these have {q.shape[1]}')
-    operator = halo_attention
+    sizes = {'num_heads': num_heads, 'block_size': block_size, 'halo_size': halo_size, 'stride': stride}
     if choice(owner) == 'sdpa':
-        operator = sdpa_halo_attention
-    elif has_stride(q, kv, block_size, stride) and compiled(owner, ('cpu', 'gpu')):
-        operator = ops.halo_attention
-    return operator(q, kv, height_rel, width_rel, num_heads=num_heads, block_size=block_size,
-                    halo_size=halo_size, stride=stride)
+        return sdpa_halo_attention(q, kv, height_rel, width_rel, window=window, **sizes)
+    same = window == 'block' and has_stride(q, kv, block_size, stride)
+    if same and compiled(owner, ('cpu', 'gpu')):
+        return ops.halo_attention(q, kv, height_rel, width_rel, **sizes)
+    return halo_attention(q, kv, height_rel, width_rel, window=window, **sizes)
 
 
 def has_stride(q: Tensor, kv: Tensor, block_size: int, stride: int) -> bool:
@@ -274,8 +323,9 @@ class HaloAttention(nn.Layer):
 
     (B, C, H, W) -> (B, value width, ceil(H/stride), ceil(W/stride)).
 
-    The value width is value_ratio * width. A stride takes every `stride`-th pixel as a query. If the
-    stride does not divide the block, all pixels are queries and the result is average-pooled, as in timm.
+    The value width is value_ratio * width. A stride takes every `stride`-th pixel as a query. With `pooled`,
+    or if the stride does not divide the block, all pixels are queries and the result is average-pooled, as in
+    timm. `window` is one of WINDOWS. Without `relative`, the layer knows no positions.
 
     Raises ValueError if the heads do not divide the widths.
     """
@@ -283,28 +333,28 @@ class HaloAttention(nn.Layer):
     operators = 'auto'
 
     def __init__(self, in_width: int, width: int, num_heads: int, block_size: int, halo_size: int,
-                 stride: int = 1, *, head_dim: int = 0, qk_ratio: float = 1.0,
-                 value_ratio: float = 1.0) -> None:
+                 stride: int = 1, *, head_dim: int = 0, qk_ratio: float = 1.0, value_ratio: float = 1.0,
+                 window: str = 'block', relative: bool = True, pooled: bool = False) -> None:
         super().__init__()
         d = query_width(width, num_heads, head_dim, qk_ratio)
         self.out_width = int(width * value_ratio)
         if self.out_width < 1 or self.out_width % num_heads:
             raise ValueError(f'values of width {self.out_width} (MODEL.VALUE_RATIO {value_ratio} of {width}) '
                              f'cannot have {num_heads} heads; choose a ratio that gives a multiple of them')
-        pooled = block_size % stride != 0
-        self.num_heads = num_heads
+        self.num_heads, self.window = num_heads, window
         self.block_size, self.halo_size = block_size, halo_size
-        self.stride = 1 if pooled else stride
+        self.stride = 1 if pooled or block_size % stride else stride
         self.q = projection(in_width, num_heads * d, self.stride)
         self.kv = projection(in_width, num_heads * d + self.out_width)
         window_size = block_size + 2 * halo_size
-        self.pos_embed = RelativePosition(window_size, window_size, d)
+        positions = RelativePosition if relative else NoPosition
+        self.pos_embed = positions(window_size, window_size, d)
         self.pool = mean_pool(stride // self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         q, kv = convolve(self, self.q, x), convolve(self, self.kv, x)
         out = attend(self, q, kv, self.pos_embed(q), num_heads=self.num_heads, block_size=self.block_size,
-                     halo_size=self.halo_size, stride=self.stride)
+                     halo_size=self.halo_size, stride=self.stride, window=self.window)
         return self.pool(out)
 
 
@@ -353,67 +403,3 @@ class BottleneckAttention(nn.Layer):
 def longer_table(table: Tensor, offsets: int) -> Tensor:
     """Return a table of relative positions (2w-1, d) with zeros for so many more offsets at both ends."""
     return F.pad(table, [offsets, offsets, 0, 0]) if offsets else table
-
-
-class PositionLambdas(nn.Conv3D):
-    """Position lambdas: a linear function of the neighbours of each pixel. v (B, v, H, W) -> (B, v, d, H, W).
-
-    Its parameters are those of timm's convolution over (side, side, 1), which treats the channels of v
-    separately. A 2D convolution computes the same, faster.
-    """
-
-    def __init__(self, d: int, side: int) -> None:
-        super().__init__(1, d, (side, side, 1), weight_attr=Normal(std=d ** -0.5),
-                         bias_attr=Uniform(-1 / side, 1 / side))
-
-    def forward(self, v: Tensor) -> Tensor:
-        _, width, H, W = v.shape
-        kernel = self.weight.squeeze(-1)                                    # (d, 1, side, side)
-        v = v.reshape([-1, 1, H, W])                                        # (B*v, 1, H, W)
-        out = F.conv2d(v, kernel, self.bias, padding=kernel.shape[-1] // 2)  # (B*v, d, H, W)
-        return out.reshape([-1, width, out.shape[1], H, W])
-
-
-def in_32_bits(x: Tensor) -> Tensor:
-    """Return `x` in float32 if it has 16 bits."""
-    return x.astype('float32') if x.dtype in (paddle.float16, paddle.bfloat16) else x
-
-
-class LambdaLayer(nn.Layer):
-    """Lambda layer: applies a linear function per pixel to its query. (B, C, H, W) -> (B, width, H', W').
-
-    Bello 2021, 'LambdaNetworks', arXiv 2102.08602, with the positions as a convolution of `side` x `side`
-    pixels. H' = ceil(H/stride), by pooling. Keys of width d and values of width v = width / N are common
-    to all heads.
-    """
-
-    operators = 'auto'
-
-    def __init__(self, in_width: int, width: int, num_heads: int, side: int, stride: int = 1, *,
-                 head_dim: int = 0) -> None:
-        super().__init__()
-        d = query_width(width, num_heads, head_dim or 16, 1.0)              # 16 is timm's
-        self.num_heads = num_heads
-        self.d, self.v = d, width // num_heads
-        self.out_width = width
-        self.qkv = projection(in_width, num_heads * d + d + self.v)
-        self.norm_q = nn.BatchNorm2D(num_heads * d)
-        self.norm_v = nn.BatchNorm2D(self.v)
-        self.no_act = nn.Identity()
-        self.conv_lambda = PositionLambdas(d, side)
-        self.pool = mean_pool(stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[2], x.shape[3]
-        q, k, v = convolve(self, self.qkv, x).split([self.num_heads * self.d, self.d, self.v], axis=1)
-        q = norm_act(self, self.norm_q, self.no_act, q)                     # (B, N*d, H, W)
-        q = q.reshape([-1, self.num_heads, self.d, H * W])                  # (B, N, d, H*W)
-        k = F.softmax(k.reshape([-1, self.d, H * W]), axis=-1)              # (B, d, H*W)
-        v = norm_act(self, self.norm_v, self.no_act, v)                     # (B, v, H, W)
-        with paddle.amp.auto_cast(enable=False):    # rounded to 16 bits, these products lose the gradients
-            q, k, v = in_32_bits(q), in_32_bits(k), in_32_bits(v)
-            content = v.reshape([-1, self.v, H * W]).matmul(k, transpose_y=True)     # (B, v, d)
-            position = self.conv_lambda(v).reshape([-1, self.v, self.d, H * W])      # (B, v, d, H*W)
-            lambdas = position + content.unsqueeze(-1)                               # (B, v, d, H*W)
-            out = paddle.einsum('bndm,bvdm->bnvm', q, lambdas)                       # (B, N, v, H*W)
-        return self.pool(out.reshape([-1, self.out_width, H, W]))

@@ -14,7 +14,8 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
-from model.attention import BottleneckAttention, HaloAttention, LambdaLayer, nearest_8
+from model.attention import AbsolutePosition, BottleneckAttention, HaloAttention, nearest_8
+from model.lambda_layer import LambdaLayer
 from model.layers import ACTIVATIONS, ConvNormAct, can_fuse, norm_act, pixel_mean, supported_act
 
 
@@ -143,6 +144,9 @@ class Operators:
     qk_ratio: float = 1.0
     value_ratio: float = 1.0
     lambda_size: int = 13
+    window: str = 'block'
+    positions: str = 'relative'
+    halo_stride: str = 'query'
     group_size: int = 0
     channel_attn: str = 'none'
     se_ratio: float = 1 / 16
@@ -160,7 +164,8 @@ class Operators:
         if kind == 'halo':
             layer = HaloAttention(
                 width, width, num_heads, self.block_size, self.halo_size, stride,
-                head_dim=self.head_dim, qk_ratio=self.qk_ratio, value_ratio=self.value_ratio)
+                head_dim=self.head_dim, qk_ratio=self.qk_ratio, value_ratio=self.value_ratio,
+                window=self.window, relative=self.positions == 'relative', pooled=self.halo_stride == 'pool')
         elif kind == 'bot':
             layer = BottleneckAttention(width, width, num_heads, map_size, stride, head_dim=self.head_dim,
                                         qk_ratio=self.qk_ratio)
@@ -169,7 +174,10 @@ class Operators:
         else:
             raise ValueError(f'MODEL.STAGES: unknown kind of block {kind!r}; '
                              'known are conv, halo, bot and lambda')
-        return {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}, layer.out_width
+        layers = {'self_attn': layer, 'post_attn': nn.BatchNorm2D(layer.out_width)}
+        if kind == 'halo' and self.positions == 'absolute':
+            layers = {'position': AbsolutePosition(), **layers}
+        return layers, layer.out_width
 
     def convolution(self, width: int, stride: int) -> dict[str, nn.Layer]:
         """Return {timm's name: layer} of a 3x3 convolution and its channel attention, if it has one."""

@@ -104,7 +104,7 @@ def attention_probabilities(layer: HaloAttention, x: paddle.Tensor) -> paddle.Te
     w = block + 2 * halo
     # The layer pads with zeros. As further blocks of the feature map they have positions too
     divides = x.shape[2] % block == 0 and x.shape[3] % block == 0
-    ring = -(-halo // block) * block if divides else 0
+    ring = -(-halo // block) * block if divides and layer.window != 'inside' else 0
     operators = layer.operators
     if not x.place.is_cpu_place():                  # the kernels of a GPU take values of up to 128 numbers
         operators = 'composed'

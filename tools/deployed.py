@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from system import paddle_internals
 
@@ -13,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from model.attention import HaloAttention, window_index
+from model.attention import HIDDEN, HaloAttention, window_index, window_mask
 
 # ---- from pixels to probabilities
 
@@ -167,15 +168,15 @@ class Windows:
         pixel = y * self.width + x
         return np.where(inside, pixel * heads + head, self.height * self.width * heads).flatten()
 
-    def is_hidden(self, heads: int) -> np.ndarray:
-        """Mark the keys that are masked: those further beyond the feature map than the halo.
-
-        Returns (Y*X*N, 1, side*side).
-        """
-        y = self.rows() >= self.height + self.halo                          # (Y, side)
-        x = self.columns() >= self.width + self.halo                        # (X, side)
-        hidden = y[:, None, :, None] | x[None, :, None, :]                  # (Y, X, side, side)
-        return np.repeat(hidden.reshape(self.count, 1, self.side ** 2), heads, axis=0)
+    def mask(self, window: str, stride: int, heads: int) -> np.ndarray:
+        """Return the sum of `window_mask` along both axes: (Y*X*N, 1 or b*b, side*side) float32."""
+        along = partial(window_mask, window, block_size=self.step, halo_size=self.halo, stride=stride,
+                        hidden=-np.inf if window == 'block' else HIDDEN, library=np)
+        y = along(len(self.rows()), self.height)                            # (Y, b or 1, side)
+        x = along(len(self.columns()), self.width)                          # (X, b or 1, side)
+        mask = y[:, None, :, None, :, None] + x[None, :, None, :, None]     # (Y, X, ., ., side, side)
+        mask = mask.reshape(self.count, -1, self.side ** 2).astype('float32')
+        return np.repeat(mask, heads, axis=0)
 
 
 class WindowLookup(nn.Layer):
@@ -187,7 +188,7 @@ class WindowLookup(nn.Layer):
 
     def __init__(self, attn: HaloAttention):
         super().__init__()
-        self.heads, self.pool = attn.num_heads, attn.pool
+        self.heads, self.pool, self.seen = attn.num_heads, attn.pool, attn.window
         self.block, self.halo, self.stride = attn.block_size, attn.halo_size, attn.stride
         self.block_queries = self.block // self.stride                      # b
         self.window = self.block + 2 * self.halo                            # w
@@ -220,9 +221,9 @@ class WindowLookup(nn.Layer):
         value = value.reshape([-1, P * N, w * w, value.shape[-1]])          # (B, P*N, w*w, v)
 
         bias = self.position_logits(q)                                      # (B, P*N, b*b, w*w)
-        hidden = windows.is_hidden(N)
-        if hidden.any():
-            bias = bias + paddle.to_tensor(np.where(hidden, -np.inf, 0).astype('float32'))
+        mask = windows.mask(self.seen, self.stride, N)
+        if mask.any():
+            bias = bias + paddle.to_tensor(mask)
         q = q.reshape([-1, P * N, b * b, q.shape[-1]])                      # (B, P*N, b*b, d)
         out = nn.functional.softmax(q.matmul(k, transpose_y=True) + bias).matmul(value)     # (B, P*N, b*b, v)
 

@@ -7,8 +7,9 @@ from system import paddle_internals
 from paddle import nn
 
 from halonet import Stage, Stem
-from model.attention import BottleneckAttention, HaloAttention, LambdaLayer
+from model.attention import BottleneckAttention, HaloAttention, NoPosition
 from model.blocks import Bottleneck, EfficientChannelAttention, SqueezeExcite
+from model.lambda_layer import LambdaLayer
 from model.layers import ConvNormAct
 
 Count = tuple[int, int, int]                        # multiply-adds of one image; output height and width
@@ -98,6 +99,8 @@ def halo(layer: HaloAttention, H: int, W: int) -> Count:
     d = layer.q.weight.shape[0]                     # width of the queries, all heads together
     content = window * window * (d + layer.out_width)
     positions = 2 * (2 * window - 1) * d            # as timm computes them: with all rows of both tables
+    if isinstance(layer.pos_embed, NoPosition):
+        positions = 0
     total = projections + queries * (content + positions)
     H, W = -(-H // stride), -(-W // stride)
     return total, side_after(layer.pool, H), side_after(layer.pool, W)

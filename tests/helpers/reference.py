@@ -104,7 +104,8 @@ def fill_seeded(model):
     return model
 
 
-def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1):
+def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size, halo_size, stride=1,
+                         window='block'):
     """Compute attention.halo_attention in float64, one query pixel at a time, from positions alone."""
     (B, _, rows, columns), (_, _, H, W), d = q.shape, kv.shape, height_rel.shape[1]
     v, w, b = kv.shape[1] // num_heads - d, block_size + 2 * halo_size, block_size // stride
@@ -116,6 +117,10 @@ def naive_halo_attention(q, kv, height_rel, width_rel, *, num_heads, block_size,
             row, column = y // b * block_size - halo_size + i, x // b * block_size - halo_size + j
             if row >= H + halo_size or column >= W + halo_size:
                 continue                            # padding of a map that does not divide into blocks
+            if window == 'inside' and not (0 <= row < H and 0 <= column < W):
+                continue
+            if window == 'query' and max(abs(row - y * stride), abs(column - x * stride)) > halo_size:
+                continue
             key = np.zeros(d)
             if 0 <= row < H and 0 <= column < W:    # outside: a key of zeros that takes part
                 key, values[i, j] = np.split(kv[image, n * (d + v):(n + 1) * (d + v), row, column], [d])

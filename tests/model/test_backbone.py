@@ -8,8 +8,9 @@ from paddle import nn
 from config import get_config
 from halonet import build_halonet
 from model import weights
-from model.attention import BottleneckAttention, LambdaLayer, halo_attention
+from model.attention import BottleneckAttention, halo_attention
 from model.blocks import Bottleneck
+from model.lambda_layer import LambdaLayer
 
 MIXED = [
     'MODEL.STAGES', ['conv lambda', 'halo*2', 'halo bot'], 'MODEL.WIDTHS', [16, 32, 32], 'MODEL.STRIDES',

@@ -2,6 +2,8 @@
 from contextlib import contextmanager
 from functools import partial
 
+from tools.deployed import look_windows_up
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -11,7 +13,7 @@ import reference as ref
 from config import get_config
 from halonet import build_halonet, parse_stage
 from model import attention
-from model.attention import HaloAttention, halo_attention, sdpa_halo_attention
+from model.attention import AbsolutePosition, HaloAttention, halo_attention, sdpa_halo_attention
 from model.blocks import Bottleneck, DropPath
 
 MODELS = ['halonet_26t_256', 'halonet_50ts_256']
@@ -108,6 +110,21 @@ def test_attention_equals_a_loop(case, attend):
     expected = ref.naive_halo_attention(*inputs, **sizes)
     assert out.shape == expected.shape and out.dtype == np.float64
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('window', ['inside', 'query'])
+@pytest.mark.parametrize('attend', [halo_attention, sdpa_halo_attention])
+@pytest.mark.parametrize(
+    'case', CASES, ids=lambda case: ','.join(f'{k}{v}' for k, v in case.items()) or 'plain'
+)
+def test_windows_of_the_paper_equal_a_loop(case, attend, window):
+    inputs, sizes = attention_inputs(**case)
+    tensors = [paddle.to_tensor(array, stop_gradient=False) for array in inputs]
+    out = attend(*tensors, **sizes, window=window)
+    expected = ref.naive_halo_attention(*inputs, **sizes, window=window)
+    np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-12)
+    (out * out).sum().backward()                    # a query that sees nothing would give NaN
+    assert all(np.isfinite(tensor.grad.numpy()).all() for tensor in tensors)
 
 
 @pytest.mark.parametrize('attend', [halo_attention, sdpa_halo_attention])
@@ -381,3 +398,49 @@ def test_products_of_lambda_layers_stay_in_float32_under_autocast(monkeypatch):
     inside = [(enabled, kinds) for name, enabled, kinds in products]
     assert {name for name, enabled, _ in products if not enabled} == {'einsum', 'matmul', 'conv2d'}
     assert all(kinds == {paddle.float32} for enabled, kinds in inside if not enabled)
+
+
+# ---- the paper's alternatives
+
+ALTERNATIVES = [['MODEL.WINDOW', 'inside'], ['MODEL.WINDOW', 'query'], ['MODEL.POSITIONS', 'none'],
+                ['MODEL.POSITIONS', 'absolute'], ['MODEL.HALO_STRIDE', 'pool']]
+SMALL = ['MODEL.STAGES', ['halo*2', 'halo'], 'MODEL.WIDTHS', [32, 64], 'MODEL.STRIDES', [1, 2],
+         'MODEL.HEADS', [2, 4], 'MODEL.STEM_WIDTH', 16, 'MODEL.BLOCK_SIZE', 4, 'MODEL.HALO_SIZE', 1,
+         'MODEL.NUM_CLASSES', 5, 'DATA.IMAGE_SIZE', 36]
+
+
+@pytest.mark.parametrize('options', ALTERNATIVES, ids=lambda options: '_'.join(options).lower())
+def test_alternatives_change_the_network_and_work_in_every_way(options):
+    """Composed, by Paddle's attention, by compiled operators and as a lookup: the same logits; all learn."""
+    images = paddle.to_tensor(ref.seeded_images((2, 3, 36, 36)))
+    networks = {}
+    for way in ('composed', 'sdpa', 'fused'):
+        networks[way] = build_halonet(get_config(None, [*SMALL, *options, 'MODEL.ATTENTION', way]))
+        networks[way].set_state_dict(ref.fill_seeded(networks['composed']).state_dict())
+        networks[way].eval()
+    expected = networks['composed'](images).numpy()
+    scale = 1e-5 * np.abs(expected).max()
+    for way in ('sdpa', 'fused'):
+        np.testing.assert_allclose(networks[way](images).numpy(), expected, rtol=0, atol=scale)
+    look_windows_up(networks['sdpa'])
+    np.testing.assert_allclose(networks['sdpa'](images).numpy(), expected, rtol=0, atol=scale)
+
+    plain = build_halonet(get_config(None, SMALL))
+    fits = networks['composed'].state_dict()
+    plain.set_state_dict({**ref.fill_seeded(plain).state_dict(), **fits})
+    assert np.abs(plain.eval()(images).numpy() - expected).max() > 100 * scale
+
+    network = networks['composed'].train()
+    network(images).sum().backward()
+    learnt = [parameter for parameter in network.parameters() if not parameter.stop_gradient]
+    assert all(parameter.grad is not None for parameter in learnt)
+
+
+def test_absolute_positions_are_sines_of_rows_and_columns():
+    x = np.random.default_rng(0).normal(size=(2, 10, 3, 5)).astype('float32')
+    added = AbsolutePosition()(paddle.to_tensor(x)).numpy() - x
+    waves = [1.0, 10000.0 ** -0.5]                  # 10 // 4 frequencies
+    for y, column in np.ndindex(3, 5):
+        row = [np.sin(y * wave) for wave in waves] + [np.cos(y * wave) for wave in waves]
+        col = [np.sin(column * wave) for wave in waves] + [np.cos(column * wave) for wave in waves]
+        np.testing.assert_allclose(added[:, :, y, column], [row + col + [0, 0]] * 2, rtol=0, atol=1e-6)
