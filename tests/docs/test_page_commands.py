@@ -28,12 +28,13 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/performance.md': 'measurements of an hour',
     'docs/performance_history.md': 'measurements of an hour',
     'docs/deployment.md': 'tests/tools/test_export.py',
+    'docs/quantization.md': 'tests/tools/test_precision.py',
     'docs/gpu.md': 'tests/tools/test_verify_gpu.py and tests/dev/test_benchmark.py',
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
     'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 6, 'docs/evaluation.md': 2,
     'docs/finetune.md': 5, 'docs/imagenet.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1,
-    'docs/predict.md': 4,
+    'docs/paper.md': 1, 'docs/predict.md': 4,
     'docs/report.md': 5,
     'docs/training.md': 2, 'docs/weights.md': 3}
 INSTALLS = r'python3 -m venv|\S*python -m pip'

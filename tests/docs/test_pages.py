@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from pages import PAGES, TOOLS, commands, text_of
+from pages import CHINESE, PAGES, TOOLS, commands, text_of
 from runs import ROOT, records
 
 import config
@@ -59,7 +59,7 @@ def with_existing_config(words):
     return replaced
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', [*PAGES, *CHINESE])
 def test_files_of_a_page_exist(page):
     """Links and pictures, paths of the rooms, and modules and scripts of the root."""
     text = text_of(page)

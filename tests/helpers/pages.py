@@ -26,6 +26,8 @@ from dev import benchmark
 
 DOCS = sorted(f'docs/{name}' for name in os.listdir(os.path.join(ROOT, 'docs')) if name.endswith('.md'))
 PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
+CHINESE = {'README_cn.md': 'README.md'}             # Chinese page: the English page that it says the same as
+CHINESE.update({f'docs/cn/{name}': f'docs/{name}' for name in sorted(os.listdir(f'{ROOT}/docs/cn'))})
 MODULES = (benchmark, check_data, eval_all, export, follow, make_lists, metrics, port_weights, predict,
            prepare_imagenet, report, verify_gpu, visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
