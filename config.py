@@ -78,6 +78,11 @@ OPTIONS = (
                                              path='DIR', flag=True, on_resume='free'),
     Option('DATA.EVAL_LIST',       'val_list.txt',
                                              'list file in that folder that is evaluated'),
+    Option('DATA.EVAL_CLASSES',    '',       'text file: line i is the class of the model for label i of '
+                                             'that list; the others are left out; see docs/evaluation.md',
+                                             path='FILE'),
+    Option('DATA.EVAL_LABELS',     '',       'JSON file: several right labels for each image of that list',
+                                             path='FILE'),
     Option('DATA.BATCH_SIZE',      256,      'training images per process and forward pass',
                                              ge=1, flag=True, on_resume='product'),
     Option('DATA.BATCH_SIZE_EVAL', 0,        'evaluation images per process and pass; 0: as BATCH_SIZE',

@@ -25,7 +25,7 @@ from numpy.random import Generator
 from paddle import Tensor
 from PIL import Image
 
-from data import archives, augment, bands, class_names, generators, image_files
+from data import archives, augment, bands, class_names, generators, image_files, protocol
 from data.bands import Bands, BandsBackend
 from data.list_file import ImageList, read_list
 from data.operations import PILLOW, Backend
@@ -212,13 +212,14 @@ class Loader:
     """Batches of a dataset in the order of a sampler; len() is their number in an epoch, `limit` at most.
 
     An unreadable image raises DataError. With on_error='skip' it is left out, counted and logged once.
-    `skipped` is the number of samples left out in the last epoch.
+    `skipped` is the number of samples left out in the last epoch. `protocol` is that of an evaluation.
     """
 
     def __init__(self, dataset: ListDataset, sampler: TrainSampler | EvalSampler, *, num_workers: int = 0,
                  on_error: str = 'raise', timeout: float = 0):
         self.dataset, self.sampler = dataset, sampler
         self.num_workers, self.on_error, self.timeout = num_workers, on_error, timeout
+        self.protocol = protocol.Protocol()
         self.skipped = 0
         self.limit: int | None = None
         self._logged: set[str] = set()
@@ -349,15 +350,30 @@ def build_train(config: Any, rank: int = 0, world: int = 1) -> Loader:
 
 
 def build_eval(config: Any, rank: int = 0, world: int = 1) -> Loader:
-    """Build the Loader of the list that is evaluated, for one rank. Raises as read_list."""
-    data = config.DATA
+    """Build the Loader of the list that is evaluated, for one rank. Raises as read_list and protocol.read.
+
+    Its labels are those of the model; images that DATA.EVAL_LABELS gives no right label are left out.
+    """
+    data, model = config.DATA, config.MODEL
 
     def transform(image: Any, rng: Generator) -> np.ndarray:
         return eval_pixels(image, data.IMAGE_SIZE, data.CROP_PCT)
 
     dataset = _dataset(config, data.EVAL_LIST, transform, choose_read(data.CHANNELS))
-    sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world)
-    return _loader(config, dataset, sampler)
+    dataset.samples, judging = protocol.read(
+        data.EVAL_CLASSES, data.EVAL_LABELS, dataset.samples, model.NUM_CLASSES, _weights(config))
+    sampler = EvalSampler(len(dataset), data.BATCH_SIZE_EVAL or data.BATCH_SIZE, rank, world,
+                          indices=judging.judged())
+    loader = _loader(config, dataset, sampler)
+    loader.protocol = judging
+    return loader
+
+
+def _weights(config: Any) -> str:
+    """Return the path of the weights that are evaluated; the run folder's file for RESUME auto."""
+    if config.MODEL.RESUME == 'auto':
+        return os.path.join(config.OUTPUT, 'final.pdparams')
+    return config.MODEL.RESUME or config.MODEL.PRETRAINED
 
 
 def _dataset(config: Any, list_name: str, transform: Transform, read: Read) -> ListDataset:

@@ -1,5 +1,6 @@
 """Class names: the text files that hold them, and the choice of the file for the labels of a model."""
 import os
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 from data import archives
@@ -125,6 +126,25 @@ def for_a_run(data_path: str, count: int) -> Optional[list[str]]:
     if len(names) > count:
         raise ValueError(f'{path}: {len(names)} names for {count} classes')
     return names + numbered(count)[len(names):]
+
+
+def of_a_subset(data_path: str, count: int, classes: Sequence[int]) -> Optional[list[str]]:
+    """Return names for a model of `count` classes, of which the data have `classes`, by their labels.
+
+    ImageNet's classes have their usual names. All others are called 'class N', also where the data folder has
+    no name for each of `classes`. The result is None if it has no file of names.
+    """
+    path = os.path.join(data_path, FILE)
+    if not archives.is_file(path):
+        return None
+    names = read_names(path)
+    if count == IMAGENET_CLASSES and {*readable(names)} <= {*imagenet_names()}:
+        return imagenet_names()
+    found = numbered(count)
+    if len(names) == len(classes):
+        for label, name in zip(classes, names):
+            found[label] = name
+    return found
 
 
 def numbered(count: int) -> list[str]:

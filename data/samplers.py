@@ -5,7 +5,7 @@ Where an image occurs more than once in an epoch, copy c of image i has the inde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.random import Generator
@@ -95,13 +95,17 @@ class TrainSampler:
 
 
 class EvalSampler:
-    """The evaluation order of one rank: every world-th sample, so that each sample is on exactly one
-    rank."""
+    """The evaluation order of one rank: every world-th sample, so that each sample is on exactly one rank.
+
+    With `indices` these are the only samples.
+    """
 
     even = False                                    # ranks may draw different numbers of batches
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.indices, self.batch_size = range(rank, num_samples, world), batch_size
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world: int = 1, *,
+                 indices: Sequence[int] | None = None):
+        everything = range(num_samples) if indices is None else indices
+        self.indices, self.batch_size = everything[rank::world], batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)

@@ -320,5 +320,7 @@ def _samples(run: Run, judged: Predictions) -> Optional[ImageList]:
     except (ValueError, OSError):
         return None
     index = judged['index']
-    same = index.max() < len(samples) and np.array_equal(samples.labels[index], judged['label'])
-    return samples if same else None
+    other_labels = run.config.get('DATA.EVAL_CLASSES') or run.config.get('DATA.EVAL_LABELS')
+    if index.max() >= len(samples) or not other_labels and (samples.labels[index] != judged['label']).any():
+        return None
+    return samples

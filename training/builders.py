@@ -26,6 +26,7 @@ from halonet import build_halonet, count_parameters
 from model.layers import Traced, check_synchronised, synchronise_norms, use_operators
 from training import checkpoint, mixed_precision, optim, records
 from training.checkpoint import Progress
+from training.judging import Judge
 from training.mixed_precision import Autocast, LossScaler
 from training.progress import Monitor
 from training.run_folder import RunFolder, read_machine
@@ -50,6 +51,7 @@ class Evaluation:
     autocast: Autocast
     predictions: Union[records.Predictions, records.NoPredictions]
     stop: Stop
+    judge: Judge                                    # logits and labels -> those of the protocol
 
 
 @dataclass
@@ -175,6 +177,7 @@ def build_columns(config: CfgNode, device: str, precision: str) -> dict[str, Any
     data = config.DATA.DATA_PATH
     if config.DATA.EVAL_LIST != 'val_list.txt':
         data = os.path.join(data, config.DATA.EVAL_LIST)
+    data = ' + '.join([data, *filter(None, (config.DATA.EVAL_CLASSES, config.DATA.EVAL_LABELS))])
     return {
         'model': config.MODEL.NAME, 'data': data, 'image_size': config.DATA.IMAGE_SIZE,
         'crop_pct': config.DATA.CROP_PCT, 'device': device, 'amp': precision}
@@ -197,10 +200,16 @@ def build_precision(config: CfgNode, device: str) -> str:
 def build_evaluation(config: CfgNode, precision: str, folder: str, stop: Stop) -> Evaluation:
     """Return the evaluation of DATA.EVAL_LIST. Raises as datasets.build_eval."""
     keep = records.Predictions(folder) if config.EVAL else records.NoPredictions()
+    loader = datasets.build_eval(config, utils.rank(), utils.world_size())
+    judged = loader.protocol.judged()
+    if judged is not None:
+        log.info('%s: %d of %d images have a right label; the others are left out', config.DATA.EVAL_LABELS,
+                 len(judged), len(loader.dataset))
     return Evaluation(
-        loader=datasets.build_eval(config, utils.rank(), utils.world_size()),
+        loader=loader,
         to_input=partial(datasets.normalise, mean=config.DATA.MEAN, std=config.DATA.STD),
-        autocast=mixed_precision.make_autocast(precision), predictions=keep, stop=stop)
+        autocast=mixed_precision.make_autocast(precision), predictions=keep, stop=stop,
+        judge=Judge(loader.protocol, config.MODEL.NUM_CLASSES))
 
 
 def build_training(config: CfgNode, model: nn.Layer, device: str, precision: str) -> Training:

@@ -114,10 +114,12 @@ def run_evaluation(model: nn.Layer, evaluation: Evaluation, start: Start, folder
 
     table: the CSV file that gets a row. columns: those of the row that are known already.
     """
-    builders.check_labels(folder.num_classes, folder.data_path, evaluation.loader)
+    classes = evaluation.loader.protocol.classes
+    if classes is None:
+        builders.check_labels(folder.num_classes, folder.data_path, evaluation.loader)
     results.check_table(table)                      # before the evaluation, not after it
     weights = load_for_evaluation(model, start, folder.path)
-    folder.record_evaluation(weights, attention=operators_of(model))
+    folder.record_evaluation(weights, attention=operators_of(model), classes=classes)
     result = evaluate(model, evaluation)
     evaluation.predictions.save('eval')
     records.write_page(folder.path)
@@ -303,6 +305,7 @@ def evaluate(model: nn.Layer, evaluation: Evaluation, split: str = 'val') -> dic
                 break
             with evaluation.autocast():
                 logits = model(evaluation.to_input(images))
+            logits, labels = evaluation.judge(logits, labels, indices)
             losses = nn.functional.cross_entropy(logits.astype('float32'), labels, reduction='none')
             totals.add(losses.flatten(), logits, labels)
             evaluation.predictions.add(indices, labels, logits)

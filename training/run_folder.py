@@ -8,6 +8,8 @@ from system import files
 import utils
 from utils import log
 
+import numpy as np
+
 from data import class_names
 from training.records import harmless, write_machine
 
@@ -28,11 +30,15 @@ class RunFolder:
         self._write_machine('machine.json', attention)
         keep_class_names(self.path, self.data_path, self.num_classes, resumed)
 
-    def record_evaluation(self, weights: str, *, attention: str) -> None:
-        """Write config_eval.yaml, machine_eval.json and class_names.txt for the file `weights`, on rank 0."""
+    def record_evaluation(self, weights: str, *, attention: str,
+                          classes: Optional[np.ndarray] = None) -> None:
+        """Write config_eval.yaml, machine_eval.json and class_names.txt for the file `weights`, on rank 0.
+
+        classes: the model's classes that the data have, (k,), by their labels; None: all.
+        """
         self._write_config('config_eval.yaml')
         self._write_machine('machine_eval.json', attention)
-        keep_names_of_weights(self.path, weights, self.data_path, self.num_classes)
+        keep_names_of_weights(self.path, weights, self.data_path, self.num_classes, classes)
 
     def _write_machine(self, name: str, attention: str) -> None:
         path = os.path.join(self.path, name)
@@ -74,17 +80,21 @@ def keep_class_names(folder: str, data_path: str, count: int, resumed: bool = Fa
             _write_class_names(path, names)
 
 
-def keep_names_of_weights(folder: str, weights: str, data_path: str, count: int) -> None:
+def keep_names_of_weights(folder: str, weights: str, data_path: str, count: int,
+                          classes: Optional[np.ndarray] = None) -> None:
     """Write the class names of a weight file, else those of the data, to the folder of an evaluation.
 
-    Rank 0 writes. A difference between the two is logged.
+    Rank 0 writes. A difference between the two is logged, unless the data have other labels: `classes`, (k,),
+    are the model's for these.
     """
     if utils.rank() != 0:
         return
     with harmless(class_names.FILE):
         names = class_names.for_a_run(data_path, count)
+        if classes is not None:
+            names = class_names.of_a_subset(data_path, count, classes.tolist())
         of_weights = os.path.join(class_names.run_folder_of(weights), class_names.FILE)
-        if os.path.exists(of_weights):
+        if classes is None and os.path.exists(of_weights):
             _warn_of_other_names(of_weights, names, data_path)
         if os.path.exists(os.path.join(folder, 'config.yaml')):      # the folder belongs to a training
             return

@@ -3,6 +3,7 @@
 Small stand-ins replace the user's files: pictures of a few pixels, initial weights. Trainings get the
 options SHORTER.
 """
+import json
 import os
 import re
 import shlex
@@ -32,7 +33,7 @@ ELSEWHERE = {                               # pages whose commands other tests r
     'docs/gpu.md': 'tests/tools/test_verify_gpu.py and tests/dev/test_benchmark.py',
     'docs/reliability.md': 'several machines: tests/system/test_restarts.py'}
 RUN = {                                             # commands of each page that run here
-    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 6, 'docs/evaluation.md': 2,
+    'README.md': 8, 'CONTRIBUTING.md': 1, 'docs/backbone.md': 2, 'docs/data.md': 6, 'docs/evaluation.md': 6,
     'docs/finetune.md': 5, 'docs/imagenet.md': 5, 'docs/models.md': 1, 'docs/paddlevit.md': 1,
     'docs/paper.md': 1, 'docs/predict.md': 4,
     'docs/report.md': 5,
@@ -104,6 +105,17 @@ def imagenet(folder):
         (folder / 'imagenet' / f'{part}_list.txt').write_text(''.join(lists))
 
 
+def protocols(folder):
+    """Write imagenet-a/ with two classes and a list of all, and several right labels of imagenet/val."""
+    for i, name in enumerate(CLASSES[:2]):
+        for j in range(3):
+            picture(folder / 'imagenet-a' / name / f'{j}.jpg', 400 + 3 * i + j)
+    lines = [f'{name}/{j}.jpg {i}\n' for i, name in enumerate(CLASSES[:2]) for j in range(3)]
+    (folder / 'imagenet-a' / 'all_list.txt').write_text(''.join(lines))
+    names = [f'{i}.JPEG' for i in range(3)] + [f'ILSVRC2012_val_{i:08}.JPEG' for i in range(1, 5)]
+    (folder / 'real.json').write_text(json.dumps({name: [i, 7][:i] for i, name in enumerate(names)}))
+
+
 def fresh_weights(folder):
     for name in ('halonet_26t_256', 'halonet_50ts_256'):
         model = build_halonet(get_config(f'{ROOT}/configs/{name}.yaml'))
@@ -129,6 +141,7 @@ def clone(tmp_path_factory):
     birds(folder)
     scans(folder)
     imagenet(folder)
+    protocols(folder)
     fresh_weights(folder)
     picture(folder / 'dog.jpg', 1)
     picture(folder / 'holidays' / 'beach.jpg', 2)

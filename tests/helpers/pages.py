@@ -15,6 +15,7 @@ from tools import (
     port_weights,
     predict,
     prepare_imagenet,
+    probe,
     report,
     verify_gpu,
     visualize,
@@ -29,7 +30,7 @@ PAGES = ['README.md', 'CONTRIBUTING.md', *DOCS]
 CHINESE = {'README_cn.md': 'README.md'}             # Chinese page: the English page that it says the same as
 CHINESE.update({f'docs/cn/{name}': f'docs/{name}' for name in sorted(os.listdir(f'{ROOT}/docs/cn'))})
 MODULES = (benchmark, check_data, eval_all, export, follow, make_lists, metrics, port_weights, predict,
-           prepare_imagenet, report, verify_gpu, visualize)
+           prepare_imagenet, probe, report, verify_gpu, visualize)
 TOOLS = {module.__name__.split('.')[-1]: module for module in MODULES}
 INLINE = r'`((?:[A-Z_]+=\S+\s)*(?:python\s(?:-m \w|tools/|dev/|main_)|\./run_\w+\.sh)[^`]*)`'
 

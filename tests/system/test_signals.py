@@ -92,6 +92,7 @@ PROGRAMS = {                                        # and their exit codes; FOLD
     f'main_single_gpu.py -eval {LOADED} -output OUT/run -opts TINY': {75},
     'tools/eval_all.py FOLDER/list.csv -data_path FOLDER/data -results OUT/results.csv': {},
     'tools/predict.py -pretrained FOLDER/run/final FOLDER/data/val -html OUT/a.html': {},
+    'tools/probe.py -pretrained FOLDER/run/final -data_path FOLDER/data -results OUT/a.csv -k 3': {},
     'tools/visualize.py -pretrained FOLDER/run/final FOLDER/data/val/0.png -output OUT/a.png': {},
     'tools/verify_gpu.py -output OUT -device cpu -rows ranks deaths': {},
     'tools/metrics.py FOLDER/run -output OUT/metrics': {},

@@ -40,7 +40,7 @@ def test_options_and_help(name, capsys):
     assert max(len(line) for line in text.splitlines()) <= 130
 
 
-@pytest.mark.parametrize('name', ['predict', 'visualize', 'make_lists', 'check_data', 'eval_all'])
+@pytest.mark.parametrize('name', ['predict', 'probe', 'visualize', 'make_lists', 'check_data', 'eval_all'])
 def test_help_answers_with_examples(name):
     done = program(f'{ROOT}/tools/{name}.py', '-h')
     assert done.stdout.count(f'python tools/{name}.py') >= 2 and done.stderr == ''
@@ -62,7 +62,7 @@ def test_error_is_one_line(error, line, capsys):
 
 
 @pytest.mark.parametrize('name', [
-    'predict', 'visualize', 'metrics', 'report', 'follow', 'make_lists', 'check_data', 'eval_all'])
+    'predict', 'probe', 'visualize', 'metrics', 'report', 'follow', 'make_lists', 'check_data', 'eval_all'])
 def test_help_does_not_import_paddle(name):
     command = [sys.executable, '-X', 'importtime', f'{folder(name)}/{name}.py', '-h']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -90,6 +90,28 @@ for how, (outcome, content) in NAMES.items():
     case('class names', how, outcome)(names_file(content))
 
 
+# ---- an evaluation's protocol
+
+def protocol_file(option, content):
+    def apply(data):
+        (data / 'file').write_bytes(content)
+        return ['-opts', option, data / 'file']
+    return apply
+
+
+PROTOCOLS = {
+    ('subset of classes', 'a class that the model lacks'): (
+        'is no class of the model', 'DATA.EVAL_CLASSES', b'0\n1\n2\n4\n'),
+    ('subset of classes', 'fewer lines than labels'): (
+        'label 3, but', 'DATA.EVAL_CLASSES', b'0\n1\n2\n'),
+    ('several right labels', 'truncated'): ('not JSON', 'DATA.EVAL_LABELS', b'{"val/0.png": [1'),
+    ('several right labels', 'no entry for an image'): (
+        'has no entry for val/1.png', 'DATA.EVAL_LABELS', b'{"val/0.png": [1]}'),
+}
+for (what, how), (message, option, content) in PROTOCOLS.items():
+    case(what, how, f'stops: {message}')(protocol_file(option, content))
+
+
 # ---- images
 
 def image(how, outcome):

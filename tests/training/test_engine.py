@@ -114,7 +114,8 @@ def test_skipped_images_of_all_processes_are_logged(monkeypatch, caplog):
     batch = paddle.zeros([2, 3]), paddle.zeros([2], 'int64'), [0, 1]
     evaluation = SimpleNamespace(
         loader=OneBatch(epoch=lambda epoch: [batch], skipped=0), stop=SimpleNamespace(requested=False),
-        autocast=nullcontext, to_input=lambda x: x, predictions=SimpleNamespace(add=lambda *words: None))
+        autocast=nullcontext, to_input=lambda x: x, predictions=SimpleNamespace(add=lambda *words: None),
+        judge=lambda logits, labels, indices: (logits, labels))
     monkeypatch.setattr(utils, 'gather', lambda value: [value, 2, 1])
     engine.evaluate(paddle.nn.Linear(3, 4), evaluation)
     assert '3 unreadable images were left out' in caplog.text
