@@ -220,12 +220,17 @@ class Loader:
         self.dataset, self.sampler = dataset, sampler
         self.num_workers, self.on_error, self.timeout = num_workers, on_error, timeout
         self.protocol = protocol.Protocol()
-        self.skipped = 0
+        self.skipped = self.next_epoch = 0
         self.limit: int | None = None
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.sampler) if self.limit is None else min(len(self.sampler), self.limit)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        """Iterate over the next epoch, from 0 on: see `epoch`."""
+        self.next_epoch += 1
+        return self.epoch(self.next_epoch - 1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """Yield images (B, C, H, W) uint8, labels (B,) int64, indices (B,) int64 from batch `start` on.

@@ -10,7 +10,7 @@ stride does not divide is rounded up: H/stride stands for ceil(H/stride).
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable
+from typing import Any, Callable, Optional, Union
 
 from system import paddle_internals, sizes
 
@@ -54,6 +54,7 @@ class Stem(nn.Sequential):
         for in_width, out_width, stride in zip([in_channels] + widths, widths, strides):
             layers.append(ConvNormAct(in_width, out_width, kernel_size, stride, act))
         self.stride = math.prod(strides)
+        self.info = {'stride': self.stride, 'width': width}                 # before the pool
         if pool:
             self.stride *= 2
         self.single = len(layers) == 1 and not pool
@@ -64,11 +65,17 @@ class Stem(nn.Sequential):
             super().__init__(*named, ('pool', nn.MaxPool2D(3, 2, 1) if pool else nn.Identity()))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[1]
+
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the feature maps before and after the max pooling, which may be the same."""
         if self.single:
-            return norm_act(self, self.bn, self.act, convolve(self, self.conv, x))
+            x = norm_act(self, self.bn, self.act, convolve(self, self.conv, x))
+            return x, x
         for name, layer in self.named_children():
-            x = max_pool(self, layer, x) if name == 'pool' else layer(x)
-        return x
+            if name != 'pool':
+                x = layer(x)
+        return x, max_pool(self, self.pool, x)
 
 
 class Stage(nn.Sequential):
@@ -120,10 +127,15 @@ class Head(nn.Layer):
 
     def __init__(self, width: int, num_classes: int, dropout: float) -> None:
         super().__init__()
+        self.width = width
         self.dropout = nn.Dropout(dropout)
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int) -> None:
+        """Replace the classifier by a new one, or for 0 by none."""
         self.fc = nn.Identity()
         if num_classes:
-            self.fc = nn.Linear(width, num_classes, weight_attr=Normal(std=0.01))
+            self.fc = nn.Linear(self.width, num_classes, weight_attr=Normal(std=0.01))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.dropout(pixel_mean(x)))
@@ -184,6 +196,33 @@ class HaloNet(nn.Layer):
             maps.append(x)
         return maps
 
+    def forward_intermediates(self, x: Tensor, indices: Union[int, Sequence[int], None] = None, *,
+                              intermediates_only: bool = False
+                              ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """Images -> (feature map before the pooling, feature maps), or the latter alone; named as in timm.
+
+        Map 0 is that of the stem before any max pooling, map i that of stage i. The last is after the final
+        convolution, if there is one. `indices` chooses some, n means the last n, and None all. Raises
+        IndexError for an index that there is not.
+        """
+        maps = self.intermediates(x)
+        found = [maps[number] for number in map_numbers(len(maps), indices)]
+        return found if intermediates_only else (maps[-1], found)
+
+    def intermediates(self, x: Tensor) -> list[Tensor]:
+        """Images -> all feature maps of `forward_intermediates`."""
+        before_pool, x = self.stem.maps(x)
+        maps = [before_pool]
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        maps[-1] = self.final_conv(x)
+        return maps
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one for so many classes, or for 0 by none."""
+        self.head.reset(num_classes)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> the feature map before the pooling of the head: (B, C, H/stride, W/stride)."""
         return self.final_conv(self.features(x)[-1])
@@ -202,6 +241,38 @@ class HaloNet(nn.Layer):
         return weights.load_strictly(self, weights.to_ours(state_dict), partial)
 
     set_dict = load_dict = set_state_dict
+
+
+class FeatureMaps(nn.Layer):
+    """A HaloNet that returns feature maps: images -> list of (B, width, H/stride, W/stride).
+
+    `indices` are those of HaloNet.forward_intermediates. `feature_info` has for each map {'stride': image
+    pixels per pixel of the map, 'width': its channels}.
+    """
+
+    def __init__(self, network: HaloNet, indices: Optional[Sequence[int]] = None) -> None:
+        super().__init__()
+        self.network = network
+        infos = [network.stem.info, *network.feature_info]
+        infos[-1] = {**infos[-1], 'width': network.head.width}
+        self.numbers = map_numbers(len(infos), indices)
+        self.feature_info = [infos[number] for number in self.numbers]
+        network.reset_classifier(0)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.network.intermediates(x)
+        return [maps[number] for number in self.numbers]
+
+
+def map_numbers(count: int, indices: Union[int, Sequence[int], None]) -> list[int]:
+    """Return the numbers of the feature maps that `indices` choose of `count`. Raises IndexError."""
+    if indices is None:
+        return list(range(count))
+    if not isinstance(indices, int):
+        return [range(count)[index] for index in indices]
+    if not 1 <= indices <= count:
+        raise IndexError(f'the last {indices} of {count} feature maps')
+    return list(range(count))[-indices:]
 
 
 def count_parameters(model: nn.Layer) -> int:

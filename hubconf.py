@@ -2,8 +2,9 @@
 
     model = paddle.hub.load(FOLDER, 'halonet_26t', source='local', pretrained=FILE)
 
-`pretrained` is a weight file as for -pretrained, or '' for fresh weights. `opts` are options as after
--opts, such as ['MODEL.NUM_CLASSES', 0] for a backbone without classifier.
+`pretrained` is a weight file as for -pretrained, or '' for fresh weights. `opts` are options as after -opts.
+As in timm, `num_classes` gives the weights another classifier, or for 0 none, and `features_only` makes a
+model that returns feature maps, of the stem and of each stage, or only those of `out_indices`.
 
 Modules of this project have common names, such as utils and config. Those of the caller may have them
 too. So ours are imported under these names and then taken out of sys.modules again: both work, in any
@@ -76,17 +77,19 @@ with _project():
 dependencies = ['paddle', 'numpy', 'yaml', 'yacs']
 
 
-def _load(path: pathlib.Path, pretrained: str | pathlib.Path = '',
-          opts: typing.Sequence[typing.Any] = ()) -> halonet.HaloNet:
+def _load(path: pathlib.Path, pretrained: str | pathlib.Path = '', opts: typing.Sequence[typing.Any] = (), *,
+          num_classes: int | None = None, features_only: bool = False,
+          out_indices: typing.Sequence[int] | None = None) -> halonet.HaloNet | halonet.FeatureMaps:
     """Build the model of a config file. Raises ValueError and OSError, as load_pretrained does."""
     if not isinstance(pretrained, (str, pathlib.Path)):
         raise ValueError(f'pretrained is {pretrained!r}; give a weight file '
                          'or a name such as timm/halonet26t.a1h_in1k')
     with _project():
-        model = halonet.build_halonet(config.get_config(path, opts))
+        classes = [] if num_classes is None else ['MODEL.NUM_CLASSES', num_classes]
+        model = halonet.build_halonet(config.get_config(path, [*opts, *classes]))
         if pretrained:
-            weights.load_pretrained(model, str(pretrained))
-    return model
+            weights.load_pretrained(model, str(pretrained), fine_tune=num_classes is not None)
+        return halonet.FeatureMaps(model, out_indices) if features_only else model
 
 
 def _entry(path: pathlib.Path) -> typing.Callable[..., halonet.HaloNet]:

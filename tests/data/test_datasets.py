@@ -230,6 +230,13 @@ def test_repeated_augmentation_does_not_depend_on_how_a_step_is_split(data):
     assert equal(arrays(again.epoch(1, start=1)), whole[1:]) and not equal(arrays(again.epoch(2)), whole)
 
 
+def test_a_loop_over_a_loader_is_the_next_epoch(data):
+    loader, again = datasets.build_train(config(data)), datasets.build_train(config(data))
+    for epoch in range(3):
+        assert equal(arrays(loader), arrays(again.epoch(epoch)))
+    assert not equal(arrays(loader), arrays(again.epoch(0)))
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_evaluation_batches_hold_every_sample_once(data, workers):
     batches = [arrays(datasets.build_eval(config(data, 'DATA.NUM_WORKERS', workers), rank, 2).epoch(0))

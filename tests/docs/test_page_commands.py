@@ -197,8 +197,10 @@ def test_commands_of_a_page_run(clone, page):
             break                                   # test_fine_tuning_page runs the rest, without stand-ins
         if words[0] in ('./run_demo.sh', './run_tests.sh', 'NNODES=2') or re.match(INSTALLS, ' '.join(words)):
             continue                                # they make the clone, run this test, or need two machines
-        if 'dev/hub_folders.py' in words:
-            continue                                # its folders are for timm, which is not here
+        if {'dev/hub_folders.py', 'dev/compare_timm/compare.py'} & {*words}:
+            continue                                # they need timm, which is not here
+        if 'dev/ablations.py' in words:
+            continue                                # a sweep of many minutes
         if 'tools/prepare_imagenet.py' in words:
             continue                                # tests/tools/test_prepare_imagenet.py has its downloads
         words = prepared(clone, words)

@@ -18,7 +18,8 @@ import config
 from training import results
 
 OTHER = {                                           # programs of others, and those without arguments
-    'mkdir', 'cp', 'cd', 'git', 'tar', 'python3', 'tools/make_digits.py', 'dev/bench_pipeline.py',
+    'mkdir', 'cp', 'cd', 'git', 'tar', 'python3', 'tools/make_digits.py', 'dev/ablations.py',
+    'dev/bench_pipeline.py', 'dev/compare_timm/compare.py',
     'dev/cuda_kernels.py', 'dev/drawings.py', 'dev/hub_folders.py', 'dev/model_table.py', 'dev/onnx_speed.py',
     './run_demo.sh', './run_tests.sh', '.ci/run', 'exported/infer.py'}
 MODULES = {'pip', 'venv', 'ops', 'paddle.distributed.launch'}                    # python -m
@@ -102,6 +103,17 @@ def test_readme_shows_the_end_of_the_demo():
     for variable, value in values.items():
         end = end.replace(f'${variable}', value)
     assert f'\n{end}\n```' in text and '$' not in end
+
+
+def test_index_lists_every_page():
+    listed = set(re.findall(r'\]\(([^)]+)\)', text_of('docs/README.md')))
+    pages = {page.removeprefix('docs/') for page in (*PAGES, *CHINESE) if page.startswith('docs/')}
+    assert pages - {'README.md'} <= listed
+
+
+def test_changelog_begins_with_the_version():
+    (version,) = re.findall(r'^version: (\S+)$', text_of('CITATION.cff'), re.M)
+    assert re.findall(r'^## (\S+)$', text_of('CHANGELOG.md'), re.M)[0] == version
 
 
 def test_evaluation_page_lists_the_columns():

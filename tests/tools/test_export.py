@@ -72,8 +72,9 @@ def test_rows_of_windows_are_numbered_as_by_a_loop(windows):
                         numbers.append((y * W + x) * N + head if inside else H * W * N)
                         hidden.append(y >= H + halo or x >= W + halo)
     assert windows.row_numbers(N).tolist() == numbers
-    assert windows.is_hidden(N).flatten().tolist() == hidden
-    assert windows.is_hidden(N).shape == (windows.count * N, 1, windows.side ** 2)
+    mask = windows.mask('block', 1, N)
+    assert np.isneginf(mask).flatten().tolist() == hidden and (mask[~np.isneginf(mask)] == 0).all()
+    assert mask.shape == (windows.count * N, 1, windows.side ** 2)
 
 
 def arguments(folder, *more):
