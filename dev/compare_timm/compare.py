@@ -37,7 +37,7 @@ TIMM = ('https://github.com/huggingface/pytorch-image-models', 'v1.0.28')
 TORCH = ('torch==2.13.0', 'numpy', 'pillow<12', 'pyyaml', 'safetensors', 'huggingface_hub')
 TORCHVISION = 'torchvision==0.28.0'
 SEEDS = range(5)
-EPOCHS, WARMUP = 16, 2                              # the warm-up is part of the epochs
+EPOCHS, WARMUP = 12, 2                              # the warm-up is part of the epochs
 AT_ONCE = 2                                         # trainings
 TRAINERS = ('timm', 'ours')
 
@@ -184,45 +184,56 @@ def averaged(recipe: Mapping[str, object]) -> bool:
     return 'TRAIN.EMA_DECAY' in recipe
 
 
-def curve(output: Path, trainer: str, recipe: Mapping[str, object]) -> list[float]:
-    """Return the accuracy after each epoch in percent, of the averaged weights where there are any."""
+def curve(output: Path, trainer: str, recipe: Mapping[str, object], value: str = 'acc1') -> list[float]:
+    """Return the accuracy after each epoch in percent, or the `loss`, of averages where there are any."""
     if trainer == 'timm':
+        column = {'acc1': 'eval_top1', 'loss': 'eval_loss'}[value]
         with open(output / 'summary.csv', newline='') as file:
-            return [float(row['eval_top1']) for row in csv.DictReader(file)]
+            return [float(row[column]) for row in csv.DictReader(file)]
     split = 'val_ema' if averaged(recipe) else 'val'
     records = map(json.loads, (output / 'metrics.jsonl').read_text().splitlines())
-    return [record['acc1'] for record in records if record['split'] == split]
+    return [record[value] for record in records if record['split'] == split]
 
 
 # ---- results
 
 def report(sides: Sides) -> None:
     """Print the tables, and write a chart for each task."""
-    print('| task | recipe | timm, % | here, % | difference, 95 % interval | p |\n|---|---|---|---|---|---|')
-    single = []
+    for value, title, digits in (('acc1', 'accuracy, %', 1), ('loss', 'loss', 3)):
+        print(f'\n| task | recipe | {title}: timm | here | difference, 95 % interval | p |')
+        print('|---' * 6 + '|')
+        for task in TASKS:
+            for name in RECIPES:
+                theirs, ours = (last_values(sides, task, name, trainer, value) for trainer in TRAINERS)
+                print(f'| {task} | {name} | {" | ".join(compare(theirs, ours, digits))} |')
+    print('\n| task | recipe | trainer | accuracy in each seed, % |\n|---|---|---|---|')
     for task in TASKS:
         curves = []
         for colour, (name, recipe) in enumerate(RECIPES.items()):
-            runs = {trainer: [curve(sides.run_folder(task, name, trainer, seed), trainer, recipe)
-                              for seed in SEEDS] for trainer in TRAINERS}
-            last = {trainer: [accuracies[-1] for accuracies in runs[trainer]] for trainer in TRAINERS}
-            print(f'| {task} | {name} | {" | ".join(compare(last["timm"], last["ours"]))} |')
             for dash, trainer in enumerate(TRAINERS):
-                accuracies = ', '.join(f'{value:.1f}' for value in last[trainer])
-                single.append(f'| {task} | {name} | {trainer} | {accuracies} |')
-                curves.append(charts.Series(f'{name}, {trainer}', drawings.mean_curve(runs[trainer]),
-                                            colour=colour, dash=dash, marker=-1))
+                last = last_values(sides, task, name, trainer, 'acc1')
+                print(f'| {task} | {name} | {trainer} | {", ".join(f"{value:.1f}" for value in last)} |')
+                runs = [curve(sides.run_folder(task, name, trainer, seed), trainer, recipe) for seed in SEEDS]
+                curves.append(charts.Series(f'{name}, {trainer}', drawings.mean_curve(runs), colour=colour,
+                                            dash=dash, marker=-1))
         (sides.folder / f'{task}.svg').write_text(drawings.svg(curves))
-    print('\n| task | recipe | trainer | accuracy in each seed, % |\n|---|---|---|---|', *single, sep='\n')
 
 
-def compare(theirs: list[float], ours: list[float]) -> list[str]:
+def last_values(sides: Sides, task: str, recipe: str, trainer: str, value: str) -> list[float]:
+    """Return the accuracy or the loss of each seed after the last epoch."""
+    return [curve(sides.run_folder(task, recipe, trainer, seed), trainer, RECIPES[recipe], value)[-1]
+            for seed in SEEDS]
+
+
+def compare(theirs: list[float], ours: list[float], digits: int = 1) -> list[str]:
     """Return both means with standard deviations, their difference, and p of Welch's test of equal means."""
     test = stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = test.confidence_interval(0.95)
-    means = [f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}' for values in (theirs, ours)]
+    means = [f'{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
+             for values in (theirs, ours)]
     difference = statistics.mean(ours) - statistics.mean(theirs)
-    return [*means, f'{difference:+.1f} ({low:+.1f} to {high:+.1f})', f'{test.pvalue:.2f}']
+    interval = f'{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})'
+    return [*means, interval, f'{test.pvalue:.2f}']
 
 
 def exchange(sides: Sides) -> None:
