@@ -12,7 +12,7 @@ import reference as ref
 
 from config import get_config
 from halonet import build_halonet, parse_stage
-from model import attention
+from model import lambda_layer
 from model.attention import AbsolutePosition, HaloAttention, halo_attention, sdpa_halo_attention
 from model.blocks import Bottleneck, DropPath
 
@@ -385,13 +385,13 @@ def test_products_of_lambda_layers_stay_in_float32_under_autocast(monkeypatch):
             return function(*args, **kwargs)
         return call
 
-    layer = attention.LambdaLayer(8, 16, 2, 3)
-    norm_act = attention.norm_act
-    monkeypatch.setattr(attention, 'norm_act', lambda *args: norm_act(*args).astype('bfloat16'))
+    layer = lambda_layer.LambdaLayer(8, 16, 2, 3)
+    norm_act = lambda_layer.norm_act
+    monkeypatch.setattr(lambda_layer, 'norm_act', lambda *args: norm_act(*args).astype('bfloat16'))
     monkeypatch.setattr(paddle.amp, 'auto_cast', auto_cast)
     monkeypatch.setattr(paddle, 'einsum', recorded('einsum', paddle.einsum))
     monkeypatch.setattr(paddle.Tensor, 'matmul', recorded('matmul', paddle.Tensor.matmul))
-    monkeypatch.setattr(attention.F, 'conv2d', recorded('conv2d', attention.F.conv2d))
+    monkeypatch.setattr(lambda_layer.F, 'conv2d', recorded('conv2d', lambda_layer.F.conv2d))
     with paddle.amp.auto_cast(True):
         out = layer(paddle.randn([2, 8, 4, 4]))
     assert out.dtype == paddle.float32
