@@ -265,11 +265,11 @@ class FeatureMaps(nn.Layer):
 
 
 def map_numbers(count: int, indices: Union[int, Sequence[int], None]) -> list[int]:
-    """Return the numbers of the feature maps that `indices` choose of `count`. Raises IndexError."""
+    """Return the numbers of the feature maps that `indices` choose of `count`, sorted. Raises IndexError."""
     if indices is None:
         return list(range(count))
     if not isinstance(indices, int):
-        return [range(count)[index] for index in indices]
+        return sorted({range(count)[index] for index in indices})
     if not 1 <= indices <= count:
         raise IndexError(f'the last {indices} of {count} feature maps')
     return list(range(count))[-indices:]

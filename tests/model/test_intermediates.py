@@ -42,7 +42,8 @@ def test_maps_are_those_of_the_parts(name):
 
 
 @pytest.mark.parametrize('indices, numbers', [
-    (None, [0, 1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (5, [0, 1, 2, 3, 4]), ([0, -1], [0, 4]), ((3, 1), [3, 1]),
+    (None, [0, 1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (5, [0, 1, 2, 3, 4]), ([0, -1], [0, 4]), ((3, 1), [1, 3]),
+    ((1, 1), [1]),
     ([], [])])
 def test_indices_choose_as_in_timm(indices, numbers):
     assert map_numbers(5, indices) == numbers
