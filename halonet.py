@@ -190,7 +190,11 @@ class HaloNet(nn.Layer):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Images -> the feature map of each stage, (B, width, H/stride, W/stride): see feature_info."""
-        x, maps = self.stem(x), []
+        return self.maps_of_stages(self.stem(x))
+
+    def maps_of_stages(self, x: Tensor) -> list[Tensor]:
+        """Feature map of the stem -> that of each stage."""
+        maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -212,12 +216,8 @@ class HaloNet(nn.Layer):
     def intermediates(self, x: Tensor) -> list[Tensor]:
         """Images -> all feature maps of `forward_intermediates`."""
         before_pool, x = self.stem.maps(x)
-        maps = [before_pool]
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        maps[-1] = self.final_conv(x)
-        return maps
+        *maps, last = self.maps_of_stages(x)
+        return [before_pool, *maps, self.final_conv(last)]
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one for so many classes, or for 0 by none."""

@@ -14,9 +14,10 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.nn.initializer import Constant, KaimingUniform, Normal
 
-from model.attention import AbsolutePosition, BottleneckAttention, HaloAttention, nearest_8
+from model.attention import BottleneckAttention, HaloAttention, nearest_8
 from model.lambda_layer import LambdaLayer
 from model.layers import ACTIVATIONS, ConvNormAct, can_fuse, norm_act, pixel_mean, supported_act
+from model.positions import AbsolutePosition
 
 
 class SqueezeExcite(nn.Layer):

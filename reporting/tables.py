@@ -54,5 +54,3 @@ def value_text(value: Any) -> str:
     if value == '':
         return EMPTY
     return str(value)
-
-

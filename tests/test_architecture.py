@@ -76,7 +76,8 @@ def test_network_needs_only_paddle():
     """The model runs where Paddle is: its layers import nothing else, but for the standard library."""
     standard = {'collections', 'contextlib', 'dataclasses', 'functools', 'math', 'typing'}
     allowed = standard | {'paddle', 'model', 'ops', 'system'}
-    names = 'halonet.py', 'model/attention.py', 'model/blocks.py', 'model/layers.py'
+    files = ('attention', 'blocks', 'lambda_layer', 'layers', 'positions')
+    names = 'halonet.py', *(f'model/{name}.py' for name in files)
     for path in map(ROOT.joinpath, names):
         assert {*imported(path)} <= allowed
 

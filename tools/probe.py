@@ -76,13 +76,6 @@ def extract(model: Any, config: Any, list_name: str) -> Features:
     return features
 
 
-def without_classifier(model: Any) -> Any:
-    """Replace the classifier of a HaloNet, so that its output is what the classifier would see, (B, C)."""
-    from paddle import nn
-    model.head.fc = nn.Identity()
-    return model
-
-
 # ---- nearest neighbours
 
 def nearest_classes(train: Features, values: np.ndarray, k: int, temperature: float) -> np.ndarray:
@@ -214,7 +207,7 @@ def main(args: argparse.Namespace) -> int:
     from training import builders, results  # late, because they import Paddle
     results.check_table(args.results)
     model, device = cli.load_model(config)
-    model = without_classifier(model)
+    model.reset_classifier(0)
     train = extract(model, config, 'train_list.txt')
     if 'knn' in args.methods and args.k > len(train.labels):
         raise ValueError(f'-k {args.k}: there are {len(train.labels)} training images; lower it')

@@ -7,10 +7,11 @@ from system import paddle_internals
 from paddle import nn
 
 from halonet import Stage, Stem
-from model.attention import BottleneckAttention, HaloAttention, NoPosition
+from model.attention import BottleneckAttention, HaloAttention
 from model.blocks import Bottleneck, EfficientChannelAttention, SqueezeExcite
 from model.lambda_layer import LambdaLayer
 from model.layers import ConvNormAct
+from model.positions import NoPosition
 
 Count = tuple[int, int, int]                        # multiply-adds of one image; output height and width
 

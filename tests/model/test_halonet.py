@@ -13,8 +13,9 @@ import reference as ref
 from config import get_config
 from halonet import build_halonet, parse_stage
 from model import lambda_layer
-from model.attention import AbsolutePosition, HaloAttention, halo_attention, sdpa_halo_attention
+from model.attention import HaloAttention, halo_attention, sdpa_halo_attention
 from model.blocks import Bottleneck, DropPath
+from model.positions import AbsolutePosition
 
 MODELS = ['halonet_26t_256', 'halonet_50ts_256']
 
